@@ -1,0 +1,54 @@
+"""When replicas talk, and what about."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Generic, TypeVar
+
+from torch import Tensor
+
+from lowcomm.comm.base import Comm
+from lowcomm.engine.base import Engine
+
+S = TypeVar("S")
+
+
+class Algorithm(ABC, Generic[S]):
+    """A frozen description of a method; what changes during a run lives in its state ``S``.
+
+    The training loop is, for t = 1, 2, ...::
+
+        loss = engine.backward(batch)
+        algorithm.before_update(t, engine, state, comm)
+        engine.update()
+        algorithm.after_update(t, engine, state, comm)
+
+    and those two calls are the only places that sync.
+    """
+
+    @abstractmethod
+    def init(self, engine: Engine) -> S:
+        """The state at step 0; every replica holds the same parameters."""
+
+    def before_update(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
+        """Between backward and the inner update of step ``t``: may replace the gradients. By default nothing."""
+        del t, engine, state, comm
+
+    @abstractmethod
+    def after_update(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
+        """After the inner update of step ``t``, counted from 1."""
+
+    @abstractmethod
+    def finish(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
+        """At the end of a run of ``t`` steps: drain what is in flight and leave the same parameters everywhere."""
+
+    @abstractmethod
+    def num_rounds(self, state: S) -> int:
+        """Rounds completed so far."""
+
+    @abstractmethod
+    def consensus(self, engine: Engine, state: S) -> list[Tensor]:
+        """The parameters that stand for the run, equal on all replicas: what to evaluate and to publish.
+
+        In the order of ``engine.slots()["param"]``; may be live tensors, so copy before the next step.
+        """

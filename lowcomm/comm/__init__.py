@@ -1,0 +1,1 @@
+"""The wire: what ranks can say to each other, and who carries it."""

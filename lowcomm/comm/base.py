@@ -1,0 +1,131 @@
+"""What a rank can say to the others. Everything that talks, talks through `Comm`.
+
+Calls return at once with a `Work`; the message is on its way. Nobody can ask whether it has arrived: order is a
+function of the step number, so that one program gives one result in every world.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+from torch import Tensor
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class PeerLost(Exception):
+    """Raised by `Work.wait` when a rank that it waits for is gone.
+
+    Attributes:
+        ranks: those known to be lost; empty when the transport cannot tell which.
+    """
+
+    def __init__(self, message: str, ranks: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
+
+
+class Late(Exception):
+    """Raised by `Work.wait` when a message did not arrive by its deadline; the sender may still live."""
+
+
+class Work(Protocol[T_co]):
+    """Something under way."""
+
+    def wait(self) -> T_co:
+        """Block until it is done and return its result; raises `PeerLost` or `Late`."""
+        ...
+
+
+class Comm(ABC):
+    """One rank's view of the ranks that it talks to.
+
+    Attributes:
+        rank: this process, constant for its life; ranks of all views count in one numbering.
+        members: the sorted ranks of this view, this one included.
+    """
+
+    rank: int
+    members: tuple[int, ...]
+
+    @abstractmethod
+    def all_sum(self, x: Tensor) -> Work[Tensor]:
+        """The sum of every member's ``x`` (one shape and dtype), as a fresh tensor; ``x`` is not modified."""
+
+    @abstractmethod
+    def all_gather(self, x: Tensor) -> Work[list[Tensor]]:
+        """Every member's ``x`` (one shape and dtype) in members' order, as fresh tensors."""
+
+    @abstractmethod
+    def all_to_all(self, xs: list[Tensor]) -> Work[list[Tensor]]:
+        """``xs[i]`` goes to the i-th member; the result's i-th came from the i-th member.
+
+        All tensors of a call have one dtype. Member i's ``xs[j]`` may differ in size from its ``xs[k]``, but for each
+        j all members' ``xs[j]`` have one shape, so that everybody knows what arrives: the i-th member receives
+        tensors shaped like its own ``xs[i]``.
+        """
+
+    @abstractmethod
+    def broadcast(self, x: Tensor, source: int) -> Work[Tensor]:
+        """The ``x`` of rank ``source``, as a fresh tensor shaped like ``x``."""
+
+    @abstractmethod
+    def send(self, x: Tensor, to: int) -> Work[None]:
+        """Send ``x`` to rank ``to``, which must `recv` it; messages between two ranks keep their order."""
+
+    @abstractmethod
+    def recv(self, like: Tensor, source: int | None = None) -> Work[tuple[int, Tensor]]:
+        """The sender and a tensor shaped like ``like``, from rank ``source`` or, when None, from whoever comes first."""
+
+    @abstractmethod
+    def sub(self, members: Sequence[int]) -> Comm:
+        """A view with fewer members, this rank among them. Nothing is built before its first use."""
+
+    @abstractmethod
+    def now(self) -> float:
+        """Seconds since some fixed moment; virtual in the simulator."""
+
+
+class Done(Generic[T]):
+    """A `Work` whose result is already here."""
+
+    def __init__(self, result: T) -> None:
+        self._result = result
+
+    def wait(self) -> T:
+        """The result, at once."""
+        return self._result
+
+
+class Task(Generic[T]):
+    """A computation that pauses at each `Work` it depends on.
+
+    ``steps`` is a generator that yields every Work and is sent its result. The first Work is issued on construction;
+    `advance` finishes one and issues the next; `result` drains the rest. When to call them is fixed by step number.
+    """
+
+    def __init__(self, steps: Generator[Work[Any], Any, T]) -> None:
+        self._steps = steps
+        self._pending: Work[Any] | None = None
+        self._result: T
+        self._send(None)
+
+    def _send(self, value: Any) -> None:
+        try:
+            self._pending = self._steps.send(value)
+        except StopIteration as stop:
+            self._pending, self._result = None, stop.value
+
+    def advance(self) -> None:
+        """Wait for the Work under way, if there is one, and issue the next."""
+        if self._pending is not None:
+            self._send(self._pending.wait())
+
+    def result(self) -> T:
+        """Wait for all that is left and return the result; a second call returns it again."""
+        while self._pending is not None:
+            self.advance()
+        return self._result

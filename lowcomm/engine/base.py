@@ -1,0 +1,52 @@
+"""What an algorithm may know of the inner loop: parameters, gradients, optimizer state, one step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+class Engine(ABC):
+    """The inner loop of one replica: a model, an optimizer and how they take a step.
+
+    A step is `backward` then `update`; between the two an algorithm may change the gradients.
+    """
+
+    @abstractmethod
+    def backward(self, batch: Any) -> Tensor:
+        """Compute fresh gradients for one optimizer step (micro-batches accumulated).
+
+        Returns the batch's mean loss as a 0-d float32 tensor on the model's device; nothing is copied to the host.
+        """
+
+    @abstractmethod
+    def update(self) -> None:
+        """Clip the gradients, take one optimizer step, advance the learning-rate schedule."""
+
+    @abstractmethod
+    def evaluate(self, batch: Any) -> Tensor:
+        """The mean loss of ``batch`` without gradients, in evaluation mode, as a 0-d float32 tensor."""
+
+    @abstractmethod
+    def slots(self) -> Mapping[str, list[Tensor]]:
+        """Live local tensors by name, the same order and length in each list.
+
+        "param" is always there: every trainable parameter once, frozen ones left out, tied ones not repeated.
+        "grad" is there between `backward` and `update`; a parameter that got no gradient has zeros.
+        After the first update, one slot for each per-parameter state of the optimizer, such as "exp_avg".
+        """
+
+    @abstractmethod
+    def lr(self) -> float:
+        """The learning rate that the next `update` uses (of the first parameter group)."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a restart needs: parameters, buffers, optimizer, schedule, random state."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`, in place: tensors handed out by `slots` stay valid."""

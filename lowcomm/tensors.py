@@ -1,0 +1,74 @@
+"""Lists of tensors as one vector, and random numbers that depend on nothing but their purpose."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def rng(seed: int, *purpose: str | int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator keyed by a seed and a purpose, such as ``rng(0, "drop", round)``.
+
+    Equal arguments give equal streams on every rank, machine and run; different purposes give independent streams.
+    No global generator is read or written.
+    """
+    key = "/".join([str(seed), *(f"{type(p).__name__}:{p}" for p in purpose)])
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def num_bytes(tensors: Sequence[Tensor]) -> int:
+    """Bytes of the elements of all tensors together."""
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def flatten(tensors: Sequence[Tensor]) -> Tensor:
+    """All elements in order as one fresh contiguous vector; the tensors share dtype and device.
+
+    Raises:
+        ValueError: when the list is empty.
+    """
+    if not tensors:
+        raise ValueError("flatten needs at least one tensor: an empty list has no dtype")
+    return torch.cat([x.reshape(-1) for x in tensors])
+
+
+def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Views into ``flat`` with the shapes of ``like``: the inverse of `flatten`."""
+    pieces = flat.split([x.numel() for x in like])
+    return [piece.view(x.shape) for piece, x in zip(pieces, like, strict=True)]
+
+
+def buckets(like: Sequence[Tensor], bucket_bytes: int) -> list[list[int]]:
+    """Indices of ``like`` in order, cut into groups of one dtype and device of at most ``bucket_bytes`` each.
+
+    Every index stands in exactly one group. A tensor larger than a bucket is a group of its own.
+
+    Raises:
+        ValueError: when ``bucket_bytes`` is below 1.
+    """
+    if bucket_bytes < 1:
+        raise ValueError(f"bucket_bytes is {bucket_bytes}; it must be at least 1")
+    groups: dict[tuple[torch.dtype, torch.device], list[list[int]]] = {}
+    filled: dict[tuple[torch.dtype, torch.device], int] = {}
+    for i, x in enumerate(like):
+        kind, size = (x.dtype, x.device), num_bytes([x])
+        if kind not in groups or filled[kind] + size > bucket_bytes:
+            groups.setdefault(kind, []).append([])
+            filled[kind] = 0
+        groups[kind][-1].append(i)
+        filled[kind] += size
+    return [group for kind_groups in groups.values() for group in kind_groups]
+
+
+def digest(tensors: Sequence[Tensor]) -> str:
+    """A 128-bit hash of shapes, dtypes and bytes: equal on two ranks exactly when the tensors are bitwise equal."""
+    h = hashlib.blake2b(digest_size=16)
+    for x in tensors:
+        h.update(f"{tuple(x.shape)}{x.dtype}".encode())
+        # numpy knows no bfloat16, so the bytes are viewed rather than the values
+        h.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return h.hexdigest()
