@@ -70,5 +70,5 @@ def digest(tensors: Sequence[Tensor]) -> str:
     for x in tensors:
         h.update(f"{tuple(x.shape)}{x.dtype}".encode())
         # numpy knows no bfloat16, so the bytes are viewed rather than the values
-        h.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        h.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()

@@ -105,27 +105,31 @@ class Task(Generic[T]):
 
     ``steps`` is a generator that yields every Work and is sent its result. The first Work is issued on construction;
     `advance` finishes one and issues the next; `result` drains the rest. When to call them is fixed by step number.
+
+    Attributes:
+        pending: the Work under way; None once the result is there.
     """
 
     def __init__(self, steps: Generator[Work[Any], Any, T]) -> None:
+        self.pending: Work[Any] | None = None
         self._steps = steps
-        self._pending: Work[Any] | None = None
         self._result: T
-        self._send(None)
+        self.resume(None)
 
-    def _send(self, value: Any) -> None:
+    def resume(self, value: Any) -> None:
+        """Hand in what `pending` brought and run to the next Work or to the end."""
         try:
-            self._pending = self._steps.send(value)
+            self.pending = self._steps.send(value)
         except StopIteration as stop:
-            self._pending, self._result = None, stop.value
+            self.pending, self._result = None, stop.value
 
     def advance(self) -> None:
         """Wait for the Work under way, if there is one, and issue the next."""
-        if self._pending is not None:
-            self._send(self._pending.wait())
+        if self.pending is not None:
+            self.resume(self.pending.wait())
 
     def result(self) -> T:
         """Wait for all that is left and return the result; a second call returns it again."""
-        while self._pending is not None:
+        while self.pending is not None:
             self.advance()
         return self._result

@@ -1,0 +1,208 @@
+"""Comm over torch.distributed: gloo (TCP, CPU) and NCCL (GPUs), started by torchrun or anything that sets its variables.
+
+Tensors may live anywhere: what gloo sends is staged in host memory, what NCCL sends on this rank's GPU. Everything
+but sums travels as bytes, so dtypes that a backend does not know still arrive.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lowcomm.comm.base import Comm, Late, PeerLost, Work
+
+T = TypeVar("T")
+
+_SUMMABLE = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.int8,
+)
+_ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Pending(Generic[T]):
+    """A torch Work and what to make of its result."""
+
+    def __init__(self, work: Any, finish: Callable[[], T]) -> None:
+        self._work = work
+        self._finish = finish
+
+    def wait(self) -> T:
+        """Block (NCCL: make the current stream wait) and return the result."""
+        try:
+            if self._work is not None:
+                self._work.wait()
+        except RuntimeError as error:
+            if "timed out" in str(error).lower() or "timeout" in str(error).lower():
+                raise Late(f"a message did not arrive in time: {error}") from error
+            raise PeerLost(f"the connection to another rank broke: {error}") from error
+        self._work = None
+        return self._finish()
+
+
+class DistributedComm(Comm):
+    """A view of some ranks of the default process group; see `connect`.
+
+    Sums of more than two ranks are in the backend's order, so they agree with other worlds to rounding only; gathers
+    are exact. All members call collectives of one view in the same order.
+    """
+
+    def __init__(self, members: Sequence[int], device: torch.device) -> None:
+        if not dist.is_initialized():
+            raise ValueError("torch.distributed is not initialised; call lowcomm.comm.distributed.connect() first")
+        self.rank = dist.get_rank()
+        self.members = tuple(sorted(members))
+        if self.rank not in self.members or len(set(self.members)) != len(self.members):
+            raise ValueError(f"members {self.members} must be distinct and hold this rank, {self.rank}")
+        if self.members[0] < 0 or self.members[-1] >= dist.get_world_size():
+            raise ValueError(f"members {self.members} must lie within the world of {dist.get_world_size()} ranks")
+        self.backend = str(dist.get_backend())
+        self._wire = torch.device("cpu") if self.backend == "gloo" else device
+        self._group: dist.ProcessGroup | None = None
+
+    def all_sum(self, x: Tensor) -> Work[Tensor]:
+        """See `Comm.all_sum`; float64, float32, float16, bfloat16, int64, int32, int8 and uint8 only."""
+        if x.dtype not in _SUMMABLE:
+            raise ValueError(f"{x.dtype} cannot be summed on the wire; convert to one of {_SUMMABLE}")
+        y = x.detach().to(self._wire, copy=True).contiguous()
+        work = dist.all_reduce(y, group=self._ready(), async_op=True)
+        return Pending(work, lambda: y.to(x.device))
+
+    def all_gather(self, x: Tensor) -> Work[list[Tensor]]:
+        """See `Comm.all_gather`."""
+        mine = self._bytes(x)
+        out = mine.new_empty(len(self.members) * mine.numel())
+        parts = list(out.split(mine.numel())) if mine.numel() else [out] * len(self.members)
+        work = dist.all_gather(parts, mine, group=self._ready(), async_op=True)
+        return Pending(work, lambda: [_typed(part, x) for part in parts])
+
+    def all_to_all(self, xs: list[Tensor]) -> Work[list[Tensor]]:
+        """See `Comm.all_to_all`."""
+        if len(xs) != len(self.members):
+            raise ValueError(f"all_to_all got {len(xs)} tensors for {len(self.members)} members; give one for each")
+        mine = [self._bytes(x) for x in xs]
+        like = xs[self.members.index(self.rank)]
+        size = like.numel() * like.element_size()
+        out = torch.empty(len(xs) * size, dtype=torch.uint8, device=self._wire)
+        work = dist.all_to_all_single(
+            out, torch.cat(mine), [size] * len(xs), [x.numel() for x in mine], group=self._ready(), async_op=True
+        )
+        return Pending(work, lambda: [_typed(out[i * size : (i + 1) * size], like) for i in range(len(xs))])
+
+    def broadcast(self, x: Tensor, source: int) -> Work[Tensor]:
+        """See `Comm.broadcast`."""
+        self._check(source)
+        y = self._bytes(x, copy=True)
+        work = dist.broadcast(y, source, group=self._ready(), async_op=True)
+        return Pending(work, lambda: _typed(y, x))
+
+    def send(self, x: Tensor, to: int) -> Work[None]:
+        """See `Comm.send`."""
+        self._check(to)
+        y = self._bytes(x, copy=True)
+        work = dist.isend(y, to, group=self._ready())
+        return Pending(work, lambda: _release(y))
+
+    def recv(self, like: Tensor, source: int | None = None) -> Work[tuple[int, Tensor]]:
+        """See `Comm.recv`; NCCL cannot receive from whoever comes first."""
+        y = torch.empty(like.numel() * like.element_size(), dtype=torch.uint8, device=self._wire)
+        if source is None:
+            if self.backend != "gloo":
+                raise ValueError("recv(source=None) needs gloo: NCCL must know the sender; name the source")
+            work = dist.irecv(y, group=self._ready())
+            assert work is not None
+            return Pending(work, lambda: (work.source_rank(), _typed(y, like)))
+        self._check(source)
+        return Pending(dist.irecv(y, source, group=self._ready()), lambda: (source, _typed(y, like)))
+
+    def sub(self, members: Sequence[int]) -> Comm:
+        """A smaller view; its process group is made by its members alone, when they first use it."""
+        if not set(members) <= set(self.members):
+            raise ValueError(f"members {tuple(members)} are not all among {self.members}")
+        return DistributedComm(members, self._wire)
+
+    def now(self) -> float:
+        """Seconds of the monotonic clock."""
+        return time.perf_counter()
+
+    def _ready(self) -> dist.ProcessGroup | None:
+        """The process group of this view; None means the default group of all ranks."""
+        if self._group is None and len(self.members) < dist.get_world_size():
+            self._group = dist.new_group(list(self.members), use_local_synchronization=True)
+        return self._group
+
+    def _bytes(self, x: Tensor, copy: bool = False) -> Tensor:
+        flat = x.detach().to(self._wire, copy=copy).contiguous().reshape(-1)
+        return flat.view(torch.uint8)
+
+    def _check(self, rank: int) -> None:
+        if rank not in self.members:
+            raise ValueError(f"rank {rank} is not among the members {self.members}")
+
+
+def _release(x: Tensor) -> None:
+    """Holds a buffer until the message has left."""
+    del x
+
+
+def _typed(raw: Tensor, like: Tensor) -> Tensor:
+    if raw.storage_offset() % like.element_size():
+        raw = raw.clone()  # a view as a wider dtype needs an aligned start
+    return raw.view(like.dtype).view(like.shape).to(like.device)
+
+
+def under_torchrun() -> bool:
+    """Whether the variables that torchrun sets are all there."""
+    return all(name in os.environ for name in _ENVIRONMENT)
+
+
+def connect(backend: str, timeout_s: float = 600.0) -> DistributedComm:
+    """Join the process group that torchrun's variables describe.
+
+    Args:
+        backend: "gloo" or "nccl"; nccl takes the GPU of number LOCAL_RANK.
+        timeout_s: how long a message may take before `Late`.
+
+    Raises:
+        ValueError: when a variable is missing, or NCCL is asked for without enough GPUs.
+    """
+    missing = [name for name in _ENVIRONMENT if name not in os.environ]
+    if missing:
+        raise ValueError(f"the variables {missing} are not set; start the program with torchrun")
+    if backend not in ("gloo", "nccl"):
+        raise ValueError(f"backend {backend!r}: choose 'gloo' or 'nccl'")
+    device = torch.device("cpu")
+    if backend == "nccl":
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if not torch.cuda.is_available():
+            raise ValueError("backend 'nccl' needs CUDA, and torch sees no GPU here; use backend 'gloo'")
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"backend 'nccl' wants a GPU for each process: local rank {local_rank}, but there are only "
+                f"{torch.cuda.device_count()} GPUs; start fewer processes or use backend 'gloo'"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        backend, timeout=timedelta(seconds=timeout_s), device_id=device if backend == "nccl" else None
+    )
+    return DistributedComm(range(dist.get_world_size()), device)
+
+
+def disconnect() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

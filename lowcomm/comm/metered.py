@@ -1,0 +1,171 @@
+"""Counts what a Comm carries: bytes and messages by purpose, and the time spent waiting.
+
+Bytes are those of the payloads handed to the wire, at the cost of each exchange's bandwidth-optimal schedule among n
+members, for a payload of S bytes on each (what gloo and NCCL move, but for headers; benchmarks/wire_bytes.py holds it
+against the kernel's counters):
+
+    all_sum      sends and receives 2 (n - 1) / n S
+    all_gather   sends and receives (n - 1) S
+    all_to_all   sends what is for others, receives what is from others
+    broadcast    the source sends (n - 1) S, the others receive S
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from lowcomm.comm.base import Comm, Work
+
+T = TypeVar("T")
+
+
+@dataclass
+class Traffic:
+    """What one rank exchanged for one purpose."""
+
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    num_exchanges: int = 0
+
+
+@dataclass
+class Meter:
+    """Running totals of one rank; shared by all views of one `MeteredComm`.
+
+    Attributes:
+        by_tag: traffic by purpose.
+        wait_s: seconds spent in `Work.wait`; on a GPU stream, up to the last call of `settle`.
+    """
+
+    by_tag: dict[str, Traffic] = field(default_factory=dict)
+    wait_s: float = 0.0
+    _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list, repr=False)
+
+    @property
+    def bytes_sent(self) -> int:
+        """Over all purposes."""
+        return sum(traffic.bytes_sent for traffic in self.by_tag.values())
+
+    @property
+    def bytes_received(self) -> int:
+        """Over all purposes."""
+        return sum(traffic.bytes_received for traffic in self.by_tag.values())
+
+    def count(self, tag: str, sent: int, received: int) -> None:
+        """Add one exchange."""
+        traffic = self.by_tag.setdefault(tag, Traffic())
+        traffic.bytes_sent += sent
+        traffic.bytes_received += received
+        traffic.num_exchanges += 1
+
+    def settle(self) -> None:
+        """Add the waits that GPU streams have gone through; waits for the GPU."""
+        for start, end in self._events:
+            end.synchronize()
+            self.wait_s += start.elapsed_time(end) / 1e3
+        self._events.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The totals."""
+        self.settle()
+        by_tag = {tag: [x.bytes_sent, x.bytes_received, x.num_exchanges] for tag, x in self.by_tag.items()}
+        return {"by_tag": by_tag, "wait_s": self.wait_s}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from these totals."""
+        self.by_tag = {tag: Traffic(*counts) for tag, counts in state["by_tag"].items()}
+        self.wait_s = state["wait_s"]
+
+
+class MeteredComm(Comm):
+    """Another Comm, counted.
+
+    Args:
+        inner: who carries the messages.
+        meter: where to count.
+        tag: the purpose of this view's messages; `tagged` gives a view for another.
+        stream: the GPU on whose current stream waits take place (NCCL); None when waits block the host.
+    """
+
+    def __init__(self, inner: Comm, meter: Meter, tag: str = "sync", stream: torch.device | None = None) -> None:
+        self.rank, self.members = inner.rank, inner.members
+        self.meter = meter
+        self._inner, self._tag, self._stream = inner, tag, stream
+
+    def tagged(self, tag: str) -> MeteredComm:
+        """The same members and meter under another purpose."""
+        return MeteredComm(self._inner, self.meter, tag, self._stream)
+
+    def all_sum(self, x: Tensor) -> Work[Tensor]:
+        """See `Comm.all_sum`."""
+        n = len(self.members)
+        size = 2 * (n - 1) * _size(x) // n
+        return self._counted(self._inner.all_sum(x), size, size)
+
+    def all_gather(self, x: Tensor) -> Work[list[Tensor]]:
+        """See `Comm.all_gather`."""
+        size = (len(self.members) - 1) * _size(x)
+        return self._counted(self._inner.all_gather(x), size, size)
+
+    def all_to_all(self, xs: list[Tensor]) -> Work[list[Tensor]]:
+        """See `Comm.all_to_all`."""
+        me = self.members.index(self.rank)
+        sent = sum(_size(x) for i, x in enumerate(xs) if i != me)
+        return self._counted(self._inner.all_to_all(xs), sent, (len(self.members) - 1) * _size(xs[me]))
+
+    def broadcast(self, x: Tensor, source: int) -> Work[Tensor]:
+        """See `Comm.broadcast`."""
+        size = _size(x)
+        sent, received = ((len(self.members) - 1) * size, 0) if source == self.rank else (0, size)
+        return self._counted(self._inner.broadcast(x, source), sent, received)
+
+    def send(self, x: Tensor, to: int) -> Work[None]:
+        """See `Comm.send`."""
+        return self._counted(self._inner.send(x, to), _size(x), 0)
+
+    def recv(self, like: Tensor, source: int | None = None) -> Work[tuple[int, Tensor]]:
+        """See `Comm.recv`."""
+        return self._counted(self._inner.recv(like, source), 0, _size(like))
+
+    def sub(self, members: Sequence[int]) -> Comm:
+        """A smaller view on the same meter."""
+        return MeteredComm(self._inner.sub(members), self.meter, self._tag, self._stream)
+
+    def now(self) -> float:
+        """Seconds, as the inner Comm counts them."""
+        return self._inner.now()
+
+    def _counted(self, work: Work[T], sent: int, received: int) -> Work[T]:
+        self.meter.count(self._tag, sent, received)
+        return _Timed(work, self.meter, self._inner, self._stream)
+
+
+class _Timed(Generic[T]):
+    """A Work whose waiting is timed."""
+
+    def __init__(self, work: Work[T], meter: Meter, comm: Comm, stream: torch.device | None) -> None:
+        self._work, self._meter, self._comm, self._stream = work, meter, comm, stream
+
+    def wait(self) -> T:
+        """Wait and add the time to the meter."""
+        if self._stream is not None:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            result = self._work.wait()
+            end.record()
+            self._meter._events.append((start, end))
+            return result
+        start_s = self._comm.now()
+        try:
+            return self._work.wait()
+        finally:
+            self._meter.wait_s += self._comm.now() - start_s
+
+
+def _size(x: Tensor) -> int:
+    return x.numel() * x.element_size()
