@@ -1,0 +1,1 @@
+"""What of a vector is sent, and in which form."""

@@ -1,0 +1,1 @@
+"""What becomes of the part that compression left out."""

@@ -1,0 +1,25 @@
+"""Forget what was not sent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lowcomm.feedback.base import Feedback
+
+
+@dataclass(frozen=True)
+class NoFeedback(Feedback[None]):
+    """The compressed mean as it is."""
+
+    def init(self, like: Tensor) -> None:
+        """No state."""
+
+    def before(self, x: Tensor, state: None) -> Tensor:
+        """``x`` itself."""
+        return x
+
+    def after(self, x: Tensor, sent: Tensor, mean: Tensor, state: None) -> tuple[Tensor, None]:
+        """The mean of what was sent."""
+        return mean, state

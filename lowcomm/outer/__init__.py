@@ -1,0 +1,1 @@
+"""How the anchor follows the mean delta."""
