@@ -1,0 +1,234 @@
+"""The inner loop around any torch module and any torch optimizer, in one process on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lowcomm.engine.base import Engine
+
+
+def next_token_loss(model: nn.Module, batch: Tensor) -> Tensor:
+    """Mean cross-entropy in fp32 of each next token; ``batch [batch, seq + 1]`` is int64 on the model's device.
+
+    The model maps tokens ``[batch, seq]`` to logits ``[batch, seq, vocab]``, as a tensor or in an attribute ``logits``.
+    """
+    logits = model(batch[:, :-1])
+    if not isinstance(logits, Tensor):
+        logits = logits.logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+
+
+class TorchEngine(Engine):
+    """A model already on its device and in its dtype, an optimizer over its parameters, and how they take a step.
+
+    Which parameters train (``requires_grad``) is read once, here. A trainable parameter that takes no part in a
+    step's loss has a zero gradient, so its momentum and weight decay go on as in every other replica.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        loss: Callable[[nn.Module, Any], Tensor] = next_token_loss,
+        schedule: LRScheduler | None = None,
+        num_micro_batches: int = 1,
+        clip_norm: float | None = 1.0,
+        autocast: torch.dtype | None = None,
+        compile: bool = False,
+    ) -> None:
+        """Nothing is copied: the engine works on the model, optimizer and schedule that it is given.
+
+        Args:
+            model: the replica, in training mode.
+            optimizer: holds each trainable parameter of the model and nothing from outside of it.
+            loss: the mean loss of a (micro-)batch as a 0-d tensor.
+            schedule: advanced after each optimizer step; None keeps the learning rate.
+            num_micro_batches: equal parts of each batch whose gradients are averaged.
+            clip_norm: the largest global L2 norm of the gradients; None does not clip.
+            autocast: the dtype of forward's matrix products, such as torch.bfloat16; None computes in the parameters'.
+            compile: run the model's forward and the loss together through torch.compile.
+
+        Raises:
+            ValueError: for a number out of range, or a model, optimizer and schedule that do not belong together.
+        """
+        if num_micro_batches < 1:
+            raise ValueError(f"num_micro_batches is {num_micro_batches}; it must be at least 1")
+        if clip_norm is not None and clip_norm <= 0:
+            raise ValueError(f"clip_norm is {clip_norm}; it must be above 0, or None not to clip")
+        if schedule is not None and schedule.optimizer is not optimizer:
+            raise ValueError("the schedule was built for another optimizer; build it for the one given here")
+        self.model, self.optimizer, self.schedule = model, optimizer, schedule
+        self._parameters = _trainable(model, optimizer)
+        # Without autograd: arithmetic on what `slots` hands out must not record a graph.
+        self._values = [p.detach() for p in self._parameters]
+        self._device = self._parameters[0].device
+        self._loss = torch.compile(loss) if compile else loss
+        self._num_micro_batches, self._clip_norm, self._autocast = num_micro_batches, clip_norm, autocast
+
+    def backward(self, batch: Any) -> Tensor:
+        """See `Engine.backward`.
+
+        ``batch`` is what the loss takes; with several micro-batches a tensor, or a tuple of tensors, cut along dim 0.
+
+        Raises:
+            ValueError: when the batch cannot be cut into equal micro-batches.
+        """
+        self._drop_gradients()
+        num = self._num_micro_batches
+        losses = []
+        for micro_batch in _micro_batches(batch, num):
+            with self._casting():
+                loss = self._loss(self.model, micro_batch)
+            (loss / num).backward()
+            losses.append(loss.detach().float())
+        for p in self._parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        return sum(losses[1:], start=losses[0]) / num
+
+    def update(self) -> None:
+        """See `Engine.update`."""
+        assert self._parameters[0].grad is not None, "update comes after backward"
+        if self._clip_norm is not None:
+            nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
+        self.optimizer.step()
+        if self.schedule is not None:
+            self.schedule.step()
+        self._drop_gradients()
+
+    def evaluate(self, batch: Any) -> Tensor:
+        """See `Engine.evaluate`; the batch goes through whole, so it must fit as such."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        try:
+            with torch.no_grad(), self._casting():
+                return self._loss(self.model, batch).float()
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def slots(self) -> Mapping[str, list[Tensor]]:
+        """See `Engine.slots`; optimizer states are those tensors that every parameter has in its own shape."""
+        slots = {"param": list(self._values)}
+        grads = [p.grad for p in self._parameters if p.grad is not None]
+        if len(grads) == len(self._parameters):
+            slots["grad"] = grads
+        states = [self.optimizer.state.get(p, {}) for p in self._parameters]
+        for name in states[0]:
+            tensors = [state[name] for state in states if isinstance(state.get(name), Tensor)]
+            shapes = [x.shape for x in tensors]
+            # torch's convention: "step" counts, and has the shape of a 0-d parameter
+            if name != "step" and shapes == [p.shape for p in self._parameters]:
+                slots[name] = tensors
+        return slots
+
+    def lr(self) -> float:
+        """See `Engine.lr`."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Engine.state_dict`; gradients are no part of it.
+
+        Tensors of the model and the optimizer are live: save or copy them before the next step.
+        """
+        on_cuda = self._device.type == "cuda"
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": None if self.schedule is None else self.schedule.state_dict(),
+            "rng_cpu": torch.get_rng_state(),
+            "rng_cuda": torch.cuda.get_rng_state(self._device) if on_cuda else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `Engine.load_state_dict`; the state may come from another device, but random numbers then differ.
+
+        Raises:
+            ValueError: when one of the engine and the state has a schedule and the other has none.
+        """
+        if (self.schedule is None) != (state["schedule"] is None):
+            has, lacks = ("state", "engine") if self.schedule is None else ("engine", "state")
+            raise ValueError(
+                f"the {has} has a learning-rate schedule and the {lacks} has none; resume with the same one"
+            )
+        self._drop_gradients()
+        self.model.load_state_dict(state["model"])
+        _load_optimizer(self.optimizer, state["optimizer"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
+        torch.set_rng_state(state["rng_cpu"].cpu())
+        if self._device.type == "cuda" and state["rng_cuda"] is not None:
+            torch.cuda.set_rng_state(state["rng_cuda"].cpu(), self._device)
+
+    def _casting(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._autocast is None else torch.autocast(self._device.type, self._autocast)
+
+    def _drop_gradients(self) -> None:
+        for p in self._parameters:
+            p.grad = None
+
+
+def _trainable(model: nn.Module, optimizer: Optimizer) -> list[nn.Parameter]:
+    """The model's trainable parameters once each, all of them in the optimizer."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("the model has no trainable parameter: requires_grad is False for all, or there are none")
+    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    left_out = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in optimized]
+    if left_out:
+        raise ValueError(
+            f"trainable parameters that the optimizer does not hold: {', '.join(left_out)}; give them to it or freeze "
+            "them with requires_grad_(False)"
+        )
+    if optimized - {id(p) for p in model.parameters()}:
+        raise ValueError("the optimizer holds parameters that are not the model's; their state could not be saved")
+    addresses = [p.data_ptr() for p in parameters if p.data_ptr()]
+    if len(set(addresses)) < len(addresses):
+        raise ValueError("two parameters share memory; tie them as one nn.Parameter, which then has one gradient")
+    return parameters
+
+
+def _micro_batches(batch: Any, num: int) -> list[Any]:
+    if num == 1:
+        return [batch]
+    if isinstance(batch, tuple):
+        return list(zip(*(_micro_batches(x, num) for x in batch), strict=True))
+    if not isinstance(batch, Tensor):
+        raise ValueError(
+            f"a batch is a {type(batch).__name__}; micro-batches are cut from a tensor or tuple of tensors"
+        )
+    if batch.shape[0] % num:
+        raise ValueError(
+            f"a batch of {batch.shape[0]} cannot be cut into num_micro_batches {num} equal parts: make the batch size "
+            "a multiple of it"
+        )
+    return list(batch.chunk(num))
+
+
+def _load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Load in place: what stands in the optimizer's state keeps its memory.
+
+    torch's own loading replaces the tensors, may share them with ``saved``, and casts them to the dtype of their
+    parameter, which would round fp32 moments of bf16 parameters.
+    """
+    before = {p: dict(state) for p, state in optimizer.state.items()}
+    optimizer.load_state_dict(dict(saved))
+    saved_ids = [i for group in saved["param_groups"] for i in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, p in zip(saved_ids, parameters, strict=True):
+        for name, value in saved["state"].get(i, {}).items():
+            if isinstance(value, Tensor):
+                exact = value.detach().to(optimizer.state[p][name].device, copy=True)
+                old = before.get(p, {}).get(name)
+                if isinstance(old, Tensor) and (old.shape, old.dtype) == (exact.shape, exact.dtype):
+                    exact = old.copy_(exact)
+                optimizer.state[p][name] = exact

@@ -1,0 +1,57 @@
+"""The role of a model in a run: a frozen description that builds the same weights everywhere."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lowcomm.tensors import rng
+
+
+@dataclass(frozen=True)
+class ModelConfig(ABC):
+    """A causal language model: its module maps tokens ``[batch, seq]`` (int64) to logits ``[batch, seq, vocab]``.
+
+    The logits are a tensor, or the attribute ``logits`` of what forward returns.
+    """
+
+    def build(self, vocab_size: int, seed: int) -> nn.Module:
+        """The module in training mode, fp32, on the CPU: bitwise the same for equal arguments, whatever ran before.
+
+        No global random state is changed. Under ``with torch.device("meta")`` the module has shapes and no values.
+
+        Args:
+            vocab_size: the number of token ids that the tokenizer uses; the model may have room for more.
+            seed: of the initial weights.
+
+        Raises:
+            ValueError: when ``vocab_size`` is below 1 or more than the model has room for, or when the default device
+                is an accelerator, whose random numbers would differ from the CPU's.
+        """
+        if vocab_size < 1:
+            raise ValueError(f"vocab_size is {vocab_size}; it must be at least 1")
+        device = torch.get_default_device()
+        if device.type not in ("cpu", "meta"):
+            raise ValueError(
+                f"the default device is {device}; initial weights are drawn on the CPU so that they are the same on "
+                "every machine: build the model outside of torch.device(...) and move it with .to(device)"
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(rng(seed, "model").get_state())
+            return self.construct(vocab_size).train()
+
+    @abstractmethod
+    def construct(self, vocab_size: int) -> nn.Module:
+        """The module, initialised from torch's global CPU generator, which `build` has seeded."""
+
+
+def check_vocabulary(model: str, num_embeddings: int, vocab_size: int) -> None:
+    """Raise ValueError when a model with ``num_embeddings`` token ids meets a tokenizer that has ``vocab_size``."""
+    if num_embeddings < vocab_size:
+        raise ValueError(
+            f"{model} has a vocabulary of {num_embeddings} tokens and the tokenizer needs {vocab_size}: enlarge the "
+            "model's vocabulary to at least that, or choose a tokenizer that fits the model"
+        )

@@ -1,0 +1,48 @@
+"""Any causal language model of the transformers library, by name or local directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lowcomm.models.base import ModelConfig, check_vocabulary
+
+
+@dataclass(frozen=True)
+class HuggingFace(ModelConfig):
+    """A model as AutoModelForCausalLM builds it, in fp32; its forward returns an object with ``logits``.
+
+    Attributes:
+        name: a model's name on the hub, or a local directory with a ``config.json``.
+        pretrained: load the weights too; otherwise only the configuration is read and the weights are random.
+        revision: a branch, tag or commit on the hub; None takes the default branch.
+    """
+
+    name: str
+    pretrained: bool = False
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("name is empty; give a model's name on the hub or a local directory with a config.json")
+
+    def construct(self, vocab_size: int) -> nn.Module:
+        try:
+            from transformers import AutoConfig, AutoModelForCausalLM
+        except ImportError as error:
+            raise ValueError(
+                f"HuggingFace({self.name!r}) needs the transformers library: pip install 'lowcomm[hf]'"
+            ) from error
+        config = AutoConfig.from_pretrained(self.name, revision=self.revision)
+        check_vocabulary(f"HuggingFace({self.name!r})", config.get_text_config().vocab_size, vocab_size)
+        config.use_cache = False  # keys and values of past tokens serve generation only
+        model: nn.Module
+        if self.pretrained:
+            model = AutoModelForCausalLM.from_pretrained(
+                self.name, revision=self.revision, config=config, dtype=torch.float32
+            )
+        else:
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return model

@@ -1,0 +1,1 @@
+"""What surrounds the inner optimizer: learning-rate schedules and parameter groups."""
