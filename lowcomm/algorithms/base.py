@@ -27,8 +27,12 @@ class Algorithm(ABC, Generic[S]):
     """
 
     @abstractmethod
-    def init(self, engine: Engine) -> S:
-        """The state at step 0; every replica holds the same parameters."""
+    def init(self, engine: Engine, comm: Comm) -> S:
+        """The state at step 0, where every replica holds the same parameters. Nothing is sent.
+
+        Raises:
+            ValueError: when the method cannot run with this many members.
+        """
 
     def before_update(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
         """Between backward and the inner update of step ``t``: may replace the gradients. By default nothing."""

@@ -1,0 +1,1 @@
+"""When replicas talk, and what about: one file for each method."""

@@ -1,0 +1,71 @@
+"""How much each replica counts in a round, and the rounds it misses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from lowcomm.tensors import rng
+
+
+@dataclass(frozen=True)
+class DroppedRounds:
+    """Dropped communication (DiLoCo, arXiv:2311.08105, section 3): at each round every replica's delta is lost with
+    some probability, independently. That replica goes on from its own parameters; its next delta is measured from the
+    current anchor and so covers both rounds.
+
+    The draw depends on seed and round only, so every replica knows who is missing. A round that nobody reaches is
+    skipped.
+
+    Attributes:
+        probability: of losing one replica's delta in one round, at least 0 and below 1.
+        divide_by: "survivors" averages over those that arrived; "all" counts the missing as zero, which shortens the
+            step. The paper does not say which it uses.
+        seed: of the draw.
+    """
+
+    probability: float
+    divide_by: Literal["survivors", "all"] = "survivors"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.probability < 1:
+            raise ValueError(f"DroppedRounds(probability={self.probability}): it must be at least 0 and below 1")
+        if self.divide_by not in ("survivors", "all"):
+            raise ValueError(f"DroppedRounds(divide_by={self.divide_by!r}): choose 'survivors' or 'all'")
+
+    def arrived(self, round: int, num_replicas: int) -> list[bool]:
+        """Whether each replica's delta arrives in this round (from 1)."""
+        draws = torch.rand(num_replicas, generator=rng(self.seed, "dropped", round), dtype=torch.float64)
+        return (draws >= self.probability).tolist()
+
+
+def check_weights(weights: Sequence[float]) -> None:
+    """Refuse weights that cannot be shares.
+
+    Raises:
+        ValueError: for a weight that is not positive and finite.
+    """
+    if any(not (w > 0 and math.isfinite(w)) for w in weights):
+        raise ValueError(
+            f"weights {list(weights)}: each must be positive and finite; leave a replica out to give it none"
+        )
+
+
+def factors(
+    round: int, num_replicas: int, weights: Sequence[float] | None, dropped: DroppedRounds | None
+) -> list[float]:
+    """What each replica multiplies its delta by before the plain mean, to make it the weighted mean over arrivals.
+
+    A factor of 1 everywhere is the plain mean; 0 marks a replica whose delta is lost. All zero: nobody arrived.
+    """
+    base = [1.0] * num_replicas if weights is None else list(weights)
+    here = [True] * num_replicas if dropped is None else dropped.arrived(round, num_replicas)
+    counted = [w if arrived else 0.0 for w, arrived in zip(base, here, strict=True)]
+    by_all = dropped is not None and dropped.divide_by == "all"
+    total = sum(base) if by_all else sum(counted)
+    return [w * num_replicas / total for w in counted] if total > 0 else counted

@@ -1,0 +1,69 @@
+"""Small replicas for tests: a model in float64, a stream of batches of its own, an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lowcomm.algorithms.base import Algorithm
+from lowcomm.comm.base import Comm
+from lowcomm.engine.torch_engine import TorchEngine
+from lowcomm.tensors import rng
+
+Inner = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+def sgd(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=0.1)
+
+
+def adamw(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=0.01, weight_decay=0.1)
+
+
+def make_model(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1)).to(dtype)
+    generator = rng(seed, "weights")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.5)
+    return model
+
+
+def make_batch(rank: int, t: int, dtype: torch.dtype = torch.float64, size: int = 8) -> tuple[Tensor, Tensor]:
+    generator = rng(1, "batch", rank, t)
+    x = torch.randn(size, 6, generator=generator, dtype=torch.float64)
+    noise = torch.randn(size, generator=generator, dtype=torch.float64)
+    return x.to(dtype), (x.sum(1).sin() + 0.1 * noise).to(dtype)
+
+
+def mse(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.mse_loss(model(batch[0]).squeeze(1), batch[1])
+
+
+def make_engine(inner: Inner = sgd, dtype: torch.dtype = torch.float64) -> TorchEngine:
+    model = make_model(dtype)
+    return TorchEngine(model, inner(list(model.parameters())), loss=mse, clip_norm=None)
+
+
+def flat(params: list[Tensor]) -> Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in params]).clone()
+
+
+def train(
+    algorithm: Algorithm, comm: Comm, num_steps: int, inner: Inner = sgd, data_rank: int | None = None
+) -> list[Tensor]:
+    """The training loop in small; this replica's flat parameters after each step, and at last after `finish`."""
+    engine = make_engine(inner)
+    state = algorithm.init(engine, comm)
+    trace = []
+    for t in range(1, num_steps + 1):
+        engine.backward(make_batch(comm.rank if data_rank is None else data_rank, t))
+        algorithm.before_update(t, engine, state, comm)
+        engine.update()
+        algorithm.after_update(t, engine, state, comm)
+        trace.append(flat(engine.slots()["param"]))
+    algorithm.finish(num_steps, engine, state, comm)
+    return [*trace, flat(engine.slots()["param"])]

@@ -1,0 +1,109 @@
+"""A world of ranks as threads of one process: sums in rank order, so results do not depend on timing."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lowcomm.comm.base import Comm, Work
+
+T = TypeVar("T")
+PATIENCE_S = 60.0
+
+
+class Board:
+    """Where ranks leave messages for each other."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.posts: dict[Any, dict[int, Any]] = defaultdict(dict)
+
+    def post(self, key: Any, rank: int, value: Any) -> None:
+        with self.changed:
+            assert rank not in self.posts[key]
+            self.posts[key][rank] = value
+            self.changed.notify_all()
+
+    def read(self, key: Any, num_posts: int) -> dict[int, Any]:
+        with self.changed:
+            if not self.changed.wait_for(lambda: len(self.posts[key]) == num_posts, PATIENCE_S):
+                raise TimeoutError(f"{key}: only ranks {sorted(self.posts[key])} came")
+            return self.posts[key]
+
+
+class Later:
+    def __init__(self, wait: Callable[[], Any]) -> None:
+        self.wait = wait
+
+
+class ThreadComm(Comm):
+    def __init__(self, board: Board, rank: int, members: Sequence[int]) -> None:
+        self.board, self.rank, self.members = board, rank, tuple(members)
+        self.counts: dict[str, int] = defaultdict(int)
+
+    def all_sum(self, x: Tensor) -> Work[Tensor]:
+        return self._together("sum", x, lambda xs: torch.stack(xs).sum(0) if len(xs) != 2 else xs[0] + xs[1])
+
+    def all_gather(self, x: Tensor) -> Work[list[Tensor]]:
+        return self._together("gather", x, lambda xs: [v.clone() for v in xs])
+
+    def all_to_all(self, xs: list[Tensor]) -> Work[list[Tensor]]:
+        me = self.members.index(self.rank)
+        return self._together("all_to_all", xs, lambda rows: [row[me].clone() for row in rows])
+
+    def broadcast(self, x: Tensor, source: int) -> Work[Tensor]:
+        return self._together("broadcast", x, lambda xs: xs[self.members.index(source)].clone())
+
+    def send(self, x: Tensor, to: int) -> Work[None]:
+        raise AssertionError("no test sends yet")
+
+    def recv(self, like: Tensor, source: int | None = None) -> Work[tuple[int, Tensor]]:
+        raise AssertionError("no test receives yet")
+
+    def sub(self, members: Sequence[int]) -> Comm:
+        return ThreadComm(self.board, self.rank, sorted(members))
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def _together(self, kind: str, value: Any, combine: Callable[[list[Any]], Any]) -> Later:
+        copy = [x.detach().clone() for x in value] if isinstance(value, list) else value.detach().clone()
+        key = (self.members, self.counts["all"])  # a mismatch of kinds shows as a wrong combination
+        self.counts["all"] += 1
+        self.board.post(key, self.rank, (kind, copy))
+
+        def wait() -> Any:
+            posts = self.board.read(key, len(self.members))
+            kinds = {posts[r][0] for r in self.members}
+            assert kinds == {kind}, f"ranks disagree about what they do: {kinds}"
+            return combine([posts[r][1] for r in self.members])
+
+        return Later(wait)
+
+
+def run_world(num_ranks: int, program: Callable[[Comm], T]) -> list[T]:
+    """Run ``program(comm)`` on every rank; the results in rank order, or the first error."""
+    board, results, errors = Board(), [None] * num_ranks, [None] * num_ranks
+
+    def body(rank: int) -> None:
+        try:
+            results[rank] = program(ThreadComm(board, rank, range(num_ranks)))
+        except BaseException as error:  # noqa: BLE001 - handed to the caller below
+            errors[rank] = error
+
+    threads = [threading.Thread(target=body, args=(rank,), daemon=True) for rank in range(num_ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    for error in errors:
+        if error is not None:
+            raise error
+    assert not any(thread.is_alive() for thread in threads), "a rank hangs"
+    return results
