@@ -1,0 +1,101 @@
+"""Whatever the tensors and the buckets, every tensor comes back averaged, and alike on all ranks."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowcomm.compress.cast import Cast
+from lowcomm.compress.identity import Identity
+from lowcomm.reduce import Reducer
+from lowcomm.tensors import buckets, digest, flatten, num_bytes, rng, unflatten
+from tests.world import run_world
+
+SHAPES = st.lists(st.sampled_from([(), (0,), (1,), (3,), (2, 5), (7, 1, 3), (13,), (0, 4)]), min_size=1, max_size=8)
+DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16])
+
+
+def tensors(shapes, dtypes, seed, rank):
+    generator = rng(seed, "tensors", rank)
+    drawn = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    return [x.to(dtype) for x, dtype in zip(drawn, dtypes, strict=True)]
+
+
+@settings(max_examples=60)
+@given(
+    shapes=SHAPES,
+    data=st.data(),
+    bucket_bytes=st.sampled_from([1, 7, 24, 64, 100, 10_000]),
+    num_ranks=st.sampled_from([1, 2, 3, 5, 8]),
+    compressor=st.sampled_from([Identity(), Cast("float16"), Cast("bfloat16")]),
+)
+def test_every_tensor_comes_back_averaged(shapes, data, bucket_bytes, num_ranks, compressor):
+    dtypes = data.draw(st.lists(DTYPES, min_size=len(shapes), max_size=len(shapes)))
+    lists = [tensors(shapes, dtypes, 0, rank) for rank in range(num_ranks)]
+    reducer = Reducer(compressor, bucket_bytes=bucket_bytes)
+
+    def program(comm):
+        mine = lists[comm.rank]
+        before = digest(mine)
+        means, _ = reducer.mean(mine, reducer.init(mine), comm).result()
+        assert digest(mine) == before, "the input was modified"
+        return means
+
+    results = run_world(num_ranks, program)
+    for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True)):
+        expected = torch.stack([xs[i].double() for xs in lists]).mean(0)
+        coarsest = (
+            torch.bfloat16 if compressor == Cast("bfloat16") else torch.float16 if compressor != Identity() else dtype
+        )
+        eps = max(torch.finfo(dtype).eps, torch.finfo(coarsest).eps)
+        for means in results:
+            assert means[i].shape == torch.Size(shape) and means[i].dtype == dtype
+            assert torch.allclose(means[i].double(), expected, rtol=2 * eps, atol=8 * eps)
+            assert digest([means[i]]) == digest([results[0][i]]), "ranks differ"
+
+
+@given(shapes=SHAPES, data=st.data(), bucket_bytes=st.integers(1, 200))
+def test_buckets_partition_and_keep_their_limit(shapes, data, bucket_bytes):
+    dtypes = data.draw(st.lists(DTYPES, min_size=len(shapes), max_size=len(shapes)))
+    xs = tensors(shapes, dtypes, 0, 0)
+    groups = buckets(xs, bucket_bytes)
+    assert sorted(i for group in groups for i in group) == list(range(len(xs)))
+    for group in groups:
+        assert len({xs[i].dtype for i in group}) == 1
+        assert len(group) == 1 or num_bytes([xs[i] for i in group]) <= bucket_bytes
+
+
+@given(shapes=SHAPES)
+def test_unflatten_undoes_flatten(shapes):
+    xs = tensors(shapes, [torch.float32] * len(shapes), 0, 0)
+    flat = flatten(xs)
+    assert flat.shape == (sum(x.numel() for x in xs),)
+    assert all(torch.equal(a, b) for a, b in zip(xs, unflatten(flat, xs), strict=True))
+
+
+def test_trailing_tensors_are_not_lost():
+    """Sizes on which another implementation's packer drops the last tensor, or all of them."""
+    for sizes, bucket_elements in [((6, 6, 6), 10), ((12, 4, 4), 8), ((3, 10, 3), 8), ((5, 5, 5), 8)]:
+        lists = [[torch.full((n,), float(rank + i)) for i, n in enumerate(sizes)] for rank in range(2)]
+        reducer = Reducer(bucket_bytes=4 * bucket_elements)
+        for means, _ in run_world(2, lambda c: reducer.mean(lists[c.rank], reducer.init(lists[c.rank]), c).result()):  # noqa: B023
+            assert [m.unique().tolist() for m in means] == [[0.5], [1.5], [2.5]]
+
+
+def test_empty_list_and_bad_bucket_are_refused():
+    with pytest.raises(ValueError, match="empty"):
+        flatten([])
+    with pytest.raises(ValueError, match="bucket_bytes"):
+        Reducer(bucket_bytes=0)
+
+
+def test_rng_depends_on_its_purpose_alone():
+    def draw(*key):
+        return torch.rand(4, generator=rng(*key)).tolist()
+
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    assert draw(0, "a", 1) == draw(0, "a", 1)
+    others = [draw(0, "a", 2), draw(0, "b", 1), draw(1, "a", 1), draw(0, "a", "1"), draw(0, "a/int:1")]
+    assert all(x != draw(0, "a", 1) for x in others)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,77 @@
+"""Tokenizers: bytes, and BPE trained on a little text."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lowcomm.data import BPE, Bytes, Files, train_bpe
+
+TEXT = "the cat sat on the mat, the cat äöü 猫 sat on the hat. " * 20
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("bpe")
+    (folder / "a.txt").write_text(TEXT, encoding="utf-8")
+    return train_bpe(Files([str(folder / "a.txt")]), 300, str(folder / "bpe.json"))
+
+
+def test_bytes():
+    ids = Bytes().encode("aä\0")
+    assert ids.tolist() == [97, 195, 164, 0]
+    assert (Bytes().vocab_size, Bytes().separator, len(Bytes().fingerprint)) == (256, 0, 32)
+
+
+def test_bpe_is_reversible_and_shorter_than_bytes(bpe):
+    ids = bpe.encode(TEXT)
+    assert len(ids) < len(TEXT.encode()) / 2
+    assert bpe._tokenizer.decode(ids.tolist()) == TEXT
+    assert bpe.vocab_size <= 300
+    assert ids.max() < bpe.vocab_size
+    assert bpe.separator == 0
+    # text never seen still encodes: bytes are tokens
+    assert bpe._tokenizer.decode(bpe.encode("Привет\x01").tolist()) == "Привет\x01"
+
+
+def test_bpe_batch_equals_one_by_one(bpe):
+    texts = ["the cat", "", TEXT]
+    for one, many in zip([bpe.encode(text) for text in texts], bpe.encode_batch(texts), strict=True):
+        np.testing.assert_array_equal(one, many)
+
+
+def test_special_token_in_text_is_text(bpe):
+    ids = bpe.encode("a<|endoftext|>b").tolist()
+    assert bpe.separator not in ids
+    assert bpe._tokenizer.decode(ids) == "a<|endoftext|>b"
+
+
+def test_settings_in_the_file_that_would_lose_or_add_tokens_are_off(bpe, tmp_path):
+    content = json.loads(Path(bpe.path).read_text(encoding="utf-8"))
+    content["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "b.json").write_text(json.dumps(content), encoding="utf-8")
+    other = BPE(str(tmp_path / "b.json"))
+    assert other.encode(TEXT).tolist() == bpe.encode(TEXT).tolist()
+    assert other.fingerprint != bpe.fingerprint
+
+
+def test_bpe_survives_pickling_and_equals_its_copy(bpe):
+    bpe.encode("load it")
+    copy = pickle.loads(pickle.dumps(bpe))
+    assert copy == bpe == BPE(bpe.path)
+    assert copy.encode("the cat").tolist() == bpe.encode("the cat").tolist()
+
+
+def test_errors(bpe, tmp_path):
+    with pytest.raises(ValueError, match=r"missing\.json cannot be read.*train_bpe"):
+        _ = BPE(str(tmp_path / "missing.json")).vocab_size
+    (tmp_path / "bad.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"bad\.json is no tokenizer"):
+        BPE(str(tmp_path / "bad.json")).encode("x")
+    with pytest.raises(ValueError, match=r"no token '</s>'; set end_of_document"):
+        _ = BPE(bpe.path, end_of_document="</s>").separator
+    with pytest.raises(ValueError, match=r"vocab_size is 256; .* at least 257"):
+        train_bpe(Files([bpe.path]), 256, str(tmp_path / "c.json"))
