@@ -1,0 +1,291 @@
+"""Checkpoints: every rank saves its own whole state, and a folder either is whole or ends in ``.partial``.
+
+    <run>/checkpoints/t00000100/rank00000/    *.distcp .metadata    tensors, by torch.distributed.checkpoint
+                                              tree.json             everything else, with a place for each tensor
+                                              manifest.json         run, step, ranks; bytes and sha256 of each file
+
+Replicas differ (local parameters, moments, data cursor) and may share no disk, so nothing is exchanged while saving.
+A folder is written under another name, flushed to the disk and then renamed: a rank that dies at any moment leaves the
+checkpoints before it as they were.
+
+Algorithms keep their state in dataclasses; `lowcomm.state` turns them into what can be saved, and back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+
+MANIFEST, TREE = "manifest.json", "tree.json"
+_LEAVES = (bool, int, float, str, type(None))
+# what torch.distributed.checkpoint adds to each tensor, measured with torch 2.13 and rounded up
+_TENSOR_OVERHEAD_BYTES = 2048
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one rank of one run.
+
+    A state is a nest of dicts with str or int keys, lists, tuples, tensors, and bool, int, float, str or None. It comes
+    back exactly, without a template: tensors on the CPU, subclasses of dict as dict, parameters as tensors.
+
+    Attributes:
+        dir: the folder ``checkpoints`` of the run; made when first needed.
+        rank: this process.
+        world_size: ranks of the run. A checkpoint of another number cannot be resumed.
+        run_id: names the run; a folder that holds another run's checkpoints is refused.
+        keep: whole checkpoints that `prune` leaves.
+    """
+
+    dir: Path
+    rank: int
+    world_size: int
+    run_id: str
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ValueError(f"keep is {self.keep}; at least 1 checkpoint must be kept, 2 is usual")
+
+    def save(self, t: int, state: Mapping[str, Any]) -> Path:
+        """Write the state after inner step ``t`` and return its folder; the caller may change tensors afterwards.
+
+        A checkpoint of the same step is replaced.
+
+        Raises:
+            ValueError: when the state holds something that cannot be saved; says where.
+        """
+        tensors: dict[str, Tensor] = {}
+        tree = _split(dict(state), "state", tensors)
+        whole = self._folder(t)
+        partial = whole.with_name(f"{whole.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        with _in_one_process():
+            state_dict_saver.save(tensors, storage_writer=FileSystemWriter(partial, sync_files=False), no_dist=True)
+        (partial / TREE).write_text(json.dumps(tree), encoding="utf-8")
+        files = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(partial.iterdir())}
+        manifest = {**self._identity(t), "files": files}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for path in [*partial.iterdir(), partial]:
+            _flush(path)
+        replaced = [_set_aside(whole)] if whole.exists() else []
+        os.rename(partial, whole)
+        for path in (whole.parent, self.dir, self.dir.parent):
+            _flush(path)
+        for path in replaced:
+            shutil.rmtree(path)
+        return whole
+
+    def steps(self) -> list[int]:
+        """The steps whose checkpoint is whole on this rank (all files there, in their size), oldest first.
+
+        Raises:
+            ValueError: when one of them is another run's, or of another number of ranks.
+        """
+        return [t for t in self._present() if self._manifest(t) is not None]
+
+    def newest(self, others: Iterable[Iterable[int]] = ()) -> int | None:
+        """The newest step that is whole here and in each of ``others``, the `steps` of other ranks; None without one.
+
+        Raises:
+            ValueError: as `steps`.
+        """
+        return max(set(self.steps()).intersection(*others), default=None)
+
+    def load(self, t: int) -> dict[str, Any]:
+        """The state that was saved after step ``t``, with every byte checked against its sha256.
+
+        Raises:
+            ValueError: when there is none, it is another run's, or a file is damaged; names the file.
+        """
+        folder, manifest = self._folder(t), self._manifest(t)
+        if manifest is None:
+            raise ValueError(
+                f"{folder} holds no whole checkpoint; rank {self.rank} has those of steps {self.steps()} in {self.dir}"
+            )
+        for name, file in manifest["files"].items():
+            if (found := _sha256(folder / name)) != file["sha256"]:
+                raise ValueError(
+                    f"{folder / name} is damaged: its sha256 is {found}, the manifest says {file['sha256']}; delete "
+                    f"{folder} to resume from an older step"
+                )
+        tree = json.loads((folder / TREE).read_text(encoding="utf-8"))
+        tensors: dict[str, Tensor] = {}
+        state = _join(tree, tensors)
+        with _in_one_process():
+            state_dict_loader.load(dict(tensors), storage_reader=FileSystemReader(folder), no_dist=True)
+        assert isinstance(state, dict)
+        return state
+
+    def prune(self, confirmed_t: int) -> None:
+        """Delete what is older than the newest `keep` up to ``confirmed_t``, and what dead writers left.
+
+        ``confirmed_t`` is whole on all ranks. It and anything newer stay.
+        """
+        older = [t for t in self._present() if t < confirmed_t]
+        whole = [t for t in older if self._manifest(t) is not None]
+        kept = whole[max(len(whole) - (self.keep - 1), 0) :]
+        self._delete(t for t in older if t not in kept)
+
+    def discard_after(self, t: int) -> None:
+        """Delete what is newer than ``t``, on resuming from it.
+
+        Otherwise a rank that dies early in its second life could leave a newer step in which ranks mix both lives.
+        """
+        self._delete(newer for newer in self._present() if newer > t)
+
+    def require_space(self, num_bytes: int) -> None:
+        """Check that the disk takes `keep` checkpoints of ``num_bytes`` (see `state_bytes`) and one being written.
+
+        Those that are already there count. Ranks that share a disk each need as much: multiply ``num_bytes``.
+
+        Raises:
+            ValueError: when too little is free.
+        """
+        place = next(p for p in (self.dir, *self.dir.resolve().parents) if p.exists())
+        free = shutil.disk_usage(place).free
+        there = sum(file.stat().st_size for t in self._present() for file in self._folder(t).iterdir())
+        needed = num_bytes * (self.keep + 1) - there
+        if free < needed:
+            raise ValueError(
+                f"{place} has {free / 1e9:.2f} GB free, but {self.keep + 1} checkpoints of {num_bytes / 1e9:.2f} GB "
+                f"(keep={self.keep} and the one being written) need {needed / 1e9:.2f} GB more than is there; free "
+                "space, write to another disk or keep fewer"
+            )
+
+    def _identity(self, t: int) -> dict[str, Any]:
+        return {"run_id": self.run_id, "world_size": self.world_size, "rank": self.rank, "t": t}
+
+    def _folder(self, t: int) -> Path:
+        return self.dir / f"t{t:08d}" / f"rank{self.rank:05d}"
+
+    def _present(self) -> list[int]:
+        """The steps of all folders that have this rank's name, whole or damaged, oldest first."""
+        names = (folder.parent.name for folder in self.dir.glob(f"t*/{self._folder(0).name}"))
+        return sorted(int(name[1:]) for name in names if re.fullmatch(r"t\d{8}|t[1-9]\d{8,}", name))
+
+    def _manifest(self, t: int) -> dict[str, Any] | None:
+        """The manifest of a step with all its files in their sizes, otherwise None."""
+        folder = self._folder(t)
+        try:
+            manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            if any((folder / name).stat().st_size != file["bytes"] for name, file in manifest["files"].items()):
+                return None
+        except (OSError, ValueError, KeyError):
+            return None
+        for name, mine in self._identity(t).items():
+            if (theirs := manifest.get(name)) != mine:
+                raise ValueError(
+                    f"{folder} was saved with {name} {theirs!r}, but here {name} is {mine!r}; resume with what it was "
+                    "saved with, or start a new run in another folder"
+                )
+        return manifest
+
+    def _delete(self, steps: Iterable[int]) -> None:
+        """Delete steps and whatever a dead writer of this rank left; a deletion that is cut short leaves no half."""
+        for t in steps:
+            _set_aside(self._folder(t))
+        name = self._folder(0).name
+        for leftover in [*self.dir.glob(f"t*/{name}.partial"), *self.dir.glob(f"t*/{name}.old.partial")]:
+            shutil.rmtree(leftover)
+            with suppress(OSError):  # ranks that share the disk may still have theirs in it
+                leftover.parent.rmdir()
+
+
+def state_bytes(state: Mapping[str, Any]) -> int:
+    """Bytes on the disk that a checkpoint of ``state`` takes, rounded up.
+
+    An optimizer that has not stepped yet holds no moments: their bytes are the caller's to add.
+    """
+    tensors: dict[str, Tensor] = {}
+    tree = _split(dict(state), "state", tensors)
+    elements = sum(x.numel() * x.element_size() + _TENSOR_OVERHEAD_BYTES for x in tensors.values())
+    return len(json.dumps(tree)) + elements + 2 * _TENSOR_OVERHEAD_BYTES
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _set_aside(folder: Path) -> Path:
+    """Rename a folder so that nobody takes it for whole; what was set aside before it is deleted."""
+    aside = folder.with_name(f"{folder.name}.old.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(folder, aside)
+    return aside
+
+
+@contextmanager
+def _in_one_process() -> Iterator[None]:
+    """Without torch's warning that it works in one process, which is what we ask of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
+# ---- a state as tensors by name and JSON ----------------------------------------------------------------------------
+
+
+def _split(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
+    """The JSON form of ``value``; its tensors are added to ``tensors``, named by where they stand."""
+    if type(value) in _LEAVES:
+        return value
+    if isinstance(value, Tensor):
+        data = value.detach()
+        if type(data) is not Tensor or data.layout != torch.strided or data.is_meta:
+            raise ValueError(
+                f"{where} is a {type(data).__name__} on {data.device} with layout {data.layout}; only dense tensors "
+                "with values can be saved: give the local shard"
+            )
+        tensors[where] = data
+        return {"tensor": where, "shape": list(data.shape), "dtype": str(data.dtype).removeprefix("torch.")}
+    if type(value) in (list, tuple):
+        return {type(value).__name__: [_split(v, f"{where}[{i}]", tensors) for i, v in enumerate(value)]}
+    if isinstance(value, dict):
+        if wrong := [key for key in value if type(key) not in (str, int)]:
+            raise ValueError(f"{where} has the key {wrong[0]!r}; keys of a saved dict are str or int")
+        return {"dict": [[key, _split(v, f"{where}[{key!r}]", tensors)] for key, v in value.items()]}
+    raise ValueError(
+        f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be saved; a state is made of "
+        "dicts, lists, tuples, tensors, bool, int, float, str and None (state_tree turns dataclasses into these)"
+    )
+
+
+def _join(node: Any, tensors: dict[str, Tensor]) -> Any:
+    """The inverse of `_split`: the value, its tensors empty and also in ``tensors``, to be filled."""
+    if not isinstance(node, dict):
+        return node
+    if "tensor" in node:
+        return tensors.setdefault(node["tensor"], torch.empty(node["shape"], dtype=getattr(torch, node["dtype"])))
+    if "dict" in node:
+        return {key: _join(value, tensors) for key, value in node["dict"]}
+    values = [_join(value, tensors) for value in node["list" if "list" in node else "tuple"]]
+    return values if "list" in node else tuple(values)

@@ -1,0 +1,190 @@
+"""What a run counts while it trains: tokens, seconds, bytes, losses; and the lines that it makes of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowcomm.comm.metered import Meter
+from lowcomm.data.validation import bits_per_byte
+
+
+class Diverged(Exception):
+    """A loss became infinite or NaN.
+
+    Attributes:
+        t: the inner step that computed it.
+    """
+
+    def __init__(self, t: int, loss: float) -> None:
+        super().__init__(f"the loss of inner step {t} is {loss}")
+        self.t = t
+
+
+@dataclass
+class Ledger:
+    """One rank's books.
+
+    Attributes:
+        write: where lines go, as dicts with the keys of `lowcomm.metrics`.
+        meter: this rank's traffic.
+        now: seconds, virtual in a simulation.
+        rank: of this process.
+        num_replicas: that train together.
+        step_tokens: training tokens of one inner step of all replicas.
+        log_every: inner steps between lines.
+        token_flops: floating-point operations a training token costs; None where nobody asks.
+        peak_flops: of this device each second, in bfloat16; None where unknown.
+    """
+
+    write: Callable[[dict[str, Any]], None]
+    meter: Meter
+    now: Callable[[], float]
+    rank: int
+    num_replicas: int
+    step_tokens: int
+    log_every: int
+    token_flops: float | None
+    peak_flops: float | None
+
+    t: int = 0
+    time_s: float = 0.0
+    train_s: float = 0.0
+    steady_s: float = 0.0
+    steady_tokens: int = 0
+    val_loss: float | None = None
+    _losses: list[Tensor] = field(default_factory=list)
+    _loss: float = math.nan
+    _since_s: float | None = None
+    _warm: bool = False
+    _round: int = 0
+
+    def start(self) -> None:
+        """The clock runs from now."""
+        self._since_s = self.now()
+
+    def step(self, t: int, loss: Tensor, lr: float, round: int) -> None:
+        """Note an inner step; every `log_every` steps write a line.
+
+        Raises:
+            Diverged: when a loss since the last line is not finite.
+        """
+        self._losses.append(loss.detach())
+        self.t = t
+        if t % self.log_every == 0:
+            self.flush(lr, round)
+
+    def flush(self, lr: float, round: int) -> None:
+        """Write what was noted since the last line, if anything; waits for the device."""
+        if not self._losses:
+            return
+        losses = torch.stack(self._losses).double().tolist()
+        self._losses.clear()
+        self.meter.settle()
+        window_s = self._pass_time(training=True)
+        for i, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                raise Diverged(self.t - len(losses) + 1 + i, loss)
+        window_tokens = len(losses) * self.step_tokens
+        if self._warm:  # the first window holds compilation and first touches
+            self.steady_s, self.steady_tokens = self.steady_s + window_s, self.steady_tokens + window_tokens
+        self._warm = True
+        self._loss = sum(losses) / len(losses)
+        speed = self._speed(window_tokens, window_s)
+        self.write(self._line("step") | {"round": round, "loss": self._loss, "lr": lr} | speed)
+        if round != self._round:
+            self._round = round
+            self.write(self._line("round") | {"round": round, "members": self.num_replicas})
+
+    def evaluation(self, loss: float, bytes_per_token: float) -> None:
+        """Write a validation loss, in nats a token and bits a byte."""
+        self.val_loss = loss
+        bits = bits_per_byte(loss, bytes_per_token)
+        self.write(self._line("eval") | {"round": self._round, "val_loss": loss, "val_bits_per_byte": bits})
+
+    def summary(self, algorithm: str, num_parameters: int, bytes_per_token: float) -> dict[str, Any]:
+        """Write and return the last line."""
+        line = self._line("summary") | {
+            "round": self._round,
+            "algorithm": algorithm,
+            "num_parameters": num_parameters,
+            "members": self.num_replicas,
+            "loss": self._loss,
+            "val_loss": self.val_loss,
+            "traffic": {
+                tag: {"bytes_sent": x.bytes_sent, "bytes_received": x.bytes_received, "exchanges": x.num_exchanges}
+                for tag, x in sorted(self.meter.by_tag.items())
+            },
+        }
+        if self.val_loss is not None:
+            line["val_bits_per_byte"] = bits_per_byte(self.val_loss, bytes_per_token)
+        # A run of a single window has no steady part: its only window counts.
+        tokens, seconds = (
+            (self.steady_tokens, self.steady_s) if self.steady_s > 0 else (self.t * self.step_tokens, self.train_s)
+        )
+        line |= self._speed(tokens, seconds)
+        self.write(line)
+        return line
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside (evaluation, checkpoints) counts for the run but not for training speed."""
+        self._pass_time(training=True)
+        try:
+            yield
+        finally:
+            self._pass_time(training=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on from."""
+        assert not self._losses, "flush before saving"
+        counts = {name: getattr(self, name) for name in _SAVED}
+        return counts | {"meter": self.meter.state_dict(), "round": self._round, "loss": self._loss}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        for name in _SAVED:
+            setattr(self, name, state[name])
+        self._round, self._loss = state["round"], state["loss"]
+        self.meter.load_state_dict(state["meter"])
+
+    def _pass_time(self, training: bool) -> float:
+        assert self._since_s is not None, "start() first"
+        now = self.now()
+        seconds, self._since_s = now - self._since_s, now
+        self.time_s += seconds
+        if training:
+            self.train_s += seconds
+        return seconds
+
+    def _line(self, kind: str) -> dict[str, Any]:
+        return {
+            "kind": kind,
+            "t": self.t,
+            "rank": self.rank,
+            "time_s": self.time_s,
+            "tokens": self.t * self.step_tokens,
+            "bytes_sent": self.meter.bytes_sent,
+            "bytes_received": self.meter.bytes_received,
+            "comm_wait_s": self.meter.wait_s,
+            "compute_s": max(0.0, self.train_s - self.meter.wait_s),
+        }
+
+    def _speed(self, tokens: int, seconds: float) -> dict[str, float | None]:
+        per_s = tokens / seconds if seconds > 0 else None
+        mfu = (
+            per_s
+            and self.peak_flops
+            and self.token_flops
+            and per_s / self.num_replicas * self.token_flops / self.peak_flops
+        )
+        return {"tokens_per_s": per_s, "mfu": mfu}
+
+
+_SAVED = ("t", "time_s", "train_s", "steady_s", "steady_tokens", "val_loss")

@@ -1,0 +1,371 @@
+"""Checkpoints come back exactly, survive a death at any moment, and refuse what is damaged or not theirs."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lowcomm.checkpoint import MANIFEST, TREE, Checkpoints, state_bytes
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8, torch.int64, torch.bool]
+
+
+@pytest.fixture(autouse=True)
+def _quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of small files need not wait for a busy disk; test_flushed_before_renamed counts the waits."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+def checkpoints(run: Path, rank: int = 0, world_size: int = 2, run_id: str = "run", keep: int = 2) -> Checkpoints:
+    return Checkpoints(run / "checkpoints", rank, world_size, run_id, keep)
+
+
+def small_state(value: float = 0.0) -> dict[str, Any]:
+    return {"x": torch.full((3,), value), "t": int(value), "nested": {"y": [torch.tensor(value), None]}}
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    """The same types and values all the way down; NaN equals NaN and -0.0 differs from 0.0."""
+    if isinstance(a, Tensor):
+        assert isinstance(b, Tensor)
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert torch.equal(*(x.detach().contiguous().reshape(-1).view(torch.uint8) for x in (a, b)))
+    elif isinstance(a, dict):
+        assert isinstance(b, dict)
+        assert [(type(k), k) for k in a] == [(type(k), k) for k in b]
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert type(a) is type(b)
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    else:
+        assert type(a) is type(b)
+        assert repr(a) == repr(b)
+
+
+tensors = st.builds(
+    lambda dtype, shape: torch.arange(math.prod(shape)).reshape(shape).to(dtype),
+    st.sampled_from(DTYPES),
+    st.lists(st.integers(0, 3), max_size=3),
+)
+keys = st.text(max_size=4) | st.integers()
+states = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | tensors,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(keys, inner, max_size=3)
+    ),
+    max_leaves=8,
+)  # fmt: skip
+
+
+@settings(max_examples=40)
+@given(state=st.dictionaries(keys, states, max_size=3))
+def test_round_trip(state: dict[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
+    saved = checkpoints(tmp_path_factory.mktemp("run"))
+    saved.save(1, state)
+    assert_equal(saved.load(1), state)
+
+
+def test_optimizer_and_views_round_trip(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    big = torch.arange(1000.0)
+    state = {
+        "model": dict(model.state_dict()),
+        "optimizer": optimizer.state_dict(),
+        "p": model.weight,
+        "view": big[5:7],
+    }
+    folder = checkpoints(tmp_path).save(1, state)
+    assert_equal(checkpoints(tmp_path).load(1), state)
+    size = sum(f.stat().st_size for f in folder.iterdir())
+    assert size <= state_bytes(state) < size + 50_000
+    assert state_bytes({"x": torch.zeros(10**6)}) == pytest.approx(4e6, rel=0.01)
+
+
+def test_saved_tensors_are_snapshots(tmp_path: Path) -> None:
+    x = torch.zeros(3)
+    checkpoints(tmp_path).save(1, {"x": x})
+    x += 1
+    assert_equal(checkpoints(tmp_path).load(1), {"x": torch.zeros(3)})
+
+
+@pytest.mark.parametrize(
+    ("state", "where"),
+    [
+        ({"a": [object()]}, r"state\['a'\]\[0\] is a builtins.object"),
+        ({"a": {1.5: 0}}, r"state\['a'\] has the key 1.5"),
+        ({"a": torch.zeros(2, device="meta")}, r"state\['a'\].*meta"),
+        ({"a": torch.eye(2).to_sparse()}, r"state\['a'\].*sparse"),
+    ],
+)
+def test_what_cannot_be_saved_is_named(tmp_path: Path, state: dict[str, Any], where: str) -> None:
+    with pytest.raises(ValueError, match=where):
+        checkpoints(tmp_path).save(1, state)
+    assert checkpoints(tmp_path).steps() == []
+
+
+def test_ranks_stand_beside_each_other(tmp_path: Path) -> None:
+    for rank, steps in enumerate([(1, 2, 3), (1, 2)]):
+        for t in steps:
+            checkpoints(tmp_path, rank).save(t, small_state(10 * rank + t))
+    assert (checkpoints(tmp_path, 0).newest(), checkpoints(tmp_path, 1).newest()) == (3, 2)
+    assert checkpoints(tmp_path, 0).newest([[1, 2], (2, 1)]) == 2
+    assert checkpoints(tmp_path, 0).newest([[4]]) is None
+    assert_equal(checkpoints(tmp_path, 1).load(2), small_state(12))
+    with pytest.raises(ValueError, match=r"rank 1 has those of steps \[1, 2\]"):
+        checkpoints(tmp_path, 1).load(3)
+
+
+def test_flushed_before_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file and the folder's names are on the disk before the folder counts as whole, its own name after."""
+    flushed: set[int] = set()
+    before_rename: set[int] = set()
+    rename = os.rename
+
+    def noted_rename(source: Any, target: Any) -> None:
+        if Path(source).is_dir():
+            before_rename.update(flushed)
+            flushed.clear()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.add(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(os, "rename", noted_rename)
+    folder = checkpoints(tmp_path).save(1, small_state())
+    assert {path.stat().st_ino for path in (*folder.iterdir(), folder)} <= before_rename
+    assert {path.stat().st_ino for path in (folder.parent, folder.parent.parent, tmp_path)} <= flushed
+
+
+class Killed(BaseException):
+    """No library may mistake it for an error to recover from."""
+
+
+def kill_at(n: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Die at the n-th touch of the file system (from 0), leaving half a file when it is a write; counts touches."""
+    touched = 0
+
+    def dies(function: Callable[..., Any]) -> Callable[..., Any]:
+        def touch(*args: Any, **kwargs: Any) -> Any:
+            nonlocal touched
+            touched += 1
+            if touched > n:
+                if function is io.open and "w" in (args[1] if len(args) > 1 else kwargs.get("mode", "r")):
+                    Path(os.fspath(args[0])).touch()
+                raise Killed
+            return function(*args, **kwargs)
+
+        return touch
+
+    names = ["mkdir", "rename", "fsync", "open", "unlink", "rmdir"]
+    for module, name in [*((os, name) for name in names), (io, "open")]:
+        monkeypatch.setattr(module, name, dies(getattr(module, name)))
+    return lambda: touched
+
+
+def assert_unsuffixed_is_whole(saved: Checkpoints) -> None:
+    assert saved.steps() == sorted(int(folder.parent.name[1:]) for folder in saved.dir.glob("t*/rank00000"))
+
+
+@pytest.mark.parametrize("t", [2, 3])
+def test_death_at_every_moment_of_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, t: int) -> None:
+    """A new step (3), or one that replaces an old one (2): what is listed is whole, step 1 is always there."""
+    saved = checkpoints(tmp_path)
+    finished = False
+    n = 0
+    while not finished:
+        shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+        for old in (1, 2):
+            saved.save(old, small_state(old))
+        with monkeypatch.context() as patch:
+            touched = kill_at(n, patch)
+            try:
+                saved.save(t, small_state(9))
+                finished = True
+            except BaseException:  # DCP wraps what it meets
+                assert touched() > n
+        assert {1} <= set(saved.steps()) <= {1, 2, 3}
+        assert_unsuffixed_is_whole(saved)
+        for step in saved.steps():
+            values = [9, step] if step == t else [step]
+            assert saved.load(step)["t"] in values
+        saved.save(t, small_state(9))  # the next life is not hindered by what the dead one left
+        assert saved.newest() == t
+        assert_equal(saved.load(t), small_state(9))
+        saved.prune(t)
+        assert not list(tmp_path.rglob("*.partial"))
+        n += 1
+    assert n > 15
+
+
+def test_death_at_every_moment_of_pruning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = checkpoints(tmp_path, keep=1)
+    n, finished = 0, False
+    while not finished:
+        for t in (1, 2, 3):
+            saved.save(t, small_state(t))
+        with monkeypatch.context() as patch:
+            kill_at(n, patch)
+            try:
+                saved.prune(3)
+                finished = True
+            except Killed:
+                pass
+        assert_unsuffixed_is_whole(saved)
+        for step in saved.steps():
+            assert_equal(saved.load(step), small_state(step))
+        assert saved.newest() == 3
+        n += 1
+    assert n > 3
+    assert saved.steps() == [3]
+
+
+CHILD = """
+import os, sys, time
+from pathlib import Path
+import torch
+from lowcomm.checkpoint import Checkpoints
+saved = Checkpoints(Path(sys.argv[1]) / "checkpoints", 0, 2, "run")
+saved.save(1, {"x": torch.ones(1000)})
+flush = os.fsync
+def stuck(descriptor):
+    flush(descriptor)
+    print("writing", flush=True)
+    time.sleep(60)
+os.fsync = stuck
+saved.save(2, {"x": torch.ones(1000)})
+"""
+
+
+def test_real_kill_while_writing(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    with subprocess.Popen(
+        [sys.executable, "-c", CHILD, tmp_path], stdout=subprocess.PIPE, text=True, cwd=root
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "writing\n"
+        child.send_signal(signal.SIGKILL)
+    assert child.returncode == -signal.SIGKILL
+    (partial,) = tmp_path.rglob("*.partial")
+    assert (partial / MANIFEST).exists()
+    saved = checkpoints(tmp_path)
+    assert saved.newest() == 1
+    assert_equal(saved.load(1), {"x": torch.ones(1000)})
+    saved.prune(1)
+    assert not partial.parent.exists()
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", TREE])
+def test_flipped_byte_is_refused_and_named(tmp_path: Path, name: str) -> None:
+    path = checkpoints(tmp_path).save(1, small_state()) / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert checkpoints(tmp_path).steps() == [1]  # cheap: sizes only
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
+        checkpoints(tmp_path).load(1)
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", TREE, MANIFEST])
+@pytest.mark.parametrize("lost", [True, False])
+def test_lost_and_cut_files_make_it_not_whole(tmp_path: Path, name: str, lost: bool) -> None:
+    path = checkpoints(tmp_path).save(1, small_state()) / name
+    if lost:
+        path.unlink()
+    else:
+        os.truncate(path, path.stat().st_size - 1 if name != MANIFEST else 10)
+    assert checkpoints(tmp_path).steps() == []
+    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+        checkpoints(tmp_path).load(1)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"run_id": "b"}, "run_id 'run', but here run_id is 'b'"),
+        ({"world_size": 4}, "world_size 2, but here world_size is 4"),
+    ],
+)
+def test_other_runs_are_refused(tmp_path: Path, other: dict[str, Any], message: str) -> None:
+    checkpoints(tmp_path).save(1, small_state())
+    for call in (Checkpoints.steps, Checkpoints.newest, lambda c: c.load(1)):
+        with pytest.raises(ValueError, match=message):
+            call(checkpoints(tmp_path, **other))
+
+
+def test_a_folder_renamed_to_another_step_is_refused(tmp_path: Path) -> None:
+    folder = checkpoints(tmp_path).save(1, small_state())
+    folder.parent.rename(folder.parent.with_name("t00000002"))
+    with pytest.raises(ValueError, match="saved with t 1, but here t is 2"):
+        checkpoints(tmp_path).steps()
+
+
+@pytest.mark.parametrize(
+    ("keep", "confirmed_t", "left"),
+    [(1, 4, [4, 5]), (2, 4, [3, 4, 5]), (2, 5, [4, 5]), (9, 5, [1, 2, 3, 4, 5]), (2, 1, [1, 2, 3, 4, 5])],
+)
+def test_prune(tmp_path: Path, keep: int, confirmed_t: int, left: list[int]) -> None:
+    saved, other = checkpoints(tmp_path, keep=keep), checkpoints(tmp_path, rank=1)
+    for t in (1, 2, 3, 4, 5):
+        saved.save(t, {})
+    other.save(1, {})
+    (tmp_path / "checkpoints/t00000001/rank00000.partial").mkdir()
+    theirs = tmp_path / "checkpoints/t00000001/rank00001.partial"
+    theirs.mkdir()
+    saved.prune(confirmed_t)
+    assert saved.steps() == left
+    assert other.steps() == [1]
+    assert list(tmp_path.rglob("*.partial")) == [theirs]
+
+
+def test_discard_after(tmp_path: Path) -> None:
+    saved = checkpoints(tmp_path)
+    for t in (1, 2, 3):
+        saved.save(t, {})
+    saved.discard_after(1)
+    assert saved.steps() == [1]
+    assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["t00000001"]
+
+
+def test_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = checkpoints(tmp_path / "new")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * 10**9))
+    saved.require_space(10**9)
+    with pytest.raises(ValueError, match=r"3\.00 GB free, but 3 checkpoints of 1\.10 GB .* need 3\.30 GB more"):
+        saved.require_space(11 * 10**8)
+
+
+def test_checkpoints_that_are_there_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = checkpoints(tmp_path)
+    state = {"x": torch.zeros(1000)}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=state_bytes(state) * 2))
+    with pytest.raises(ValueError, match="free space"):
+        saved.require_space(state_bytes(state))
+    for t in (1, 2):
+        saved.save(t, state)
+    saved.require_space(state_bytes(state))
+
+
+def test_keep_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="keep is 0"):
+        checkpoints(tmp_path, keep=0)

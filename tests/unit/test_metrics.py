@@ -1,0 +1,236 @@
+"""metrics.jsonl is valid, survives a cut and reads after a resume as if there had been none; sinks show its numbers."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from lowcomm.metrics import (
+    Metrics,
+    ProgressSink,
+    Sink,
+    TensorBoardSink,
+    WandbSink,
+    read,
+    si,
+    summary_table,
+    truncate_after,
+)
+
+
+def step(t: int, **more: Any) -> dict[str, Any]:
+    return {"kind": "step", "t": t, "rank": 0, "loss": 5.0 / t, "bytes_sent": 1000 * t, **more}
+
+
+def run_lines(last_t: int) -> list[dict[str, Any]]:
+    """Step lines, an evaluation every two steps, a summary."""
+    lines = []
+    for t in range(1, last_t + 1):
+        lines.append(step(t))
+        if t % 2 == 0:
+            lines.append({"kind": "eval", "t": t, "rank": 0, "val_loss": 6.0 / t})
+    return [*lines, {"kind": "summary", "t": last_t, "rank": 0}]
+
+
+def write(path: Path, lines: list[dict[str, Any]]) -> None:
+    file = Metrics(path)
+    for line in lines:
+        file.write(line)
+    file.close()
+
+
+def test_lines_are_there_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "metrics.jsonl"
+    file = Metrics(path)
+    for t in (1, 2):
+        file.write(step(t))
+        assert len(read(path)) == t
+    file.close()
+    assert read(path) == [step(1), step(2)]
+
+
+def test_not_finite_is_null(tmp_path: Path) -> None:
+    write(tmp_path / "m", [step(1, val_loss=math.nan, traffic={"a": [math.inf, 1.0]})])
+    line = json.loads((tmp_path / "m").read_text(), parse_constant=pytest.fail)
+    assert line == step(1, val_loss=None, traffic={"a": [None, 1.0]})
+
+
+@pytest.mark.parametrize("cut", [0, 1, 10, None])
+@pytest.mark.parametrize("t", [0, 3, 4])
+def test_resumed_file_is_the_uninterrupted_one(tmp_path: Path, t: int, cut: int | None) -> None:
+    """It died within a line (cut), or ended and is made longer (None)."""
+    path, whole = tmp_path / "m", tmp_path / "whole"
+    write(whole, run_lines(6))
+    write(path, run_lines(5))
+    if cut is not None:
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(lines[:-2]) + lines[-2][:cut])
+    resumed = Metrics(path)  # opened before the file is replaced, as a run does
+    truncate_after(path, t)
+    for line in run_lines(6):
+        if line["t"] > t or line["kind"] == "summary":
+            resumed.write(line)
+    resumed.close()
+    assert path.read_text() == whole.read_text()
+
+
+def test_truncation_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m"
+    write(path, run_lines(3))
+    before = path.read_text()
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        truncate_after(path, 1)
+    assert path.read_text() == before
+
+
+def test_unfinished_and_broken_lines(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    write(path, [step(1), step(2)])
+    text = path.read_text()
+    for tail in ('{"kind": "st', "\0\0\0\n", '{"t": 3}\n'):
+        path.write_text(text + tail)
+        assert read(path) == [step(1), step(2)]
+        path.write_text(tail.rstrip("\n") + "\n" + text)
+        with pytest.raises(ValueError, match=r"m:1 is no line of metrics"):
+            read(path)
+    truncate_after(tmp_path / "none", 3)
+    with pytest.raises(ValueError, match="there is no"):
+        read(tmp_path / "none")
+
+
+class Kept(Sink):
+    def __init__(self) -> None:
+        self.lines: list[Mapping[str, Any]] = []
+        self.closed = False
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self.lines.append(record)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_sinks_see_what_the_file_sees(tmp_path: Path) -> None:
+    sinks = [Kept(), Kept()]
+    file = Metrics(tmp_path / "m", sinks)
+    file.write(step(1, lr=math.nan))
+    file.close()
+    for sink in sinks:
+        assert sink.lines == read(tmp_path / "m") == [step(1, lr=None)]
+        assert sink.closed
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds, to be set by the test."""
+    seconds = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: seconds[0])
+    return seconds
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress(clock: list[float], terminal: bool) -> None:
+    out = io.StringIO()
+    sink = ProgressSink(1000, console=Console(file=out, force_terminal=terminal, width=120))
+    for t in range(501, 601):  # resumed at 500: the time left counts from there
+        clock[0] += 1.0
+        sink.write(step(t, tokens_per_s=12345.0, loss=None if t == 600 else 1.5))
+    sink.write({"kind": "eval", "t": 600, "val_loss": 2.25})
+    sink.write({"kind": "fault", "t": 600, "message": "rank 3 was lost [/]"})
+    sink.write({"kind": "summary", "t": 1000, "val_loss": 2.0})
+    sink.close()
+    text = out.getvalue()
+    assert "step 600/1,000  loss 1.5000  val 2.2500  12.3 k tokens/s  600 kB sent  0:06:40 left" in text
+    assert "fault at step 600: rank 3 was lost [/]" in text
+    assert "step 1,000/1,000  loss 1.5000  val 2.0000" in text
+    if not terminal:
+        assert "\x1b" not in text
+        assert len(text.splitlines()) == 10 + 3  # of 100 seconds a line every 10, and three that always show
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    sink = TensorBoardSink(tmp_path)
+    for t in (1, 2):
+        sink.write(step(t, lr=None, algorithm="DiLoCo", traffic={"a": 1}))
+    sink.close()
+    events = reader.EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {"loss", "bytes_sent"}
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 5.0), (2, 2.5)]
+
+
+class FakeWandb(ModuleType):
+    """As much of wandb as a run needs."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.calls: list[Any] = []
+
+    def init(self, *, project: str, name: str, mode: str | None) -> FakeWandb:
+        self.calls.append((project, name, mode))
+        return self
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        self.calls.append((step, numbers))
+
+    def finish(self) -> None:
+        self.calls.append("finished")
+
+
+def test_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    sink = WandbSink("project", "name", mode="offline")
+    sink.write(step(2, lr=None))
+    sink.close()
+    assert fake.calls == [("project", "name", "offline"), (2, {"loss": 2.5, "bytes_sent": 2000}), "finished"]
+
+
+@pytest.mark.parametrize(
+    ("module", "install", "make"),
+    [
+        ("wandb", "wandb", lambda dir: WandbSink("project", "name")),
+        ("torch.utils.tensorboard", "tensorboard", TensorBoardSink),
+    ],
+)
+def test_missing_libraries(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: str, install: str, make: Any
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=f"pip install '{install}'"):
+        make(tmp_path)
+
+
+def test_summary_table() -> None:
+    row = {"run": "a", "algorithm": "DiLoCo", "members": 4, "tokens": 13_000_000, "val_loss": 1.23456}
+    row |= {"bytes_sent": 999_600, "comm_wait_s": 1.25, "tokens_per_s": 12345.6, "mfu": 0.4567}
+    lines = summary_table([row, {"run": "a longer name"}]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert " ".join(lines[2].split()) == "a DiLoCo 4 13.0 M 1.2346 – 1.00 MB 1.2 s 12.3 k 45.7%"
+    assert lines[3].split() == ["a", "longer", "name", *"–––––––––"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0 B"), (7, "7 B"), (999, "999 B"), (999.6, "1.00 kB"), (12_345, "12.3 kB"), (999_600, "1.00 MB"),
+     (123_400_000, "123 MB"), (5e9, "5.00 GB"), (5e15, "5.00 PB")],
+)  # fmt: skip
+def test_si(value: float, text: str) -> None:
+    assert si(value, "B") == text
