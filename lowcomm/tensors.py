@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 
 import torch
@@ -15,9 +16,8 @@ def rng(seed: int, *purpose: str | int, device: torch.device | str = "cpu") -> t
     Equal arguments give equal streams on every rank, machine and run; different purposes give independent streams.
     No global generator is read or written.
     """
-    key = "/".join([str(seed), *(f"{type(p).__name__}:{p}" for p in purpose)])
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    key = hashlib.blake2b(json.dumps([seed, *purpose]).encode(), digest_size=8).digest()
+    return torch.Generator(device=device).manual_seed(int.from_bytes(key, "little") >> 1)
 
 
 def num_bytes(tensors: Sequence[Tensor]) -> int:

@@ -89,12 +89,14 @@ class ThreadComm(Comm):
 
 def run_world(num_ranks: int, program: Callable[[Comm], T]) -> list[T]:
     """Run ``program(comm)`` on every rank; the results in rank order, or the first error."""
-    board, results, errors = Board(), [None] * num_ranks, [None] * num_ranks
+    board = Board()
+    results: dict[int, T] = {}
+    errors: dict[int, BaseException] = {}
 
     def body(rank: int) -> None:
         try:
             results[rank] = program(ThreadComm(board, rank, range(num_ranks)))
-        except BaseException as error:  # noqa: BLE001 - handed to the caller below
+        except BaseException as error:
             errors[rank] = error
 
     threads = [threading.Thread(target=body, args=(rank,), daemon=True) for rank in range(num_ranks)]
@@ -102,8 +104,7 @@ def run_world(num_ranks: int, program: Callable[[Comm], T]) -> list[T]:
         thread.start()
     for thread in threads:
         thread.join(PATIENCE_S)
-    for error in errors:
-        if error is not None:
-            raise error
+    for error in errors.values():
+        raise error
     assert not any(thread.is_alive() for thread in threads), "a rank hangs"
-    return results
+    return [results[rank] for rank in range(num_ranks)]

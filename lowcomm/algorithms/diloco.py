@@ -1,6 +1,7 @@
 """DiLoCo: many local steps, then one outer step on the mean delta (Douillard et al. 2023, arXiv:2311.08105, Alg. 1).
 
-    every `every` inner steps:   delta_i = anchor - local_i;   anchor <- outer(anchor, mean_i delta_i);   local_i <- anchor
+    every `every` inner steps:
+        delta_i = anchor - local_i;   anchor <- outer(anchor, mean_i delta_i);   local_i <- anchor
 
 Inner optimizer state stays with its replica: never averaged, never reset (section 6.1).
 
@@ -32,7 +33,8 @@ class DiLoCoState:
     """Attributes:
     anchor: parameters at the last round, float32 or better; equal on all replicas.
     outer: state of the outer optimizer; equal on all replicas.
-    reducer: what averaging keeps between rounds: of gradients up to step `start`, then of deltas.
+    reducer: what averaging deltas keeps between rounds.
+    gradients: what averaging gradients keeps between the first `start` steps; None when there are none.
     round: rounds so far.
     t: inner steps so far.
     synced_t: the inner step of the last round.
@@ -41,6 +43,7 @@ class DiLoCoState:
     anchor: list[Tensor]
     outer: Any
     reducer: ReducerState
+    gradients: ReducerState | None
     round: int = 0
     t: int = 0
     synced_t: int = 0
@@ -86,13 +89,14 @@ class DiLoCo(Algorithm[DiLoCoState]):
             )
         params = engine.slots()["param"]
         anchor = [x.detach().to(_wide(x.dtype), copy=True) for x in params]
-        averaged = params if self.start > 0 else anchor
-        return DiLoCoState(anchor, self.outer.init(anchor), self.reducer.init(averaged))
+        gradients = self.reducer.init(params) if self.start > 0 else None
+        return DiLoCoState(anchor, self.outer.init(anchor), self.reducer.init(anchor), gradients)
 
     def before_update(self, t: int, engine: Engine, state: DiLoCoState, comm: Comm) -> None:
         """Data parallel up to step `start`."""
         if t <= self.start:
-            state.reducer = average_gradients(self.reducer, engine, state.reducer, comm)
+            assert state.gradients is not None
+            state.gradients = average_gradients(self.reducer, engine, state.gradients, comm)
 
     def after_update(self, t: int, engine: Engine, state: DiLoCoState, comm: Comm) -> None:
         """A round when it is due."""
@@ -101,7 +105,6 @@ class DiLoCo(Algorithm[DiLoCoState]):
             state.round, state.synced_t = state.round + 1, t
             if t == self.start:
                 torch._foreach_copy_(state.anchor, engine.slots()["param"])
-                state.reducer = self.reducer.init(state.anchor)
         elif (t - self.start) % self.every == 0:
             self._sync(engine, state, comm, self.dropped)
 

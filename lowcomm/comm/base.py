@@ -78,7 +78,7 @@ class Comm(ABC):
 
     @abstractmethod
     def recv(self, like: Tensor, source: int | None = None) -> Work[tuple[int, Tensor]]:
-        """The sender and a tensor shaped like ``like``, from rank ``source`` or, when None, from whoever comes first."""
+        """The sender and a tensor shaped like ``like``, from rank ``source`` or, if None, from whoever comes first."""
 
     @abstractmethod
     def sub(self, members: Sequence[int]) -> Comm:

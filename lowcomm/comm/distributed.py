@@ -1,4 +1,4 @@
-"""Comm over torch.distributed: gloo (TCP, CPU) and NCCL (GPUs), started by torchrun or anything that sets its variables.
+"""Comm over torch.distributed: gloo (TCP, CPU) and NCCL (GPUs), started by torchrun or what sets its variables.
 
 Tensors may live anywhere: what gloo sends is staged in host memory, what NCCL sends on this rank's GPU. Everything
 but sums travels as bytes, so dtypes that a backend does not know still arrive.

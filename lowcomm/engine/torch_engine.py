@@ -90,9 +90,7 @@ class TorchEngine(Engine):
                 loss = self._loss(self.model, micro_batch)
             (loss / num).backward()
             losses.append(loss.detach().float())
-        for p in self._parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
+        self._gradients()
         return sum(losses[1:], start=losses[0]) / num
 
     def update(self) -> None:
@@ -119,9 +117,8 @@ class TorchEngine(Engine):
     def slots(self) -> Mapping[str, list[Tensor]]:
         """See `Engine.slots`; optimizer states are those tensors that every parameter has in its own shape."""
         slots = {"param": list(self._values)}
-        grads = [p.grad for p in self._parameters if p.grad is not None]
-        if len(grads) == len(self._parameters):
-            slots["grad"] = grads
+        if any(p.grad is not None for p in self._parameters):
+            slots["grad"] = self._gradients()
         states = [self.optimizer.state.get(p, {}) for p in self._parameters]
         for name in states[0]:
             tensors = [state[name] for state in states if isinstance(state.get(name), Tensor)]
@@ -171,6 +168,15 @@ class TorchEngine(Engine):
 
     def _casting(self) -> AbstractContextManager[object]:
         return nullcontext() if self._autocast is None else torch.autocast(self._device.type, self._autocast)
+
+    def _gradients(self) -> list[Tensor]:
+        """One of each parameter; zeros, which the optimizer sees too, where there was none."""
+        gradients = []
+        for p in self._parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            gradients.append(p.grad)
+        return gradients
 
     def _drop_gradients(self) -> None:
         for p in self._parameters:

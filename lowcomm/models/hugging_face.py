@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lowcomm.models.base import ModelConfig, check_vocabulary
+from lowcomm.optional import require
 
 
 @dataclass(frozen=True)
@@ -29,20 +30,15 @@ class HuggingFace(ModelConfig):
             raise ValueError("name is empty; give a model's name on the hub or a local directory with a config.json")
 
     def construct(self, vocab_size: int) -> nn.Module:
-        try:
-            from transformers import AutoConfig, AutoModelForCausalLM
-        except ImportError as error:
-            raise ValueError(
-                f"HuggingFace({self.name!r}) needs the transformers library: pip install 'lowcomm[hf]'"
-            ) from error
-        config = AutoConfig.from_pretrained(self.name, revision=self.revision)
+        transformers = require("transformers")
+        config = transformers.AutoConfig.from_pretrained(self.name, revision=self.revision)
         check_vocabulary(f"HuggingFace({self.name!r})", config.get_text_config().vocab_size, vocab_size)
         config.use_cache = False  # keys and values of past tokens serve generation only
         model: nn.Module
         if self.pretrained:
-            model = AutoModelForCausalLM.from_pretrained(
+            model = transformers.AutoModelForCausalLM.from_pretrained(
                 self.name, revision=self.revision, config=config, dtype=torch.float32
             )
         else:
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         return model

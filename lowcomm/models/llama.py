@@ -59,7 +59,7 @@ class Llama(ModelConfig):
         norm_eps: added to the mean square in RMSNorm.
     """
 
-    size: str
+    size: str = "1m"
     num_layers: int | None = None
     dim: int | None = None
     num_heads: int | None = None

@@ -4,8 +4,6 @@ import copy
 
 import pytest
 import torch
-from tests.replicas import adamw, flat, make_batch, make_engine, make_model, mse, sgd, train
-from tests.world import run_world
 
 from lowcomm.algorithms.data_parallel import DataParallel
 from lowcomm.algorithms.diloco import DiLoCo
@@ -17,6 +15,8 @@ from lowcomm.compress.cast import Cast
 from lowcomm.outer.nesterov import Nesterov
 from lowcomm.outer.sgd import SGD
 from lowcomm.reduce import Reducer
+from tests.replicas import adamw, flat, make_batch, make_engine, make_model, mse, sgd, train
+from tests.world import run_world
 
 N, STEPS = 3, 12
 
@@ -91,7 +91,9 @@ def test_dropped_rounds_really_drop():
     for dropped in (DroppedRounds(0.4, seed=3), DroppedRounds(0.9, seed=1)):
         arrivals = [dropped.arrived(round, N) for round in range(1, 13)]
         assert any(not all(a) for a in arrivals) and any(any(a) for a in arrivals)
-    assert any(not any(DroppedRounds(0.9, seed=1).arrived(round, N)) for round in range(1, 13)), "a round nobody reaches"
+    assert any(not any(DroppedRounds(0.9, seed=1).arrived(round, N)) for round in range(1, 13)), (
+        "a round nobody reaches"
+    )
 
 
 @pytest.mark.parametrize("inner", [sgd, adamw])

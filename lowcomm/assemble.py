@@ -1,0 +1,182 @@
+"""From a config to a replica that trains: what `lowcomm train` does on every rank."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_model
+from torch import nn
+
+from lowcomm.checkpoint import Checkpoints, state_bytes
+from lowcomm.comm.base import Comm
+from lowcomm.comm.distributed import connect, disconnect, under_torchrun
+from lowcomm.comm.metered import Meter, MeteredComm
+from lowcomm.comm.solo import SoloComm
+from lowcomm.config import Run, describe, identity
+from lowcomm.engine.torch_engine import TorchEngine
+from lowcomm.environment import environment
+from lowcomm.ledger import Ledger
+from lowcomm.metrics import Metrics, ProgressSink, Sink, TensorBoardSink, WandbSink, truncate_after
+from lowcomm.models.flops import flops_per_token, peak_flops
+from lowcomm.optim.groups import parameter_groups
+from lowcomm.state import state_tree
+from lowcomm.tensors import digest, num_bytes
+from lowcomm.train import Plan, Replica, resume, train
+
+_DTYPES = {"fp32": torch.float32, "bf16_mixed": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this rank runs: its device, and what carries its messages (None: it is alone)."""
+
+    device: torch.device
+    backend: str | None
+
+
+def place(run: Run) -> Place:
+    """Choose the device and backend of this rank.
+
+    Raises:
+        ValueError: when the config asks for CUDA or NCCL and it is not to be had.
+    """
+    has_cuda = torch.cuda.is_available()
+    if run.device == "cuda" and not has_cuda:
+        raise ValueError("device is 'cuda', but torch sees no GPU here; use device 'cpu' or 'auto'")
+    if run.backend == "nccl" and (run.device == "cpu" or not has_cuda):
+        raise ValueError("backend is 'nccl', which needs CUDA, but this run has no GPU; use backend 'gloo' or 'auto'")
+    on_cuda = has_cuda and run.device != "cpu"
+    local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    device = torch.device("cuda", local_rank % num_gpus) if on_cuda else torch.device("cpu")
+    if not under_torchrun():
+        return Place(device, None)
+    own_gpu = on_cuda and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= num_gpus
+    return Place(device, run.backend if run.backend != "auto" else "nccl" if own_gpu else "gloo")
+
+
+def run_replica(run: Run, out: Path, resumes: bool) -> dict[str, Any]:
+    """Train this rank's replica to the end and return its summary line.
+
+    Writes into ``out``: config.yaml, environment.json, metrics.jsonl (rank 0; the others metrics.rank<r>.jsonl),
+    checkpoints/, final.safetensors (rank 0).
+
+    Raises:
+        ValueError: before training, for anything wrong with config, data, directory, or between the ranks.
+        Diverged, PeerLost, Late: while training.
+    """
+    where = place(run)
+    if where.device.type == "cuda":
+        torch.cuda.set_device(where.device)
+    comm: Comm = SoloComm() if where.backend is None else connect(where.backend, run.timeout_s)
+    try:
+        return _run_replica(run, out, resumes, where, comm)
+    finally:
+        disconnect()
+
+
+def _run_replica(run: Run, out: Path, resumes: bool, where: Place, comm: Comm) -> dict[str, Any]:
+    num_replicas, rank = len(comm.members), comm.rank
+    metered = MeteredComm(comm, Meter(), stream=where.device if where.backend == "nccl" else None)
+    path = out / ("metrics.jsonl" if rank == 0 else f"metrics.rank{rank}.jsonl")
+    if path.exists() and not resumes:
+        raise ValueError(f"{out} already holds a run; go on with it by --resume, or choose another --out")
+
+    data = run.data.open(rank, num_replicas, run.batch.of_replica(num_replicas), run.seed)
+    validation = data.validation(run.evaluation.batch_size, run.evaluation.num_tokens)
+    assert data.bytes_per_token is not None, "there is validation text, so its size is known"
+    model = run.model.build(data.vocab_size, run.seed).to(where.device, _DTYPES[run.precision])
+    run_id = identity(run, num_replicas, data.fingerprint)
+    check_agreement(metered.tagged("start"), {"config": run_id, "model": digest(list(model.state_dict().values()))})
+
+    num_steps = run.steps(num_replicas)
+    engine = build_engine(run, model, num_steps)
+    state = run.algorithm.init(engine, metered)
+    checkpoints = Checkpoints(out / "checkpoints", rank, num_replicas, run_id, run.checkpoint.keep)
+    if run.checkpoint.every:
+        checkpoints.require_space(num_replicas * checkpoint_bytes(engine, state))
+
+    metrics = Metrics(path, _sinks(run, out, rank, num_steps))
+    peak = peak_flops(torch.cuda.get_device_name(where.device)) if where.device.type == "cuda" else None
+    ledger = Ledger(
+        write=metrics.write,
+        meter=metered.meter,
+        now=metered.now,
+        rank=rank,
+        num_replicas=num_replicas,
+        step_tokens=run.batch.of_replica(num_replicas) * num_replicas * run.data.seq_len,
+        log_every=run.log.every,
+        token_flops=None if peak is None else flops_per_token(model, run.data.seq_len),
+        peak_flops=peak,
+    )
+    replica = Replica(run.algorithm, engine, state, data.train, ledger, metered, where.device)
+    if resumes:
+        truncate_after(path, resume(replica, checkpoints))
+    out.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        (out / "config.yaml").write_text(yaml.safe_dump(describe(run), sort_keys=False))
+        (out / "environment.json").write_text(json.dumps(environment(), indent=1))
+    try:
+        plan = Plan(num_steps, run.evaluation.every, run.checkpoint.every, validation, data.bytes_per_token)
+        train(replica, plan, checkpoints)
+        if rank == 0:
+            save_model(model, str(out / "final.safetensors"))
+        num_parameters = sum(x.numel() for x in engine.slots()["param"])
+        return ledger.summary(type(run.algorithm).__name__, num_parameters, data.bytes_per_token)
+    finally:
+        metrics.close()
+
+
+def build_engine(run: Run, model: nn.Module, num_steps: int) -> TorchEngine:
+    """The inner loop of a run around a model that is already in its place."""
+    optimizer = run.optimizer.build(parameter_groups(model, run.optimizer.decay_vectors))
+    return TorchEngine(
+        model,
+        optimizer,
+        schedule=run.schedule.build(optimizer, num_steps),
+        num_micro_batches=run.batch.num_micro_batches,
+        clip_norm=run.clip_norm,
+        autocast=torch.bfloat16 if run.precision == "bf16_mixed" else None,
+        compile=run.compile,
+    )
+
+
+def check_agreement(comm: MeteredComm, hashes: dict[str, str]) -> None:
+    """Refuse to train replicas that were not started alike.
+
+    Args:
+        hashes: hexadecimal digests of equal length on all ranks, by what they are of.
+
+    Raises:
+        ValueError: on every rank, naming what differs and where.
+    """
+    for what, value in hashes.items():
+        gathered = comm.all_gather(torch.tensor(list(bytes.fromhex(value)), dtype=torch.uint8)).wait()
+        differing = [rank for rank, x in zip(comm.members, gathered, strict=True) if not torch.equal(x, gathered[0])]
+        if differing:
+            raise ValueError(
+                f"the {what} of ranks {differing} differs from rank {comm.members[0]}'s: all replicas must start from "
+                "the same config, data, software and initial parameters; compare the command lines and versions"
+            )
+
+
+def checkpoint_bytes(engine: TorchEngine, state: Any) -> int:
+    """About what one checkpoint of this rank takes, two optimizer states for each parameter assumed."""
+    now = state_bytes({"engine": engine.state_dict(), "algorithm": state_tree(state)})
+    return now + 2 * num_bytes(engine.slots()["param"])
+
+
+def _sinks(run: Run, out: Path, rank: int, num_steps: int) -> list[Sink]:
+    if rank != 0:
+        return []
+    sinks: list[Sink] = [ProgressSink(num_steps)]
+    if run.log.tensorboard:
+        sinks.append(TensorBoardSink(out / "tensorboard"))
+    if run.log.wandb_project is not None:
+        sinks.append(WandbSink(run.log.wandb_project, out.name))
+    return sinks

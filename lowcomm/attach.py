@@ -1,0 +1,74 @@
+"""lowcomm around a training loop of your own: two lines.
+
+sync = lowcomm.attach(model, optimizer, DiLoCo(every=100), comm)
+...                       # per step: loss.backward(); optimizer.step(); sync.step()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowcomm.algorithms.base import Algorithm
+from lowcomm.comm.base import Comm
+from lowcomm.engine.torch_engine import TorchEngine
+from lowcomm.state import restore, state_tree
+
+
+class Sync:
+    """What keeps a model in step with its replicas; made by `attach`.
+
+    Attributes:
+        t: inner steps so far.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, algorithm: Algorithm[Any], comm: Comm
+    ) -> None:
+        self.t = 0
+        self._engine = TorchEngine(model, optimizer, clip_norm=None)
+        self._algorithm, self._comm = algorithm, comm
+        tensors = [x.detach() for x in [*model.parameters(), *model.buffers()]]
+        arrivals = [comm.broadcast(x, comm.members[0]) for x in tensors]
+        for x, arrival in zip(tensors, arrivals, strict=True):
+            x.copy_(arrival.wait())
+        self._state = algorithm.init(self._engine, comm)
+        self._hook = optimizer.register_step_pre_hook(self._before_update)
+
+    def _before_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        del optimizer, args, kwargs
+        self._algorithm.before_update(self.t + 1, self._engine, self._state, self._comm)
+
+    def step(self) -> None:
+        """After each optimizer step: talks when the algorithm says so."""
+        self.t += 1
+        self._algorithm.after_update(self.t, self._engine, self._state, self._comm)
+
+    def finish(self) -> None:
+        """After the last step: the same parameters on all replicas; the optimizer is free again."""
+        self._algorithm.finish(self.t, self._engine, self._state, self._comm)
+        self._hook.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a restart needs beside the model's and the optimizer's own; of this replica alone."""
+        return {"t": self.t, "algorithm": state_tree(self._state)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there; load this replica's model and optimizer too."""
+        self.t = state["t"]
+        restore(self._state, state["algorithm"])
+
+
+def attach(model: nn.Module, optimizer: torch.optim.Optimizer, algorithm: Algorithm[Any], comm: Comm) -> Sync:
+    """Train ``model`` together with the replicas that ``comm`` reaches.
+
+    All replicas start from the parameters and buffers of the first member, which this call sends. Gradients that are
+    scaled or clipped must be so before ``optimizer.step()``; with `DataParallel` they are averaged after that.
+
+    Raises:
+        ValueError: when the model has nothing to train or the optimizer does not hold its parameters.
+    """
+    return Sync(model, optimizer, algorithm, comm)

@@ -1,0 +1,181 @@
+"""The command line: ``lowcomm train``, ``lowcomm data``, ``lowcomm report``.
+
+Flags mirror the config objects (``--algorithm.every 50``); a YAML file given with --config has the same shape.
+Exit codes: 0 done, 1 failed while training, 2 bad input (nothing was started or lost), 130 and 143 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import pkgutil
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+
+import lowcomm
+from lowcomm.assemble import run_replica
+from lowcomm.comm.base import Late, PeerLost
+from lowcomm.config import Run, describe
+from lowcomm.data import Source, Tokenizer, train_bpe, write_shards
+from lowcomm.ledger import Diverged
+from lowcomm.metrics import summary_table
+from lowcomm.predict import predict
+from lowcomm.report import load_runs, write_report
+
+_USAGE = """usage: lowcomm COMMAND [FLAGS]
+
+  train    train a model; alone, or one replica a process under torchrun
+  data     write tokens into memory-mapped shards
+  report   compare runs: a table, and pictures in one HTML file
+
+lowcomm COMMAND --help lists the flags of a command.
+"""
+
+
+class Interrupted(Exception):
+    """A signal asked this process to stop."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    commands = {"train": _train, "data": _data, "report": _report}
+    if argv and argv[0] in commands:
+        try:
+            return commands[argv[0]](list(argv[1:]))
+        except (ValueError, argparse.ArgumentError) as error:
+            return _say(f"error: {error}", 2)
+    if argv == ["--version"]:
+        print(lowcomm.__version__)
+        return 0
+    print(_USAGE, end="")
+    return 0 if argv in ([], ["-h"], ["--help"]) else _say(f"error: there is no command {argv[0]!r}", 2)
+
+
+def parse_run(argv: Sequence[str]) -> tuple[Run, argparse.Namespace]:
+    """The run that flags and YAML describe, and the command's own flags (out, resume, dry_run).
+
+    Raises:
+        ValueError, argparse.ArgumentError: for an unknown key, a wrong type, a value out of range.
+    """
+    parser = _parser("train", "Train a model; alone, or one replica a process under torchrun.")
+    parser.add_argument("--config", action="config", help="YAML in the shape of these flags")
+    parser.add_argument("--out", type=str, default="runs/latest", help="the run's directory")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in --out")
+    parser.add_argument("--dry_run", action="store_true", help="print the resolved run and its traffic, train nothing")
+    parser.add_class_arguments(Run)
+    # Without the parser's own defaults the dataclasses' apply, so that naming another class never keeps settings of
+    # the default one; the classes that flags like --algorithm.every refer to are therefore named first.
+    classes = {name: describe(getattr(_DEFAULT, name))["class_path"] for name in ("model", "algorithm", "schedule")}
+    named = [f"--{name}={path}" for name, path in classes.items()]
+    given = parser.parse_args([*named, *argv], defaults=False)
+    parts = vars(parser.instantiate(given))
+    own = argparse.Namespace(
+        out=Path(parts.pop("out", "runs/latest")),
+        resume=parts.pop("resume", False),
+        dry_run=parts.pop("dry_run", False),
+    )
+    parts.pop("config", None)
+    return Run(**parts), own
+
+
+_DEFAULT = Run(num_steps=1)
+
+
+def _train(argv: list[str]) -> int:
+    run, own = parse_run(argv)
+    if own.dry_run:
+        return _dry_run(run)
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, _interrupt)
+    go_on = f"go on from the newest checkpoint in {own.out / 'checkpoints'} with --resume"
+    try:
+        run_replica(run, own.out, own.resume)
+    except Interrupted as stop:
+        return _say(f"stopped by {stop}; {go_on}", 128 + stop.signum)
+    except Diverged as error:
+        kept = sorted((own.out / "checkpoints").glob("t*[0-9]"))
+        last = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was saved before it"
+        return _say(f"error: {error}, so training stopped; {last}. A lower learning rate or clip_norm may help.", 1)
+    except (PeerLost, Late) as error:
+        return _say(f"error: {error}; {go_on}", 1)
+    return 0
+
+
+def _dry_run(run: Run) -> int:
+    print(yaml.safe_dump(describe(run), sort_keys=False), end="")
+    world = os.environ.get("WORLD_SIZE")
+    for num_replicas in [int(world)] if world else [2, 4, 8]:
+        try:
+            seen = predict(run, num_replicas, run.data.tokenizer.vocab_size)
+        except ValueError as error:
+            if world:
+                raise
+            print(f"# {num_replicas} replicas: {error}")
+            continue
+        print(
+            f"# {num_replicas} replicas, {seen.num_parameters:,} parameters: each replica sends "
+            f"{seen.round_bytes:,.0f} bytes a round, {seen.num_rounds:,} rounds in {seen.num_steps:,} steps, "
+            f"{seen.step_bytes:,.0f} bytes a step"
+        )
+    return 0
+
+
+def _data(argv: list[str]) -> int:
+    parser = _parser("data", "Write a source's tokens into memory-mapped shards.")
+    parser.add_argument("--source", type=Source, required=True)
+    parser.add_argument("--tokenizer", type=Tokenizer, required=True)
+    parser.add_argument("--out", type=str, required=True, help="a new or empty directory")
+    parser.add_argument("--shard_tokens", type=int, default=100_000_000, help="tokens in a shard file")
+    parser.add_argument(
+        "--train_bpe", type=int, default=None, help="first train a BPE of this vocabulary on the source"
+    )
+    if not any(x.startswith("--tokenizer") for x in argv):
+        argv = ["--tokenizer=lowcomm.data.Bytes", *argv]
+    given = parser.instantiate(parser.parse_args(argv))
+    if given.train_bpe is not None:
+        train_bpe(given.source, given.train_bpe, given.tokenizer.path)
+    print(write_shards(given.source, given.tokenizer, given.out, given.shard_tokens))
+    return 0
+
+
+def _report(argv: list[str]) -> int:
+    parser = _parser("report", "Compare runs: a table here, and pictures in one HTML file.")
+    parser.add_argument("dirs", type=str, nargs="+", help="run directories")
+    parser.add_argument("--out", type=str, default=None, help="the HTML file; report.html in the first directory")
+    given = parser.parse_args(argv)
+    dirs = [Path(d) for d in given.dirs]
+    print(summary_table([run.summary() for run in load_runs(dirs)]))
+    print("runs:", *dirs)
+    print("report:", write_report(dirs, Path(given.out) if given.out else dirs[0] / "report.html"))
+    return 0
+
+
+def _parser(command: str, description: str) -> ArgumentParser:
+    # Short class names (--algorithm LocalSGD) are known once their modules are.
+    for room in ("algorithms", "compress", "feedback", "outer", "models", "data", "optim"):
+        package = importlib.import_module(f"lowcomm.{room}")
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"lowcomm.{room}.{module.name}")
+    return ArgumentParser(prog=f"lowcomm {command}", description=description, exit_on_error=False)
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise Interrupted(signum)
+
+
+def _say(message: str, code: int) -> int:
+    rank = os.environ.get("RANK", "0")
+    print(f"lowcomm: {message}" if rank == "0" else f"lowcomm (rank {rank}): {message}", file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,57 @@
+"""What a run would send, counted by running its algorithm on tensors without values among echoes of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lowcomm.assemble import build_engine
+from lowcomm.comm.echo import EchoComm
+from lowcomm.comm.metered import Meter, MeteredComm
+from lowcomm.config import Run
+
+_MAX_STEPS = 2000
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Traffic of one replica.
+
+    Attributes:
+        num_parameters: trainable ones.
+        num_steps: inner steps that were counted: those of the run, or the first 2,000.
+        num_rounds: in those steps.
+        round_bytes: sent in one round, on average.
+        step_bytes: sent for each inner step, on average.
+    """
+
+    num_parameters: int
+    num_steps: int
+    num_rounds: int
+    round_bytes: float
+    step_bytes: float
+
+
+def predict(run: Run, num_replicas: int, vocab_size: int) -> Prediction:
+    """Count the bytes that each of so many replicas would send."""
+    num_steps = run.steps(num_replicas)
+    counted = min(num_steps, _MAX_STEPS)
+    with torch.device("meta"):
+        model = run.model.build(vocab_size, run.seed)
+    model.to(torch.bfloat16 if run.precision == "bf16" else torch.float32)
+    engine = build_engine(run, model, num_steps)
+    meter = Meter()
+    comm = MeteredComm(EchoComm(num_replicas), meter)
+    state = run.algorithm.init(engine, comm)
+    for t in range(1, counted + 1):
+        for p in model.parameters():
+            p.grad = torch.empty_like(p)
+        run.algorithm.before_update(t, engine, state, comm)
+        run.algorithm.after_update(t, engine, state, comm)
+    run.algorithm.finish(counted, engine, state, comm)
+    num_rounds = run.algorithm.num_rounds(state)
+    num_parameters = sum(x.numel() for x in engine.slots()["param"])
+    return Prediction(
+        num_parameters, counted, num_rounds, meter.bytes_sent / max(1, num_rounds), meter.bytes_sent / counted
+    )

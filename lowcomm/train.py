@@ -1,0 +1,150 @@
+"""The training loop, and how it stops and goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lowcomm.algorithms.base import Algorithm
+from lowcomm.checkpoint import Checkpoints
+from lowcomm.comm.metered import MeteredComm
+from lowcomm.engine.base import Engine
+from lowcomm.ledger import Ledger
+from lowcomm.state import restore, state_tree
+
+
+class Stream(Protocol):
+    """Training batches without end."""
+
+    def next(self) -> Tensor:
+        """The next batch, on the CPU."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        ...
+
+
+@dataclass(frozen=True)
+class Replica:
+    """What trains: all that changes during a run, and nothing else."""
+
+    algorithm: Algorithm[Any]
+    engine: Engine
+    state: Any
+    stream: Stream
+    ledger: Ledger
+    comm: MeteredComm
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How far to train and what to do on the way.
+
+    Attributes:
+        num_steps: inner steps of the whole run.
+        evaluate_every: inner steps between evaluations; 0 evaluates at the end only.
+        save_every: inner steps between checkpoints; 0 saves none.
+        validation: batches, the same on every rank.
+        bytes_per_token: of the validation text.
+    """
+
+    num_steps: int
+    evaluate_every: int
+    save_every: int
+    validation: Sequence[Tensor]
+    bytes_per_token: float
+
+
+def train(replica: Replica, plan: Plan, checkpoints: Checkpoints) -> None:
+    """Train to the end of the plan from wherever the replica stands."""
+    algorithm, engine, state, comm = replica.algorithm, replica.engine, replica.state, replica.comm
+    ledger = replica.ledger
+    ledger.start()
+    for t in range(ledger.t + 1, plan.num_steps + 1):
+        lr = engine.lr()
+        loss = engine.backward(replica.stream.next().to(replica.device))
+        algorithm.before_update(t, engine, state, comm)
+        engine.update()
+        algorithm.after_update(t, engine, state, comm)
+        if t == plan.num_steps:
+            algorithm.finish(t, engine, state, comm)
+        ledger.step(t, loss, lr, algorithm.num_rounds(state))
+
+        if _due(t, plan.evaluate_every) or t == plan.num_steps:
+            ledger.flush(lr, algorithm.num_rounds(state))
+            with ledger.paused():
+                ledger.evaluation(evaluate(replica, plan.validation), plan.bytes_per_token)
+        if _due(t, plan.save_every):
+            ledger.flush(lr, algorithm.num_rounds(state))
+            with ledger.paused():
+                save(replica, checkpoints, t)
+
+
+def evaluate(replica: Replica, batches: Sequence[Tensor]) -> float:
+    """The mean loss of the parameters that stand for the run, batches shared out among the members; equal on all."""
+    engine, comm = replica.engine, replica.comm.tagged("evaluation")
+    live = engine.slots()["param"]
+    kept = [x.clone() for x in live]
+    torch._foreach_copy_(live, replica.algorithm.consensus(engine, replica.state))
+    total = torch.zeros(2, dtype=torch.float64, device=replica.device)  # summed loss, number of targets
+    for batch in batches[comm.members.index(comm.rank) :: len(comm.members)]:
+        num_targets = batch[:, 1:].numel()
+        total[0] += engine.evaluate(batch.to(replica.device)) * num_targets
+        total[1] += num_targets
+    torch._foreach_copy_(live, kept)
+    loss, num_targets = comm.all_sum(total).wait().tolist()
+    return float(loss / num_targets)
+
+
+def save(replica: Replica, checkpoints: Checkpoints, t: int) -> None:
+    """Save this rank; older checkpoints go once every member has saved."""
+    checkpoints.save(t, snapshot(replica))
+    replica.comm.tagged("checkpoint").all_sum(torch.ones(1)).wait()
+    checkpoints.prune(t)
+
+
+def snapshot(replica: Replica) -> dict[str, Any]:
+    """Everything that a restart of this rank needs."""
+    return {
+        "engine": replica.engine.state_dict(),
+        "algorithm": state_tree(replica.state),
+        "stream": replica.stream.state_dict(),
+        "ledger": replica.ledger.state_dict(),
+    }
+
+
+def resume(replica: Replica, checkpoints: Checkpoints) -> int:
+    """Load the newest checkpoint that is whole on every member; its step, or 0 when there is none."""
+    newest = newest_common(checkpoints.steps(), replica.comm.tagged("checkpoint"))
+    checkpoints.discard_after(newest or 0)
+    if newest is None:
+        return 0
+    loaded = checkpoints.load(newest)
+    replica.engine.load_state_dict(loaded["engine"])
+    restore(replica.state, loaded["algorithm"], replica.device)
+    replica.stream.load_state_dict(loaded["stream"])
+    replica.ledger.load_state_dict(loaded["ledger"])
+    return newest
+
+
+def newest_common(steps: Sequence[int], comm: MeteredComm) -> int | None:
+    """The largest number that every member's ``steps`` hold."""
+    longest = max(int(x) for x in comm.all_gather(torch.tensor(len(steps))).wait())
+    padded = torch.full((longest,), -1, dtype=torch.int64)
+    padded[: len(steps)] = torch.tensor(sorted(steps), dtype=torch.int64)
+    common = set.intersection(*(set(x.tolist()) for x in comm.all_gather(padded).wait())) - {-1}
+    return max(common, default=None)
+
+
+def _due(t: int, every: int) -> bool:
+    return every > 0 and t % every == 0

@@ -1,0 +1,12 @@
+"""Settings of every test: one thread per process, and hypothesis without a deadline, repeatable in CI."""
+
+import os
+
+import torch
+from hypothesis import settings
+
+# two test processes share two cores, and sums in a fixed order are needed for bitwise comparisons
+torch.set_num_threads(1)
+
+settings.register_profile("lowcomm", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("lowcomm")

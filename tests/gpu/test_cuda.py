@@ -1,0 +1,72 @@
+"""The same `lowcomm train` on GPUs: one replica on one GPU, one for each of two over NCCL. Skipped without CUDA."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowcomm.metrics import read
+from tests.multiprocess.launch import write_tiny
+from tests.replicas import adamw, train
+from tests.same_code.cases import CASES, STEPS
+from tests.world import run_world
+
+ROOT = Path(__file__).resolve().parents[2]
+NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300), pytest.mark.skipif(NUM_GPUS < 1, reason="needs CUDA")]
+two_gpus = pytest.mark.skipif(NUM_GPUS < 2, reason="needs two CUDA devices")
+
+
+def torchrun(num_ranks, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@two_gpus
+def test_nccl_computes_what_threads_compute(tmp_path):
+    torchrun(2, "tests/same_code/program.py", str(tmp_path), "nccl")
+    for rank in range(2):
+        traces = torch.load(tmp_path / f"rank{rank}.pt")
+        for name, algorithm in CASES.items():
+            expected = run_world(2, lambda comm, a=algorithm: train(a, comm, STEPS, adamw))[rank]
+            assert all(torch.equal(a, b) for a, b in zip(traces[name], expected, strict=True)), name
+
+
+def losses(out):
+    return [r["loss"] for r in read(out / "metrics.jsonl") if r["kind"] == "step"]
+
+
+@pytest.mark.parametrize("num_replicas", [1, pytest.param(2, marks=two_gpus)])
+@pytest.mark.parametrize("precision", ["bf16_mixed", "bf16"])
+def test_a_compiled_run_learns_and_resumes(num_replicas, precision, tmp_path):
+    flags = ["--config", str(write_tiny(tmp_path)), "--precision", precision, "--compile", "true"]
+    torchrun(num_replicas, "-m", "lowcomm", "train", *flags, "--out", str(tmp_path / "whole"))
+    whole = losses(tmp_path / "whole")
+    assert len(whole) == 40 and all(map(math.isfinite, whole)) and whole[-1] < whole[0] - 0.5
+    summary = read(tmp_path / "whole" / "metrics.jsonl")[-1]
+    assert summary["tokens_per_s"] > 0 and summary["mfu"] > 0
+    assert (summary["bytes_sent"] > 0) == (num_replicas > 1)
+
+    last = sorted((tmp_path / "whole" / "checkpoints").glob("t*"))[-1]
+    (tmp_path / "whole" / "metrics.jsonl").rename(tmp_path / "whole.jsonl")
+    for file in last.rglob("*"):  # as if the last checkpoint had been cut short
+        if file.is_file():
+            file.write_bytes(b"")
+    torchrun(num_replicas, "-m", "lowcomm", "train", *flags, "--out", str(tmp_path / "whole"), "--resume")
+    # compiled kernels may add in any order, so bit for bit is promised on the CPU only
+    assert losses(tmp_path / "whole") == pytest.approx(whole[30:], rel=0.02)
+
+
+@pytest.mark.parametrize("num_replicas", [2])
+def test_two_replicas_share_one_gpu_over_gloo(num_replicas, tmp_path):
+    flags = ["--config", str(write_tiny(tmp_path)), "--backend", "gloo", "--precision", "bf16_mixed"]
+    torchrun(num_replicas, "-m", "lowcomm", "train", *flags, "--out", str(tmp_path / "out"))
+    assert losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0] - 0.5

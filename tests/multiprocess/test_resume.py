@@ -1,0 +1,57 @@
+"""A run that is interrupted, again and again, ends as if it had not been: bit for bit."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from lowcomm.metrics import read
+from tests.multiprocess.launch import launch, write_tiny
+
+# rank : where : how often : signal, in the order in which one run suffers them (checkpoints at steps 10, 20, 30, 40)
+BLOWS = [
+    "0:step:4:SIGINT",  # before there is a checkpoint: starts again
+    "1:step:14:SIGTERM",  # in the middle of a round; goes on from 10
+    "0:step:1:SIGKILL",  # at once
+    "1:flush:3:SIGKILL",  # while step 20 is written, before it is renamed
+    "0:rename:1:SIGKILL",  # just before step 20 becomes whole: rank 1 may have it, rank 0 does not
+    "0:step:11:SIGKILL",  # at the first step after 20
+    "1:step:17:SIGKILL",  # in the last round
+]
+
+
+def history(out: Path) -> tuple[list, list, bytes]:
+    """All that must not depend on interruptions: losses of both ranks by step, evaluations, final weights."""
+    losses = [
+        [(r["t"], r["loss"], r["lr"], r["round"], r["tokens"]) for r in read(out / name) if r["kind"] == "step"]
+        for name in ("metrics.jsonl", "metrics.rank1.jsonl")
+    ]
+    evaluations = [(r["t"], r["val_loss"]) for r in read(out / "metrics.jsonl") if r["kind"] == "eval"]
+    return losses, evaluations, (out / "final.safetensors").read_bytes()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("algorithm", ["DiLoCo", "LocalSGD"])
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(algorithm, tmp_path):
+    config = write_tiny(tmp_path)
+    flags = ["train", "--config", str(config), "--algorithm", algorithm, "--algorithm.every", "7", "--out"]
+    whole = launch([*flags, str(tmp_path / "whole")])
+    assert whole.codes == [0, 0], whole.errors
+    out = tmp_path / "broken"
+    for i, blow in enumerate(BLOWS):
+        ended = launch([*flags, str(out), *(["--resume"] if i else [])], stop_at=blow)
+        rank, signum = int(blow[0]), signal.Signals[blow.rsplit(":", 1)[1]]
+        expected = -signum if signum == signal.SIGKILL else 128 + signum
+        assert ended.codes[rank] == expected, (blow, ended.codes, ended.errors)
+        assert ended.codes[1 - rank] == 1, f"{blow}: the other rank must see that it is alone: {ended.errors}"
+        assert "--resume" in ended.errors[1 - rank] or "--resume" in ended.errors[rank]
+    last = launch([*flags, str(out), "--resume"])
+    assert last.codes == [0, 0], last.errors
+
+    losses, evaluations, weights = history(tmp_path / "whole")
+    assert [len(x) for x in losses] == [40, 40] and [t for t, _ in evaluations] == [20, 40]
+    assert history(out) == (losses, evaluations, weights)
+    summaries = [
+        [r["kind"] for r in read(folder / "metrics.jsonl")].count("summary") for folder in (tmp_path / "whole", out)
+    ]
+    assert summaries == [1, 1]

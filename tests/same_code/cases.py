@@ -1,0 +1,70 @@
+"""What runs in both worlds."""
+
+import torch
+
+from lowcomm.algorithms.base import Algorithm
+from lowcomm.algorithms.data_parallel import DataParallel
+from lowcomm.algorithms.diloco import DiLoCo
+from lowcomm.algorithms.local_sgd import LocalSGD
+from lowcomm.algorithms.participation import DroppedRounds
+from lowcomm.comm.base import Comm
+from lowcomm.compress.cast import Cast
+from lowcomm.reduce import Reducer
+
+STEPS = 12
+_CAST = Reducer(Cast(), bucket_bytes=64)
+CASES: dict[str, Algorithm] = {
+    "data parallel": DataParallel(),
+    "data parallel, cast": DataParallel(_CAST),
+    "local sgd": LocalSGD(every=4, start=2),
+    "diloco": DiLoCo(every=4, reducer=Reducer(bucket_bytes=64)),
+    "diloco, cast": DiLoCo(every=4, reducer=_CAST),
+    "diloco, dropped": DiLoCo(every=3, dropped=DroppedRounds(0.3, seed=2)),
+}
+
+
+def wire_laws(comm: Comm, device: str = "cpu") -> None:
+    """The promises of `Comm`, each checked against what the others must have sent."""
+    with torch.device(device):
+        _wire_laws(comm)
+
+
+def _wire_laws(comm: Comm) -> None:
+    n, me = len(comm.members), comm.members.index(comm.rank)
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8):
+        x = torch.full((2, 3), me + 1).to(dtype)
+        total = comm.all_sum(x).wait()
+        assert total.dtype == dtype and (total == n * (n + 1) // 2).all(), dtype
+        assert (x == me + 1).all(), "the input was modified"
+    for dtype in (torch.bfloat16, torch.bool, torch.complex64, torch.int16, torch.float8_e4m3fn, torch.float64):
+        for shape in [(), (3,), (2, 0), (2, 5)]:
+            x = torch.full(shape, me % 2, dtype=torch.float32).to(dtype)
+            for rank, got in enumerate(comm.all_gather(x).wait()):
+                assert got.shape == x.shape and got.dtype == dtype
+                assert (got.to(torch.float32) == rank % 2).all()
+            got = comm.broadcast(x, comm.members[-1]).wait()
+            assert got.dtype == dtype and (got.to(torch.float32) == (n - 1) % 2).all()
+    rows = [torch.full((j + 1, 2), 10.0 * me + j, dtype=torch.bfloat16) for j in range(n)]
+    for sender, got in enumerate(comm.all_to_all(rows).wait()):
+        assert got.shape == (me + 1, 2) and (got == 10.0 * sender + me).all()
+    # several under way at once, waited for in another order
+    works = [comm.all_sum(torch.tensor([float(i + me)])) for i in range(4)]
+    for i in (2, 0, 3, 1):
+        assert works[i].wait().item() == n * i + n * (n - 1) / 2
+    right, left = comm.members[(me + 1) % n], comm.members[(me - 1) % n]
+    if n > 1:
+        for turn in (0, 1):  # NCCL: where two ranks send to each other, one of them must receive first
+            if me % 2 == turn:
+                sent = [comm.send(torch.tensor([me, k]), right) for k in range(2)]
+            else:
+                received = [comm.recv(torch.zeros(2, dtype=torch.int64), left) for _ in range(2)]
+        for k, work in enumerate(received):  # in order
+            source, got = work.wait()
+            assert source == left and got.tolist() == [comm.members.index(left), k]
+        for work in sent:
+            work.wait()
+    pair = comm.members[: max(1, n // 2)]
+    if comm.rank in pair:  # the others need not know of it
+        smaller = comm.sub(pair)
+        assert smaller.members == tuple(pair)
+        assert smaller.all_sum(torch.ones(1)).wait().item() == len(pair)

@@ -1,0 +1,170 @@
+"""The command line: what it refuses, what it resolves, and that a run alone works from end to end."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+
+from lowcomm.algorithms.diloco import DiLoCo
+from lowcomm.algorithms.local_sgd import LocalSGD
+from lowcomm.cli import main, parse_run
+from lowcomm.config import describe
+from lowcomm.metrics import read
+from lowcomm.outer.nesterov import Nesterov
+from lowcomm.outer.sgd import SGD
+from tests.multiprocess.launch import write_tiny
+
+
+@pytest.fixture
+def config(tmp_path):
+    return write_tiny(tmp_path)
+
+
+def refused(capsys, *argv):
+    """The one-paragraph message of a command that must end with exit code 2."""
+    assert main(list(argv)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lowcomm: error:") and "Traceback" not in error
+    return error
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--algorithm.evry", "3"], ["evry"]),
+        (["--nonsense", "3"], ["nonsense"]),
+        (["--algorithm.every", "many"], ["every", "many"]),
+        (["--algorithm.every", "0"], ["every is 0", "at least 1"]),
+        (["--algorithm.outer.momentum", "1"], ["momentum=1"]),
+        (["--algorithm.weights", "[1,2,3]"], ["weights has 3 entries for 1 replicas"]),
+        (["--algorithm.weights", "[0]"], ["must be positive"]),
+        (["--algorithm", "NoSuchMethod"], ["NoSuchMethod"]),
+        (["--num_tokens", "1000"], ["num_steps or num_tokens"]),
+        (["--num_steps", "0"], ["num_steps is 0"]),
+        (["--batch.size", "0"], ["batch.size is 0"]),
+        (["--batch.num_micro_batches", "3"], ["does not split"]),
+        (["--data.source.paths", "[/no/such/file.txt]"], ["/no/such/file.txt"]),
+        (["--data.seq_len", "100000"], ["tokens"]),
+        (["--model.vocab_size", "100"], ["100", "256"]),
+        (["--backend", "nccl"], ["nccl", "CUDA", "gloo"]),
+        (["--device", "cuda"], ["cuda", "GPU"]),
+        (["--precision", "fp8"], ["precision", "fp8"]),
+        (["--optimizer.path", "torch.optim.Adamm"], ["torch.optim.Adamm"]),
+        (["--optimizer.args", "{lr: 0.1, momentun: 0.9}"], ["momentun"]),
+        (["--optimizer.args.lr", "-1"], ["lr is -1"]),
+        (["--schedule.num_warmup_steps", "41"], ["num_warmup_steps 41"]),
+        (["--config", "/no/such/config.yaml"], ["/no/such/config.yaml"]),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else None,
+)
+def test_bad_input_is_refused_before_training(capsys, config, tmp_path, flags, words):
+    if torch.cuda.is_available() and ("nccl" in flags or "cuda" in flags):
+        pytest.skip("only wrong where there is no CUDA")
+    error = refused(capsys, "train", "--config", str(config), "--out", str(tmp_path / "out"), *flags)
+    assert all(word in error for word in words), error
+    assert not (tmp_path / "out").exists(), "nothing was started"
+
+
+def test_empty_data_is_refused(capsys, config, tmp_path):
+    for file in (tmp_path / "text").iterdir():
+        file.write_text("")
+    assert "empty" in refused(capsys, "train", "--config", str(config), "--out", str(tmp_path / "out"))
+
+
+def test_a_shard_that_is_not_ours_is_refused(capsys, config, tmp_path):
+    shards = tmp_path / "shards"
+    flags = ["--source", "Files", "--source.paths", f"[{tmp_path}/text/*.txt]", "--out", str(shards)]
+    assert main(["data", *flags]) == 0
+    given = [
+        "train",
+        "--config",
+        str(config),
+        "--data.source",
+        json.dumps({"class_path": "Shards", "init_args": {"path": str(shards)}}),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main(given) == 0
+    shutil.rmtree(tmp_path / "out")
+    shard = next(x for x in shards.iterdir() if x.is_file())
+    shard.write_bytes(b"something else" * 100)
+    assert str(shard) in refused(capsys, *given)
+
+
+def test_no_free_disk_is_refused(capsys, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
+    error = refused(capsys, "train", "--config", str(config), "--out", str(tmp_path / "out"))
+    assert "free" in error
+    assert main(["train", "--config", str(config), "--out", str(tmp_path / "out"), "--checkpoint.every", "0"]) == 0
+
+
+def test_a_run_alone_writes_all_its_files_and_is_not_overwritten(capsys, config, tmp_path):
+    out = tmp_path / "out"
+    assert main(["train", "--config", str(config), "--out", str(out)]) == 0
+    assert {x.name for x in out.iterdir()} == {
+        "config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "final.safetensors",
+    }  # fmt: skip
+    lines = read(out / "metrics.jsonl")
+    assert [r["t"] for r in lines if r["kind"] == "step"] == list(range(1, 41))
+    assert lines[-1]["kind"] == "summary" and lines[-1]["tokens"] == 40 * 2 * 32
+    first, last = (next(r for r in order if r["kind"] == "step") for order in (lines, lines[::-1]))
+    assert last["loss"] < first["loss"] - 0.5, "it learns"
+    assert "already holds a run" in refused(capsys, "train", "--config", str(config), "--out", str(out))
+
+
+def test_a_checkpoint_of_another_run_is_refused(capsys, config, tmp_path):
+    flags = ["train", "--config", str(config), "--out", str(tmp_path / "out"), "--num_steps", "10"]
+    assert main(flags) == 0
+    before = (tmp_path / "out" / "metrics.jsonl").read_bytes()
+    error = refused(capsys, *flags, "--resume", "--optimizer.args.lr", "1e-4")
+    assert "run_id" in error or "another run" in error
+    assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == before, "nothing is lost"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_checkpoint(capsys, config, tmp_path):
+    flags = ["--optimizer", '{"path": "torch.optim.SGD", "args": {"lr": 1.0e30}}', "--schedule.num_warmup_steps", "30"]
+    assert main(["train", "--config", str(config), "--out", str(tmp_path / "out"), *flags]) == 1
+    error = capsys.readouterr().err
+    step = int(error.split("inner step ")[1].split()[0])
+    assert "nan" in error or "inf" in error
+    saved = sorted((tmp_path / "out" / "checkpoints").glob("t*")) if step > 10 else []
+    assert (str(saved[-1]) if saved else "no checkpoint was saved before it") in error
+
+
+def test_naming_another_class_keeps_no_settings_of_the_default_one():
+    run, _ = parse_run(["--num_steps", "1", "--algorithm.outer", "SGD"])
+    assert run.algorithm == DiLoCo(outer=SGD(lr=1.0))
+    run, _ = parse_run(["--num_steps", "1", "--algorithm", "LocalSGD"])
+    assert run.algorithm == LocalSGD()
+    run, _ = parse_run(["--num_steps", "1", "--algorithm.every", "7"])
+    assert run.algorithm == DiLoCo(every=7, outer=Nesterov())
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["--algorithm", "LocalSGD", "--algorithm.reducer.compressor", "Cast"], ["--precision", "bf16"]]
+)
+def test_the_resolved_config_gives_the_same_run_again(flags, config, tmp_path):
+    run, _ = parse_run(["--config", str(config), *flags])
+    again = tmp_path / "resolved.yaml"
+    again.write_text(yaml.safe_dump(describe(run)))
+    assert parse_run(["--config", str(again)])[0] == run
+
+
+def test_dry_run_prints_the_run_and_its_traffic_and_writes_nothing(capsys, config, tmp_path):
+    assert main(["train", "--config", str(config), "--dry_run", "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["algorithm"]["init_args"]["every"] == 7
+    run, _ = parse_run(["--config", str(config)])
+    num_parameters = sum(p.numel() for p in run.model.build(256, 0).parameters())
+    # 40 steps by 7: five rounds and a partial one; 2 (n - 1) / n x 4 bytes a parameter
+    assert f"{4 * num_parameters:,} bytes a round, 6 rounds" in printed
+    assert f"# 4 replicas, {num_parameters:,} parameters: each replica sends {6 * num_parameters:,} bytes" in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_commands(capsys):
+    assert main([]) == 0 and "lowcomm COMMAND" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert "no command 'trian'" in refused(capsys, "trian")
