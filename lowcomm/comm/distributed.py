@@ -196,9 +196,9 @@ def connect(backend: str, timeout_s: float = 600.0) -> DistributedComm:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        backend, timeout=timedelta(seconds=timeout_s), device_id=device if backend == "nccl" else None
-    )
+    # No device_id: a group that is bound to its GPU splits its sub-groups off, for which all ranks must call, and the
+    # ranks outside of a `sub` know nothing of it.
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     return DistributedComm(range(dist.get_world_size()), device)
 
 
