@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from lowcomm.comm.distributed import connect, disconnect, under_torchrun
 from lowcomm.comm.metered import Meter, MeteredComm
 from lowcomm.comm.solo import SoloComm
 from lowcomm.config import Run, describe, identity
+from lowcomm.data import LoadedData
+from lowcomm.engine.base import Engine
 from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.environment import environment
 from lowcomm.ledger import Ledger
@@ -80,54 +83,93 @@ def run_replica(run: Run, out: Path, resumes: bool) -> dict[str, Any]:
         disconnect()
 
 
-def _run_replica(run: Run, out: Path, resumes: bool, where: Place, comm: Comm) -> dict[str, Any]:
-    num_replicas, rank = len(comm.members), comm.rank
-    metered = MeteredComm(comm, Meter(), stream=where.device if where.backend == "nccl" else None)
-    path = out / ("metrics.jsonl" if rank == 0 else f"metrics.rank{rank}.jsonl")
-    if path.exists() and not resumes:
-        raise ValueError(f"{out} already holds a run; go on with it by --resume, or choose another --out")
+@dataclass(frozen=True)
+class Assembled:
+    """A replica, what it is to do, and its model; a run is told from others by its id."""
 
-    data = run.data.open(rank, num_replicas, run.batch.of_replica(num_replicas), run.seed)
+    replica: Replica
+    plan: Plan
+    model: nn.Module
+    run_id: str
+
+    def summary(self) -> dict[str, Any]:
+        """Write and return the last line of the run."""
+        num_parameters = sum(x.numel() for x in self.replica.engine.slots()["param"])
+        name = type(self.replica.algorithm).__name__
+        return self.replica.ledger.summary(name, num_parameters, self.plan.bytes_per_token)
+
+
+def assemble(
+    run: Run,
+    loaded: LoadedData,
+    comm: MeteredComm,
+    device: torch.device,
+    write: Callable[[dict[str, Any]], None],
+    around: Callable[[Engine], Engine] = lambda engine: engine,
+) -> Assembled:
+    """Build one member's replica and make sure that all members were started alike.
+
+    Args:
+        loaded: ``run.data`` as this process read it.
+        write: where metrics lines go.
+        around: what is put around the engine, such as a virtual clock.
+    """
+    num_replicas = len(comm.members)
+    batch_size, num_steps = run.batch.of_replica(num_replicas), run.steps(num_replicas)
+    data = loaded.open(comm.members.index(comm.rank), num_replicas, batch_size, run.seed)
     validation = data.validation(run.evaluation.batch_size, run.evaluation.num_tokens)
     assert data.bytes_per_token is not None, "there is validation text, so its size is known"
-    model = run.model.build(data.vocab_size, run.seed).to(where.device, _DTYPES[run.precision])
+    model = run.model.build(data.vocab_size, run.seed).to(device, _DTYPES[run.precision])
     run_id = identity(run, num_replicas, data.fingerprint)
-    check_agreement(metered.tagged("start"), {"config": run_id, "model": digest(list(model.state_dict().values()))})
+    check_agreement(comm.tagged("start"), {"config": run_id, "model": digest(list(model.state_dict().values()))})
 
-    num_steps = run.steps(num_replicas)
-    engine = build_engine(run, model, num_steps)
-    state = run.algorithm.init(engine, metered)
-    checkpoints = Checkpoints(out / "checkpoints", rank, num_replicas, run_id, run.checkpoint.keep)
-    if run.checkpoint.every:
-        checkpoints.require_space(num_replicas * checkpoint_bytes(engine, state))
-
-    metrics = Metrics(path, _sinks(run, out, rank, num_steps))
-    peak = peak_flops(torch.cuda.get_device_name(where.device)) if where.device.type == "cuda" else None
+    engine = around(build_engine(run, model, num_steps))
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     ledger = Ledger(
-        write=metrics.write,
-        meter=metered.meter,
-        now=metered.now,
-        rank=rank,
+        write=write,
+        meter=comm.meter,
+        now=comm.now,
+        rank=comm.rank,
         num_replicas=num_replicas,
-        step_tokens=run.batch.of_replica(num_replicas) * num_replicas * run.data.seq_len,
+        step_tokens=batch_size * num_replicas * run.data.seq_len,
         log_every=run.log.every,
         token_flops=None if peak is None else flops_per_token(model, run.data.seq_len),
         peak_flops=peak,
     )
-    replica = Replica(run.algorithm, engine, state, data.train, ledger, metered, where.device)
-    if resumes:
-        truncate_after(path, resume(replica, checkpoints))
+    replica = Replica(run.algorithm, engine, run.algorithm.init(engine, comm), data.train, ledger, comm, device)
+    plan = Plan(num_steps, run.evaluation.every, run.checkpoint.every, validation, data.bytes_per_token)
+    return Assembled(replica, plan, model, run_id)
+
+
+def describe_into(run: Run, out: Path) -> None:
+    """Lay the resolved config and the environment beside the results."""
     out.mkdir(parents=True, exist_ok=True)
-    if rank == 0:
-        (out / "config.yaml").write_text(yaml.safe_dump(describe(run), sort_keys=False))
-        (out / "environment.json").write_text(json.dumps(environment(), indent=1))
+    (out / "config.yaml").write_text(yaml.safe_dump(describe(run), sort_keys=False))
+    (out / "environment.json").write_text(json.dumps(environment(), indent=1))
+
+
+def _run_replica(run: Run, out: Path, resumes: bool, where: Place, comm: Comm) -> dict[str, Any]:
+    rank, num_replicas = comm.rank, len(comm.members)
+    metered = MeteredComm(comm, Meter(), stream=where.device if where.backend == "nccl" else None)
+    path = out / ("metrics.jsonl" if rank == 0 else f"metrics.rank{rank}.jsonl")
+    if path.exists() and not resumes:
+        raise ValueError(f"{out} already holds a run; go on with it by --resume, or choose another --out")
+    metrics = Metrics(path, _sinks(run, out, rank, run.steps(num_replicas)))
     try:
-        plan = Plan(num_steps, run.evaluation.every, run.checkpoint.every, validation, data.bytes_per_token)
-        train(replica, plan, checkpoints)
+        assembled = assemble(run, run.data.load(), metered, where.device, metrics.write)
+        replica = assembled.replica
+        checkpoints = Checkpoints(out / "checkpoints", rank, num_replicas, assembled.run_id, run.checkpoint.keep)
+        if run.checkpoint.every:
+            checkpoints.require_space(num_replicas * checkpoint_bytes(replica.engine, replica.state))
+        if resumes:
+            truncate_after(path, resume(replica, checkpoints))
+        out.mkdir(parents=True, exist_ok=True)
         if rank == 0:
-            save_model(model, str(out / "final.safetensors"))
-        num_parameters = sum(x.numel() for x in engine.slots()["param"])
-        return ledger.summary(type(run.algorithm).__name__, num_parameters, data.bytes_per_token)
+            describe_into(run, out)
+        train(replica, assembled.plan, checkpoints)
+        if rank == 0:
+            save_model(assembled.model, str(out / "final.safetensors"))
+        return assembled.summary()
     finally:
         metrics.close()
 
@@ -165,7 +207,7 @@ def check_agreement(comm: MeteredComm, hashes: dict[str, str]) -> None:
             )
 
 
-def checkpoint_bytes(engine: TorchEngine, state: Any) -> int:
+def checkpoint_bytes(engine: Engine, state: Any) -> int:
     """About what one checkpoint of this rank takes, two optimizer states for each parameter assumed."""
     now = state_bytes({"engine": engine.state_dict(), "algorithm": state_tree(state)})
     return now + 2 * num_bytes(engine.slots()["param"])

@@ -47,7 +47,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     **PARTS,
     **RUN,
     "__init__": {*PARTS, "attach"},  # the public names
-    "cli": {*PARTS, *RUN, "__init__"},
+    "sim": {*PARTS, *RUN},  # and only the command line imports it
+    "cli": {*PARTS, *RUN, "sim", "__init__"},
     "__main__": {"cli"},
 }
 # the pure rooms: the same arithmetic in every world, so no world may show through

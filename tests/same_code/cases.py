@@ -61,8 +61,8 @@ def _wire_laws(comm: Comm) -> None:
         for k, work in enumerate(received):  # in order
             source, got = work.wait()
             assert source == left and got.tolist() == [comm.members.index(left), k]
-        for work in sent:
-            work.wait()
+        for departure in sent:
+            departure.wait()
     pair = comm.members[: max(1, n // 2)]
     if comm.rank in pair:  # the others need not know of it
         smaller = comm.sub(pair)
