@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -10,3 +11,7 @@ torch.set_num_threads(1)
 
 settings.register_profile("lowcomm", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("lowcomm")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-golden", action="store_true", help="keep today's numbers in tests/golden")

@@ -1,6 +1,7 @@
 """The command line: what it refuses, what it resolves, and that a run alone works from end to end."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -168,3 +169,22 @@ def test_commands(capsys):
     assert main([]) == 0 and "lowcomm COMMAND" in capsys.readouterr().out
     assert main(["--version"]) == 0
     assert "no command 'trian'" in refused(capsys, "trian")
+
+
+def flags_of(capsys, command):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    usage = capsys.readouterr().out.split("\n\n")[0]
+    return set(re.findall(r"--([a-z_]+(?:\.[a-z_]+)*)", usage))
+
+
+def test_the_command_line_is_frozen(capsys):
+    """A new option goes into a config object that has the right to it; a new flag of a command goes here on purpose."""
+    train = flags_of(capsys, "train")
+    assert {flag for flag in train if "." not in flag} == {
+        *("config", "out", "resume", "dry_run", "model", "data", "algorithm", "optimizer", "schedule", "batch"),
+        *("evaluation", "checkpoint", "log", "num_steps", "num_tokens", "precision", "compile", "clip_norm"),
+        *("seed", "device", "backend", "timeout_s"),
+    }
+    assert flags_of(capsys, "data") == {"source", "tokenizer", "out", "shard_tokens", "train_bpe"}
+    assert flags_of(capsys, "report") == {"out"}

@@ -1,0 +1,1 @@
+"""A cluster on one machine: the same code on a virtual clock."""

@@ -1,0 +1,73 @@
+"""Every parameter after every step under scripted gradients, against numbers that are kept.
+
+After an intended change: pytest tests/golden --write-golden, and read the difference.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowcomm.algorithms.data_parallel import DataParallel
+from lowcomm.algorithms.diloco import DiLoCo
+from lowcomm.algorithms.local_sgd import LocalSGD
+from lowcomm.algorithms.participation import DroppedRounds
+from lowcomm.compress.cast import Cast
+from lowcomm.engine.torch_engine import TorchEngine
+from lowcomm.reduce import Reducer
+from tests.world import run_world
+
+KEPT = Path(__file__).with_name("parameters.json")
+STEPS = 8
+CASES = {
+    "data parallel": DataParallel(),
+    "local sgd, post-local, weighted": LocalSGD(every=2, start=2, weights=[1.0, 3.0]),
+    "diloco": DiLoCo(every=3),
+    "diloco, bfloat16 wire": DiLoCo(every=3, reducer=Reducer(Cast())),
+    "diloco, dropped": DiLoCo(every=2, dropped=DroppedRounds(0.5, "all", seed=7)),
+}
+
+
+def scripted_loss(model, batch):
+    """Its gradient is the batch itself: (t, -rank) on two numbers."""
+    return (model.weight[0] * batch).sum()
+
+
+def trace(algorithm, comm):
+    model = torch.nn.Linear(2, 1, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, -1.0]]))
+    engine = TorchEngine(model, torch.optim.SGD(model.parameters(), lr=0.125), loss=scripted_loss, clip_norm=None)
+    state = algorithm.init(engine, comm)
+    steps = []
+    for t in range(1, STEPS + 1):
+        engine.backward(torch.tensor([float(t), -float(comm.rank)], dtype=torch.float64))
+        algorithm.before_update(t, engine, state, comm)
+        engine.update()
+        algorithm.after_update(t, engine, state, comm)
+        if t == STEPS:
+            algorithm.finish(t, engine, state, comm)
+        steps.append(model.weight.detach().reshape(-1).tolist())
+    return steps
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parameters_are_those_that_were_kept(name, request):
+    got = run_world(2, lambda comm: trace(CASES[name], comm))
+    if request.config.getoption("--write-golden"):
+        kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+        KEPT.write_text(json.dumps(kept | {name: got}, indent=1) + "\n")
+    assert json.loads(KEPT.read_text())[name] == got
+
+
+def test_first_steps_by_hand():
+    """The kept numbers themselves: step 1 and 2 of data parallel, and the first average of Local SGD."""
+    kept = json.loads(KEPT.read_text())
+    # mean gradient (t, -1/2): 1 - 0.125 t, -1 + 0.0625
+    assert kept["data parallel"][0][0] == [0.875, -0.9375]
+    assert kept["data parallel"][1][1] == [0.875 - 0.25, -0.875]
+    # after step 2 rank r takes (t, -r); at step 4 the second moves by 2 x 0.125 x (0 x 1 + 1 x 3) / 4
+    assert kept["local sgd, post-local, weighted"][0][3][1] == pytest.approx(-0.875 + 2 * 0.125 * 0.75)
+    # DiLoCo's first round: delta = (0.125 x 6, -0.125 x 3 / 2); anchor - 0.7 x (1 + 0.9) delta
+    assert kept["diloco"][0][2] == pytest.approx([1 - 0.7 * 1.9 * 0.75, -1 + 0.7 * 1.9 * 0.1875])
