@@ -17,6 +17,7 @@ DEV = [
     "ruff>=0.14",
     "mypy>=1.18",
     "types-PyYAML>=6.0",
+    "types-greenlet>=3.1",
     *HF,
     *REPORT,
     "tensorboard>=2.18",
@@ -44,8 +45,9 @@ setup(
     package_data={"lowcomm": ["py.typed"], "lowcomm.report": ["*.html.j2", "*.css"]},
     install_requires=[
         "torch>=2.9",
+        "greenlet>=3.1",
         "numpy>=1.26",
-        "jsonargparse[signatures]>=4.49",
+        "jsonargparse[signatures]>=4.53",
         "PyYAML>=6.0",
         "rich>=13.7",
         "safetensors>=0.5",

@@ -1,4 +1,4 @@
-"""The command line: ``lowcomm train``, ``lowcomm data``, ``lowcomm report``.
+"""The command line: ``lowcomm train``, ``lowcomm simulate``, ``lowcomm data``, ``lowcomm report``.
 
 Flags mirror the config objects (``--algorithm.every 50``); a YAML file given with --config has the same shape.
 Exit codes: 0 done, 1 failed while training, 2 bad input (nothing was started or lost), 130 and 143 interrupted.
@@ -28,12 +28,16 @@ from lowcomm.ledger import Diverged
 from lowcomm.metrics import summary_table
 from lowcomm.predict import predict
 from lowcomm.report import load_runs, write_report
+from lowcomm.sim.clock import Deadlock
+from lowcomm.sim.cluster import Cluster
+from lowcomm.sim.simulate import simulate
 
 _USAGE = """usage: lowcomm COMMAND [FLAGS]
 
-  train    train a model; alone, or one replica a process under torchrun
-  data     write tokens into memory-mapped shards
-  report   compare runs: a table, and pictures in one HTML file
+  train      train a model; alone, or one replica a process under torchrun
+  simulate   train one replica on each host of a cluster, in virtual time on this machine
+  data       write tokens into memory-mapped shards
+  report     compare runs: a table, and pictures in one HTML file
 
 lowcomm COMMAND --help lists the flags of a command.
 """
@@ -50,7 +54,7 @@ class Interrupted(Exception):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    commands = {"train": _train, "data": _data, "report": _report}
+    commands = {"train": _train, "simulate": _simulate, "data": _data, "report": _report}
     if argv and argv[0] in commands:
         try:
             return commands[argv[0]](list(argv[1:]))
@@ -64,32 +68,52 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_run(argv: Sequence[str]) -> tuple[Run, argparse.Namespace]:
-    """The run that flags and YAML describe, and the command's own flags (out, resume, dry_run).
+    """The run that flags and YAML describe, and the flags of `lowcomm train` itself (out, resume, dry_run).
 
     Raises:
         ValueError, argparse.ArgumentError: for an unknown key, a wrong type, a value out of range.
     """
-    parser = _parser("train", "Train a model; alone, or one replica a process under torchrun.")
-    parser.add_argument("--config", action="config", help="YAML in the shape of these flags")
-    parser.add_argument("--out", type=str, default="runs/latest", help="the run's directory")
+    parser = _run_parser("train", "Train a model; alone, or one replica a process under torchrun.")
     parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in --out")
     parser.add_argument("--dry_run", action="store_true", help="print the resolved run and its traffic, train nothing")
+    parts = _parse(parser, argv)
+    own = argparse.Namespace(
+        out=Path(parts.pop("out", _OUT)), resume=parts.pop("resume", False), dry_run=parts.pop("dry_run", False)
+    )
+    return Run(**parts), own
+
+
+def parse_simulation(argv: Sequence[str]) -> tuple[Run, Cluster, Path]:
+    """The run, the cluster and the directory of `lowcomm simulate`; raises as `parse_run`."""
+    parser = _run_parser("simulate", "Train one replica on each host of a cluster, in virtual time on this machine.")
+    parser.add_argument("--cluster", type=Cluster, sub_configs=True, required=True, help="YAML, or a preset's name")
+    parts = _parse(parser, argv)
+    if "cluster" not in parts:
+        raise ValueError("--cluster is missing; give a YAML file or a preset such as Uniform")
+    cluster, out = parts.pop("cluster"), Path(parts.pop("out", _OUT))
+    return Run(**parts), cluster, out
+
+
+def _run_parser(command: str, description: str) -> ArgumentParser:
+    parser = _parser(command, description)
+    parser.add_argument("--config", action="config", help="YAML in the shape of these flags")
+    parser.add_argument("--out", type=str, default=_OUT, help="the run's directory")
     parser.add_class_arguments(Run)
+    return parser
+
+
+def _parse(parser: ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    """What was given, as objects by name."""
     # Without the parser's own defaults the dataclasses' apply, so that naming another class never keeps settings of
     # the default one; the classes that flags like --algorithm.every refer to are therefore named first.
     classes = {name: describe(getattr(_DEFAULT, name))["class_path"] for name in ("model", "algorithm", "schedule")}
     named = [f"--{name}={path}" for name, path in classes.items()]
-    given = parser.parse_args([*named, *argv], defaults=False)
-    parts = vars(parser.instantiate(given))
-    own = argparse.Namespace(
-        out=Path(parts.pop("out", "runs/latest")),
-        resume=parts.pop("resume", False),
-        dry_run=parts.pop("dry_run", False),
-    )
+    parts: dict[str, Any] = vars(parser.instantiate(parser.parse_args([*named, *argv], defaults=False)))
     parts.pop("config", None)
-    return Run(**parts), own
+    return parts
 
 
+_OUT = "runs/latest"
 _DEFAULT = Run(num_steps=1)
 
 
@@ -110,6 +134,17 @@ def _train(argv: list[str]) -> int:
         return _say(f"error: {error}, so training stopped; {last}. A lower learning rate or clip_norm may help.", 1)
     except (PeerLost, Late) as error:
         return _say(f"error: {error}; {go_on}", 1)
+    return 0
+
+
+def _simulate(argv: list[str]) -> int:
+    run, cluster, out = parse_simulation(argv)
+    try:
+        simulate(run, cluster, out)
+    except Diverged as error:
+        return _say(f"error: {error}, so the simulation stopped. A lower learning rate or clip_norm may help.", 1)
+    except (PeerLost, Late, Deadlock) as error:
+        return _say(f"error: {error}", 1)
     return 0
 
 
@@ -164,7 +199,7 @@ def _report(argv: list[str]) -> int:
 
 def _parser(command: str, description: str) -> ArgumentParser:
     # Short class names (--algorithm LocalSGD) are known once their modules are.
-    for room in ("algorithms", "compress", "feedback", "outer", "models", "data", "optim"):
+    for room in ("algorithms", "compress", "feedback", "outer", "models", "data", "optim", "sim"):
         package = importlib.import_module(f"lowcomm.{room}")
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"lowcomm.{room}.{module.name}")

@@ -1,0 +1,291 @@
+"""Virtual time: ranks as greenlets of one thread, and a heap that says whose turn it is.
+
+A rank is ordinary code. It runs until it sleeps or parks; then the earliest thing due goes on, in the order of
+(time, sequence number), so that a run is the same every time.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from greenlet import GreenletExit, getcurrent, greenlet
+
+from lowcomm.sim.torch_state import TorchState, take
+
+_FEW_VOID = 64
+
+
+class Deadlock(Exception):
+    """Raised by `Clock.run` when nothing is due but ranks are parked.
+
+    Attributes:
+        waiting: what each blocked rank waits for.
+    """
+
+    def __init__(self, now: float, waiting: dict[int, str]) -> None:
+        by_reason: dict[str, list[int]] = {}
+        for rank, reason in waiting.items():
+            by_reason.setdefault(reason, []).append(rank)
+        lines = [f"  ranks {', '.join(map(str, ranks))}: {reason}" for reason, ranks in by_reason.items()]
+        super().__init__("\n".join([f"at {now:g} s nothing is due, but {len(waiting)} ranks wait:", *lines]))
+        self.waiting = waiting
+
+
+class Alarm:
+    """An action due at a moment; see `Clock.at`."""
+
+    __slots__ = ("_clock", "action", "void")
+
+    def __init__(self, clock: Clock, action: Callable[[], None]) -> None:
+        self.action = action
+        self.void = False  # run or cancelled
+        self._clock = clock
+
+    def cancel(self) -> None:
+        """Forget the action; does nothing once it has run."""
+        if not self.void:
+            self.void = True
+            self._clock._count_void()
+
+
+class _Program:
+    """One rank's code and where it stands.
+
+    Attributes:
+        void: ended or killed; it gets no more turns.
+        waiting: says what a parked rank waits for; None while it runs or a turn is due.
+        value, thrown: what its next turn brings it.
+    """
+
+    __slots__ = ("error", "function", "greenlet", "rank", "result", "state", "thrown", "value", "void", "waiting")
+
+    def __init__(self, rank: int, function: Callable[[], Any]) -> None:
+        self.rank, self.function = rank, function
+        self.greenlet: greenlet | None = None  # made at its first turn: 100,000 of them are a gigabyte
+        self.state: TorchState | None = None
+        self.void = False
+        self.waiting: Callable[[], str] | None = None
+        self.value: Any = None
+        self.thrown: BaseException | None = None
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+    def body(self, first: Any) -> None:
+        """Runs in the greenlet; whatever is raised is kept for the clock."""
+        del first
+        try:
+            result = self.function()
+            if not self.void:
+                self.result = result
+        except GreenletExit:
+            pass
+        except BaseException as error:
+            if not self.void:  # what breaks while a killed program unwinds is no news
+                self.error = error
+        self.void = True
+
+
+class Clock:
+    """Time for all ranks of a simulation.
+
+    Args:
+        isolate_torch: give each rank its own gradient mode, default generators and so on (`TorchState`), all starting
+            as they are when `run` is called. False is faster, for programs that only measure time.
+
+    Attributes:
+        now: seconds from 0; never runs back.
+        num_events: turns of ranks and actions so far.
+    """
+
+    def __init__(self, isolate_torch: bool = True) -> None:
+        self.now = 0.0
+        self.num_events = 0
+        self._isolate = isolate_torch
+        self._due: list[tuple[float, int, Alarm | _Program]] = []
+        self._sequence = itertools.count()
+        self._num_void = 0  # entries of `_due` that will be skipped
+        self._programs: dict[int, _Program] = {}
+        self._num_alive = 0
+        self._running: _Program | None = None
+        self._hub = getcurrent()
+        self._start: TorchState | None = None  # what torch's state is when a program starts; None: not kept
+
+    def spawn(self, rank: int, program: Callable[[], Any], at: float = 0.0) -> None:
+        """Start a rank's program at a moment; a rank whose last program has ended or was killed may start again.
+
+        Raises:
+            ValueError: for a negative rank, one that still runs, or a moment that is past.
+        """
+        if rank < 0:
+            raise ValueError(f"rank {rank} must be at least 0")
+        if rank in self._programs and not self._programs[rank].void:
+            raise ValueError(f"rank {rank} has a program already; kill it or let it end before it starts another")
+        self._check_time(at, f"rank {rank}")
+        self._programs[rank] = _Program(rank, program)
+        self._num_alive += 1
+        heapq.heappush(self._due, (at, next(self._sequence), self._programs[rank]))
+
+    def at(self, time: float, action: Callable[[], None]) -> Alarm:
+        """Call ``action`` at a moment, between ranks' turns. It may wake and kill ranks, but neither sleep nor park."""
+        self._check_time(time, "an action")
+        alarm = Alarm(self, action)
+        heapq.heappush(self._due, (time, next(self._sequence), alarm))
+        return alarm
+
+    def sleep(self, seconds: float) -> None:
+        """Let virtual time pass for the rank whose turn it is."""
+        if not 0.0 <= seconds < math.inf:
+            raise ValueError(f"a rank cannot sleep {seconds} s; give a finite number that is not negative")
+        program = self._turn()
+        heapq.heappush(self._due, (self.now + seconds, next(self._sequence), program))
+        self._hub.switch()
+
+    def park(self, waiting: Callable[[], str]) -> Any:
+        """Block the rank whose turn it is until `wake`, whose value is returned, or `fail`.
+
+        Args:
+            waiting: says what it waits for, for `Deadlock`.
+        """
+        program = self._turn()
+        program.waiting = waiting
+        return self._hub.switch()
+
+    def wake(self, rank: int, value: Any = None) -> None:
+        """Give a parked rank a turn now, after those already due; nothing happens to one killed or failed before."""
+        self._unpark(rank, value, None)
+
+    def fail(self, rank: int, error: BaseException) -> None:
+        """Like `wake`, but ``error`` is raised where the rank parked."""
+        self._unpark(rank, None, error)
+
+    def kill(self, rank: int) -> None:
+        """End a rank's program where it stands; only its ``finally`` blocks still run, and those may not wait.
+
+        Does not return when the rank kills itself.
+        """
+        program = self._programs.get(rank)
+        if program is None:
+            raise ValueError(f"rank {rank} cannot be killed: it has no program; spawn one first")
+        if program.void:
+            return
+        program.void = True
+        if program is self._running:
+            raise GreenletExit
+        if program.waiting is None:  # its turn is due
+            self._count_void()
+        program.waiting = None
+        self._num_alive -= 1
+        self.at(self.now, lambda: self._unwind(program))
+
+    def rank(self) -> int:
+        """Whose turn it is."""
+        return self._turn().rank
+
+    def run(self) -> list[Any]:
+        """Let time pass until every program has ended; what is due later is forgotten.
+
+        Returns:
+            What each program returned, by rank; None for ranks that were killed.
+
+        Raises:
+            Deadlock: when only parked ranks are left.
+            BaseException: the first error of a program, which ends all others.
+        """
+        assert self._running is None, "the clock runs already"
+        self._hub = getcurrent()
+        outside = take() if self._isolate else None
+        if outside is not None:
+            self._start = replace(outside, leave_neutral=None)
+        try:
+            self._loop()
+        finally:
+            for program in list(self._programs.values()):
+                self._unwind(program)
+            self._due.clear()
+            self._num_void = self._num_alive = 0
+            if outside is not None:
+                outside.restore()
+        programs = self._programs
+        return [programs[rank].result if rank in programs else None for rank in range(max(programs, default=-1) + 1)]
+
+    def _loop(self) -> None:
+        due, pop = self._due, heapq.heappop
+        while self._num_alive:
+            if not due:
+                say = functools.cache(lambda waiting: waiting())  # thousands may wait for one thing
+                raise Deadlock(self.now, {p.rank: say(p.waiting) for p in self._programs.values() if p.waiting})
+            time, _, event = pop(due)
+            if event.void:
+                self._num_void -= 1
+                continue
+            self.now = time
+            self.num_events += 1
+            if isinstance(event, Alarm):
+                event.void = True
+                event.action()
+            else:
+                self._take_turn(event)
+                if event.error is not None:
+                    event.error.add_note(f"rank {event.rank} raised this at {self.now:g} s of virtual time")
+                    raise event.error
+
+    def _take_turn(self, program: _Program) -> None:
+        if program.greenlet is None:
+            program.greenlet, program.state = greenlet(program.body, self._hub), self._start
+        was_void = program.void
+        self._running = program
+        if program.state is not None:
+            program.state.restore()
+        value, thrown = program.value, program.thrown
+        program.value = program.thrown = None
+        if thrown is None:
+            program.greenlet.switch(value)
+        else:
+            program.greenlet.throw(thrown)
+        if program.state is not None:
+            program.state = take()
+        self._running = None
+        if program.void and not was_void:
+            self._num_alive -= 1
+
+    def _unwind(self, program: _Program) -> None:
+        """Run the ``finally`` blocks of a program that will not go on."""
+        program.void = True
+        if program.greenlet is not None and not program.greenlet.dead:
+            program.thrown = GreenletExit()
+            self._take_turn(program)
+
+    def _turn(self) -> _Program:
+        program = self._running
+        assert program is not None, "only a rank's program may do this, in its turn"
+        if program.void:
+            raise GreenletExit  # killed; it may not wait
+        return program
+
+    def _unpark(self, rank: int, value: Any, error: BaseException | None) -> None:
+        program = self._programs[rank]
+        if program.void or program.thrown is not None:
+            return
+        assert program.waiting is not None, f"rank {rank} is not parked"
+        program.waiting, program.value, program.thrown = None, value, error
+        heapq.heappush(self._due, (self.now, next(self._sequence), program))
+
+    def _check_time(self, time: float, what: str) -> None:
+        if not self.now <= time < math.inf:
+            raise ValueError(
+                f"{what} is due at {time} s, but it is {self.now} s already; give a finite time not before that"
+            )
+
+    def _count_void(self) -> None:
+        """Clear the heap of what will be skipped, when that is most of it."""
+        self._num_void += 1
+        if self._num_void > max(_FEW_VOID, len(self._due) // 2):
+            self._due[:] = [entry for entry in self._due if not entry[2].void]
+            heapq.heapify(self._due)
+            self._num_void = 0

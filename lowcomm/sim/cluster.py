@@ -1,0 +1,196 @@
+"""A cluster as a config: hosts in regions, what joins them, how fast they compute, what goes wrong.
+
+`lowcomm.sim.presets` has ready ones. One rank runs on each host; ranks are numbered group by group.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lowcomm.sim.compute import ComputeModel, Constant, Scaled
+from lowcomm.sim.faults import Event, Fault, FaultPlan, Pause, SlowDown
+from lowcomm.sim.hindered import Hindered
+from lowcomm.sim.inputs import check_positive
+from lowcomm.sim.network import Links, Pairs
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """Equal hosts.
+
+    Attributes:
+        count: how many.
+        up_bits_per_s: what each can send, over all its flows.
+        down_bits_per_s: what each can receive.
+        region: where they stand, one of `Layout.regions`.
+        speed: of computing; twice the speed takes half the time.
+    """
+
+    count: int
+    up_bits_per_s: float
+    down_bits_per_s: float
+    region: str = "here"
+    speed: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"count is {self.count}; a group needs at least 1 host")
+        for name in ("up_bits_per_s", "down_bits_per_s", "speed"):
+            check_positive(name, getattr(self, name))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Hosts in regions, and what joins the regions.
+
+    Attributes:
+        hosts: groups of equal ones.
+        regions: names, in the order of the matrices' rows and columns.
+        latency_s: [regions, regions], one way, from row to column; on the diagonal between hosts of one region.
+        path_bits_per_s: [regions, regions]; what one host can send to one other, whatever their own links allow. None
+            for no such limit.
+    """
+
+    hosts: Sequence[Hosts]
+    regions: Sequence[str] = ("here",)
+    latency_s: Sequence[Sequence[float]] = ((0.0,),)
+    path_bits_per_s: Sequence[Sequence[float]] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.hosts:
+            raise ValueError("hosts is empty; a cluster needs at least one")
+        if len(set(self.regions)) != len(self.regions):
+            raise ValueError(f"regions is {list(self.regions)}; each name may stand there once")
+        for group in self.hosts:
+            if group.region not in self.regions:
+                raise ValueError(f"hosts stand in {group.region!r}, but regions are {list(self.regions)}; add it there")
+        self._check_matrix("latency_s", self.latency_s)
+        if self.path_bits_per_s is not None:
+            self._check_matrix("path_bits_per_s", self.path_bits_per_s)
+        for i, a in enumerate(self.regions):
+            for j, b in enumerate(self.regions):
+                if not 0 <= self.latency_s[i][j] < math.inf:
+                    raise ValueError(
+                        f"latency_s from {a} to {b} is {self.latency_s[i][j]}; it must be 0 or more, finite"
+                    )
+                if self.path_bits_per_s is not None:
+                    check_positive(f"path_bits_per_s from {a} to {b}", self.path_bits_per_s[i][j])
+
+    def _check_matrix(self, name: str, matrix: Sequence[Sequence[float]]) -> None:
+        n = len(self.regions)
+        if len(matrix) != n or any(len(row) != n for row in matrix):
+            raise ValueError(
+                f"{name} has {len(matrix)} rows of lengths {[len(row) for row in matrix]}; {n} regions "
+                f"({', '.join(self.regions)}) need {n} rows of {n} numbers"
+            )
+
+    def of_ranks(self) -> list[Hosts]:
+        """The group of each rank."""
+        return [group for group in self.hosts for _ in range(group.count)]
+
+
+@dataclass(frozen=True)
+class Transport:
+    """How messages use the links, see `lowcomm.sim.network.Links`.
+
+    Attributes:
+        streams: connections per message.
+        window_bytes: in flight on each; gloo behaves like 1.25e6 on slow links. None for no limit.
+        latency_factor: seconds before the first byte, in latencies.
+        bandwidth_factor: the part of a link's bits that carries payload.
+        half_duplex: sending and receiving share one link, as on Wi-Fi.
+    """
+
+    streams: int = 1
+    window_bytes: float | None = None
+    latency_factor: float = 13.01
+    bandwidth_factor: float = 0.97
+    half_duplex: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster(ABC):
+    """Machines to simulate a run on.
+
+    Attributes:
+        compute: the time of inner steps on a host of speed 1.
+        faults: what goes wrong, see `lowcomm.sim.faults.FaultPlan`.
+        transport: how messages use the links.
+    """
+
+    compute: ComputeModel = Constant()
+    faults: Sequence[Fault] = ()
+    transport: Transport = Transport()
+
+    def __post_init__(self) -> None:
+        FaultPlan(self.faults)
+        self.links()
+
+    @abstractmethod
+    def layout(self) -> Layout:
+        """The hosts, and what joins them; ValueError for a cluster that cannot be."""
+
+    @property
+    def num_ranks(self) -> int:
+        """One for each host."""
+        return sum(group.count for group in self.layout().hosts)
+
+    def regions(self) -> list[str]:
+        """The region of each rank."""
+        return [group.region for group in self.layout().of_ranks()]
+
+    def links(self) -> Links:
+        """What connects the ranks."""
+        layout, transport = self.layout(), self.transport
+        of_ranks = layout.of_ranks()
+        number = {region: i for i, region in enumerate(layout.regions)}
+        where = [number[group.region] for group in of_ranks]
+        paths = layout.path_bits_per_s
+        return Links(
+            up_bits_per_s=[group.up_bits_per_s for group in of_ranks],
+            down_bits_per_s=[group.down_bits_per_s for group in of_ranks],
+            latency_s=_between(where, layout.latency_s),
+            path_bits_per_s=None if paths is None else _between(where, paths),
+            streams=transport.streams,
+            window_bytes=transport.window_bytes,
+            latency_factor=transport.latency_factor,
+            bandwidth_factor=transport.bandwidth_factor,
+            half_duplex=transport.half_duplex,
+        )
+
+    def compute_model(self) -> ComputeModel:
+        """The time of inner steps on each rank: by the speed of its host, and through its pauses and slow-downs."""
+        speeds, events = [group.speed for group in self.layout().of_ranks()], self.fault_events()
+        model = self.compute if set(speeds) == {1.0} else Scaled(self.compute, speeds)
+        return Hindered(model, events) if any(isinstance(event, Pause | SlowDown) for event in events) else model
+
+    def fault_events(self) -> list[Event]:
+        """Everything that goes wrong, by time; ValueErrors as `FaultPlan.events`."""
+        return FaultPlan(self.faults).events(self.regions())
+
+
+@dataclass(frozen=True)
+class Custom(Cluster):
+    """Any cluster.
+
+    Attributes:
+        hosts_and_paths: what there is.
+    """
+
+    hosts_and_paths: Layout
+
+    def layout(self) -> Layout:
+        """As given."""
+        return self.hosts_and_paths
+
+
+def _between(where: Sequence[int], matrix: Sequence[Sequence[float]]) -> Pairs:
+    """From a matrix between regions to a function between ranks; a matrix of ranks would grow as their square."""
+
+    def between(source: int, to: int) -> float:
+        return matrix[where[source]][where[to]]
+
+    return between

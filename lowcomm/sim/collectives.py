@@ -1,0 +1,309 @@
+"""Which bytes a collective sends where, and after how many latencies.
+
+Every schedule is pipelined: the payload is cut into chunks that follow each other through the same steps, so that all
+transfers of a collective run at once and its time is that of the busiest link plus the latencies of the chain of
+steps. For n members with S bytes each, over uplinks and downlinks of B and one-way latencies a:
+
+    Ring          all_sum 2(n-1)/n S/B + 2(n-1) a     all_gather (n-1) S/B + (n-1) a    broadcast (n-1) S/B + a
+    Tree          all_sum 3 S/B + 2d a                all_gather (2n+1) S/B + 2d a      broadcast 2 S/B + d a
+    TwoShot       all_sum 2(n-1)/n S/B + 2a           all_gather (n-1) S/B + a          broadcast S/B + 2a
+    Star          all_sum (n-1) S/B + 2a              all_gather (n-1)^2 S/B + 2a       broadcast (n-1) S/B + a
+    Pairwise      all_sum (n-1) S/B + a               all_gather (n-1) S/B + a          broadcast (n-1) S/B + a
+    Hierarchical  a chain in every island, a ring of the islands' first members
+
+with d = log2 n the depth of a binary tree whose inner ranks have three neighbours. A transfer counts all its latencies
+on its own path, so in a chain over paths of different latencies the slowest one counts for every step.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise, permutations
+from typing import NamedTuple, final
+
+KINDS = ("all_sum", "all_gather", "all_to_all", "broadcast", "send")
+
+
+class Transfer(NamedTuple):
+    """Bytes from one rank to another, moving after a number of one-way latencies of their path."""
+
+    source: int
+    to: int
+    num_bytes: int
+    num_latencies: float
+
+
+class Schedule(ABC):
+    """How collectives are done. `all_to_all` and `send` are direct in every schedule."""
+
+    def transfers(
+        self, kind: str, members: tuple[int, ...], num_bytes: Sequence[int], source: int | None = None
+    ) -> list[Transfer]:
+        """All transfers of one collective; they start together and it is over when all have ended.
+
+        Args:
+            kind: "all_sum", "all_gather", "all_to_all", "broadcast" or "send".
+            members: the ranks that take part; two for "send".
+            num_bytes: for each member, the payload that it puts in; for "all_to_all", the piece that every other
+                member has for it. "all_sum" takes the first; "broadcast" and "send" take the source's.
+            source: who sends, for "broadcast" and "send".
+
+        Raises:
+            ValueError: when the schedule has no place for a member.
+        """
+        assert kind in KINDS, kind
+        assert len(num_bytes) == len(members) == len(set(members)), (members, num_bytes)
+        assert (source in members) == (kind in ("broadcast", "send")), (kind, source, members)
+        if len(members) == 1:
+            return []
+        if kind == "all_sum":
+            return self.all_sum(members, num_bytes[0])
+        if kind == "all_gather":
+            return self.all_gather(members, num_bytes)
+        if kind == "all_to_all":
+            size = dict(zip(members, num_bytes, strict=True))
+            return [Transfer(a, b, size[b], 1) for a, b in permutations(members, 2)]
+        assert source is not None
+        size_bytes = num_bytes[members.index(source)]
+        if kind == "broadcast":
+            return self.broadcast(members, size_bytes, source)
+        assert len(members) == 2, members
+        return _direct(source, members, size_bytes)
+
+    @abstractmethod
+    def all_sum(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
+        """The transfers of a sum of ``num_bytes`` from each of at least two members."""
+
+    @abstractmethod
+    def all_gather(self, members: tuple[int, ...], num_bytes: Sequence[int]) -> list[Transfer]:
+        """The transfers after which at least two members have each other's payloads."""
+
+    @abstractmethod
+    def broadcast(self, members: tuple[int, ...], num_bytes: int, source: int) -> list[Transfer]:
+        """The transfers of ``num_bytes`` from ``source`` to at least one other."""
+
+
+@final
+@dataclass(frozen=True)
+class Ring(Schedule):
+    """Everybody sends to the next: least bytes, most latencies. Broadcasts are direct.
+
+    Its bytes per rank are those that `lowcomm.comm.metered` counts.
+    """
+
+    def all_sum(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
+        """See `Schedule.all_sum`: a reduce-scatter and an all-gather, n - 1 steps each."""
+        n = len(members)
+        return [Transfer(a, b, 2 * (n - 1) * num_bytes // n, 2 * (n - 1)) for a, b in _round(members)]
+
+    def all_gather(self, members: tuple[int, ...], num_bytes: Sequence[int]) -> list[Transfer]:
+        """See `Schedule.all_gather`: over each edge goes everything but what its end put in."""
+        size, total = dict(zip(members, num_bytes, strict=True)), sum(num_bytes)
+        return [Transfer(a, b, total - size[b], len(members) - 1) for a, b in _round(members)]
+
+    def broadcast(self, members: tuple[int, ...], num_bytes: int, source: int) -> list[Transfer]:
+        """See `Schedule.broadcast`: from the source to each."""
+        return _direct(source, members, num_bytes)
+
+
+@final
+@dataclass(frozen=True)
+class Tree(Schedule):
+    """Up a binary tree and down again: few latencies, but each inner rank serves three neighbours."""
+
+    def all_sum(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
+        """See `Schedule.all_sum`: every edge carries the payload up and the sum down."""
+        num_latencies = 2 * _depth(len(members))
+        edges = _edges(members)
+        return [Transfer(a, b, num_bytes, num_latencies) for edge in edges for a, b in (edge, edge[::-1])]
+
+    def all_gather(self, members: tuple[int, ...], num_bytes: Sequence[int]) -> list[Transfer]:
+        """See `Schedule.all_gather`: up goes what lies below an edge, down everything else."""
+        below = list(num_bytes)
+        for i in range(len(members) - 1, 0, -1):
+            below[(i - 1) // 2] += below[i]
+        num_latencies = 2 * _depth(len(members))
+        transfers = []
+        for i, (parent, child) in enumerate(_edges(members), start=1):
+            transfers.append(Transfer(child, parent, below[i], num_latencies))
+            transfers.append(Transfer(parent, child, below[0] - below[i], num_latencies))
+        return transfers
+
+    def broadcast(self, members: tuple[int, ...], num_bytes: int, source: int) -> list[Transfer]:
+        """See `Schedule.broadcast`: down the tree whose root is the source."""
+        rooted = (source, *(rank for rank in members if rank != source))
+        return [Transfer(a, b, num_bytes, _depth(len(members))) for a, b in _edges(rooted)]
+
+
+@final
+@dataclass(frozen=True)
+class TwoShot(Schedule):
+    """Everybody owns a piece, collects it from all and gives it to all: a sharded parameter server."""
+
+    def all_sum(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
+        """See `Schedule.all_sum`: the receiver's piece before it is summed, and the sender's after."""
+        piece = _pieces(members, num_bytes)
+        return [Transfer(a, b, piece[b] + piece[a], 2) for a, b in permutations(members, 2)]
+
+    def all_gather(self, members: tuple[int, ...], num_bytes: Sequence[int]) -> list[Transfer]:
+        """See `Schedule.all_gather`: one shot is enough."""
+        return _exchange(members, num_bytes)
+
+    def broadcast(self, members: tuple[int, ...], num_bytes: int, source: int) -> list[Transfer]:
+        """See `Schedule.broadcast`: the source deals out pieces to the others, and they exchange theirs."""
+        others = [rank for rank in members if rank != source]
+        piece = _pieces(others, num_bytes)
+        deal = [Transfer(source, b, piece[b], 2) for b in others]
+        return deal + [Transfer(a, b, piece[a], 2) for a, b in permutations(others, 2)]
+
+
+@final
+@dataclass(frozen=True)
+class Star(Schedule):
+    """Everything goes through one rank, which takes part in every collective: a central parameter server."""
+
+    center: int
+
+    def all_sum(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
+        """See `Schedule.all_sum`: in to the centre and out again."""
+        leaves = self._leaves(members)
+        return [Transfer(a, b, num_bytes, 2) for x in leaves for a, b in ((x, self.center), (self.center, x))]
+
+    def all_gather(self, members: tuple[int, ...], num_bytes: Sequence[int]) -> list[Transfer]:
+        """See `Schedule.all_gather`: the centre sends everybody what the others put in."""
+        size, total = dict(zip(members, num_bytes, strict=True)), sum(num_bytes)
+        leaves = self._leaves(members)
+        inward = [Transfer(x, self.center, size[x], 2) for x in leaves]
+        return inward + [Transfer(self.center, x, total - size[x], 2) for x in leaves]
+
+    def broadcast(self, members: tuple[int, ...], num_bytes: int, source: int) -> list[Transfer]:
+        """See `Schedule.broadcast`: through the centre when it is not the source."""
+        leaves = [rank for rank in self._leaves(members) if rank != source]
+        if source == self.center:
+            return [Transfer(source, x, num_bytes, 1) for x in leaves]
+        return [Transfer(source, self.center, num_bytes, 1), *(Transfer(self.center, x, num_bytes, 2) for x in leaves)]
+
+    def _leaves(self, members: tuple[int, ...]) -> list[int]:
+        if self.center not in members:
+            raise ValueError(
+                f"Star's center is rank {self.center}, which is not among the members {members} of this collective; "
+                "choose a center that takes part in all of them, or another schedule"
+            )
+        return [rank for rank in members if rank != self.center]
+
+
+@final
+@dataclass(frozen=True)
+class Pairwise(Schedule):
+    """Everybody sends its whole payload to everybody: one latency, most bytes."""
+
+    def all_sum(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
+        """See `Schedule.all_sum`: everybody sums for itself."""
+        return _exchange(members, [num_bytes] * len(members))
+
+    def all_gather(self, members: tuple[int, ...], num_bytes: Sequence[int]) -> list[Transfer]:
+        """See `Schedule.all_gather`."""
+        return _exchange(members, num_bytes)
+
+    def broadcast(self, members: tuple[int, ...], num_bytes: int, source: int) -> list[Transfer]:
+        """See `Schedule.broadcast`."""
+        return _direct(source, members, num_bytes)
+
+
+@final
+@dataclass(frozen=True)
+class Hierarchical(Schedule):
+    """Only one member of each island talks to other islands, so that little crosses the slow paths between them.
+
+    Inside, the members form a chain whose first one (the source of a broadcast, if it is there) is the island's gate;
+    chains and the ring of the gates work at once, chunk after chunk.
+
+    Attributes:
+        islands: the ranks of each; no rank in two. Collectives may leave out members and whole islands.
+    """
+
+    islands: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        """No rank may be in two islands."""
+        ranks = [rank for island in self.islands for rank in island]
+        twice = sorted({rank for rank in ranks if ranks.count(rank) > 1})
+        if twice:
+            raise ValueError(f"ranks {twice} are in Hierarchical's islands more than once; give each rank one island")
+
+    def all_sum(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
+        """See `Schedule.all_sum`: along each chain to its gate, around the gates, and back."""
+        chains = self._chains(members)
+        transfers = []
+        for chain in chains:
+            for a, b in pairwise(chain):
+                transfers += [Transfer(x, y, num_bytes, 2 * (len(chain) - 1)) for x, y in ((b, a), (a, b))]
+        gates = tuple(chain[0] for chain in chains)
+        return transfers + Ring().transfers("all_sum", gates, [num_bytes] * len(gates))
+
+    def all_gather(self, members: tuple[int, ...], num_bytes: Sequence[int]) -> list[Transfer]:
+        """See `Schedule.all_gather`: towards the gate goes what lies behind, the other way everything else."""
+        size, total = dict(zip(members, num_bytes, strict=True)), sum(num_bytes)
+        chains = self._chains(members)
+        transfers = []
+        for chain in chains:
+            behind = list(accumulate(size[rank] for rank in reversed(chain)))[-2::-1]
+            for (a, b), below in zip(pairwise(chain), behind, strict=True):
+                transfers.append(Transfer(b, a, below, 2 * (len(chain) - 1)))
+                transfers.append(Transfer(a, b, total - below, 2 * (len(chain) - 1)))
+        gates = tuple(chain[0] for chain in chains)
+        return transfers + Ring().transfers("all_gather", gates, [sum(size[x] for x in chain) for chain in chains])
+
+    def broadcast(self, members: tuple[int, ...], num_bytes: int, source: int) -> list[Transfer]:
+        """See `Schedule.broadcast`: from the source to the other gates, and along the chains."""
+        chains = self._chains((source, *(rank for rank in members if rank != source)))
+        transfers = _direct(source, [chain[0] for chain in chains], num_bytes)
+        for chain in chains:
+            transfers += [Transfer(a, b, num_bytes, len(chain) - 1) for a, b in pairwise(chain)]
+        return transfers
+
+    def _chains(self, members: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """The members of each island that has any, in the order of ``members``."""
+        home = {rank: i for i, island in enumerate(self.islands) for rank in island}
+        homeless = [rank for rank in members if rank not in home]
+        if homeless:
+            raise ValueError(
+                f"ranks {homeless} are in none of Hierarchical's {len(self.islands)} islands; add them to one, or as "
+                "islands of their own"
+            )
+        chains: dict[int, list[int]] = {}
+        for rank in members:
+            chains.setdefault(home[rank], []).append(rank)
+        return [tuple(chain) for chain in chains.values()]
+
+
+def _direct(source: int, members: Sequence[int], num_bytes: int) -> list[Transfer]:
+    return [Transfer(source, to, num_bytes, 1) for to in members if to != source]
+
+
+def _exchange(members: Sequence[int], num_bytes: Sequence[int]) -> list[Transfer]:
+    size = dict(zip(members, num_bytes, strict=True))
+    return [Transfer(a, b, size[a], 1) for a, b in permutations(members, 2)]
+
+
+def _round(members: Sequence[int]) -> list[tuple[int, int]]:
+    """The edges of the ring, in order."""
+    return [(a, members[(i + 1) % len(members)]) for i, a in enumerate(members)]
+
+
+def _pieces(members: Sequence[int], num_bytes: int) -> dict[int, int]:
+    """Who owns how much of a payload that is dealt out evenly."""
+    n = len(members)
+    return {rank: num_bytes * (i + 1) // n - num_bytes * i // n for i, rank in enumerate(members)}
+
+
+def _edges(members: Sequence[int]) -> list[tuple[int, int]]:
+    """(parent, child) for each but the first of a binary tree in breadth-first order."""
+    return [(members[(i - 1) // 2], members[i]) for i in range(1, len(members))]
+
+
+def _depth(num_members: int) -> int:
+    """Steps from the lowest leaf of that tree to its root."""
+    return num_members.bit_length() - 1

@@ -1,0 +1,212 @@
+"""Comm between the ranks of a simulation: real tensors, virtual time.
+
+Sums are in members' order, so that a simulation is bitwise the same every time. Tensors may be on ``device="meta"``:
+then bytes are counted and time passes, but nothing is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Generic, TypeVar
+
+from torch import Tensor
+
+from lowcomm.comm.base import Comm, Work
+from lowcomm.sim.clock import Clock
+from lowcomm.sim.collectives import Ring, Schedule
+from lowcomm.sim.exchange import Call, Carrier, Exchange, named
+from lowcomm.sim.mail import Mailbox, check_like
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class View:
+    """What all ranks that talk among the same members share.
+
+    Attributes:
+        position: each member's place.
+        num_calls: how many exchanges each member has called.
+        exchanges: those under way, by number.
+        mailboxes: by receiver.
+        lost: members that are gone.
+    """
+
+    members: tuple[int, ...]
+    position: dict[int, int]
+    lost: set[int]
+    num_calls: dict[int, int] = field(default_factory=dict)
+    exchanges: dict[int, Exchange] = field(default_factory=dict)
+    mailboxes: dict[int, Mailbox] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class World:
+    """The wire of a simulation.
+
+    Attributes:
+        clock: whose ranks talk.
+        network: what carries the bytes; None: messages take no time.
+        schedule: how collectives are made of transfers.
+        lost: ranks that crashed.
+    """
+
+    clock: Clock
+    network: Carrier | None = None
+    schedule: Schedule = Ring()
+    lost: set[int] = field(default_factory=set, init=False)
+    _views: dict[tuple[int, ...], View] = field(default_factory=dict, init=False, repr=False)
+    _latest: tuple[Sequence[int], View] | None = field(default=None, init=False, repr=False)
+
+    def comm(self, rank: int, members: Sequence[int]) -> SimComm:
+        """A rank's view of some members, itself included. For very many ranks, pass the same ``members`` object.
+
+        Raises:
+            ValueError: when members repeat, are negative, or lack the rank.
+        """
+        return SimComm(self, self._view(members), rank)
+
+    def crash(self, rank: int) -> None:
+        """A rank is gone: its program ends, and whoever waits for it, now or later, gets `PeerLost`.
+
+        Messages that have arrived stay; what is under way is lost.
+
+        Raises:
+            ValueError: when the rank has no program.
+        """
+        self.lost.add(rank)
+        for view in self._views.values():
+            if rank not in view.position:
+                continue
+            view.lost.add(rank)
+            for exchange in list(view.exchanges.values()):
+                exchange.lose(sorted(view.lost))
+            view.exchanges.clear()
+            for mailbox in list(view.mailboxes.values()):
+                mailbox.lose(rank)
+        self.clock.kill(rank)  # at the end: it does not return when the rank crashes itself
+
+    def _view(self, members: Sequence[int]) -> View:
+        # n ranks that ask for the same n members: hashing those each time would cost n * n
+        if self._latest is None or self._latest[0] is not members:
+            key = tuple(sorted(members))
+            if key not in self._views:
+                if not key or key[0] < 0 or len(set(key)) != len(key):
+                    raise ValueError(f"members {tuple(members)} must be distinct ranks from 0 on, and at least one")
+                position = {rank: i for i, rank in enumerate(key)}
+                self._views[key] = View(key, position, self.lost & position.keys())
+            self._latest = (members, self._views[key])
+        return self._latest[1]
+
+    def _join(self, view: View, rank: int, call: Call, tensors: list[Tensor]) -> Exchange:
+        number = view.num_calls[rank] = view.num_calls.get(rank, 0) + 1
+        exchange = view.exchanges.get(number)
+        if exchange is None:
+            over = partial(view.exchanges.pop, number, None)
+            exchange = Exchange(self.clock, self.network, self.schedule, view.members, number, call, over)
+            if view.lost:
+                exchange.lose(sorted(view.lost))
+                return exchange
+            view.exchanges[number] = exchange
+        exchange.arrive(rank, call, tensors)
+        return exchange
+
+    def _mailbox(self, view: View, to: int) -> Mailbox:
+        if to not in view.mailboxes:
+            view.mailboxes[to] = Mailbox(self.clock, self.network, to, view.members, view.lost)
+        return view.mailboxes[to]
+
+
+class SimComm(Comm):
+    """One rank's view in a `World`. Issuing costs no time; what is under way moves while the rank computes.
+
+    Collectives match by the members and by how many each has called among them; `send` and `recv` by `Mailbox`. A
+    message is sent at once, and `send`'s wait returns when it is there, received or not.
+    """
+
+    def __init__(self, world: World, view: View, rank: int) -> None:
+        if rank not in view.position:
+            raise ValueError(f"members {named(view.members)} must hold this rank, {rank}")
+        self.rank, self.members = rank, view.members
+        self._world, self._view = world, view
+
+    def all_sum(self, x: Tensor) -> Work[Tensor]:
+        """See `Comm.all_sum`; added in members' order."""
+        exchange = self._join("all_sum", [x])
+        return _Pending(partial(exchange.wait, self.rank), exchange.total)
+
+    def all_gather(self, x: Tensor) -> Work[list[Tensor]]:
+        """See `Comm.all_gather`."""
+        exchange = self._join("all_gather", [x])
+        return _Pending(partial(exchange.wait, self.rank), lambda: [exchange.posts[r][0].clone() for r in self.members])
+
+    def all_to_all(self, xs: list[Tensor]) -> Work[list[Tensor]]:
+        """See `Comm.all_to_all`."""
+        if len(xs) != len(self.members):
+            raise ValueError(f"all_to_all got {len(xs)} tensors for {len(self.members)} members; give one for each")
+        exchange, me = self._join("all_to_all", xs), self._view.position[self.rank]
+        return _Pending(
+            partial(exchange.wait, self.rank), lambda: [exchange.posts[r][me].clone() for r in self.members]
+        )
+
+    def broadcast(self, x: Tensor, source: int) -> Work[Tensor]:
+        """See `Comm.broadcast`."""
+        self._check(source)
+        exchange = self._join("broadcast", [x], source)
+        return _Pending(partial(exchange.wait, self.rank), lambda: exchange.posts[source][0].clone())
+
+    def send(self, x: Tensor, to: int) -> Work[None]:
+        """See `Comm.send`."""
+        self._check(to)
+        mailbox = self._world._mailbox(self._view, to)
+        return _Pending(partial(mailbox.wait_sent, mailbox.send(self.rank, _copy(x))), lambda: None)
+
+    def recv(self, like: Tensor, source: int | None = None) -> Work[tuple[int, Tensor]]:
+        """See `Comm.recv`."""
+        if source is not None:
+            self._check(source)
+        mailbox = self._world._mailbox(self._view, self.rank)
+        receive = mailbox.post(source)
+
+        def finish() -> tuple[int, Tensor]:
+            message = mailbox.wait_received(receive)
+            return message.source, check_like(message, like, self.rank)
+
+        return _Pending(lambda: None, finish)
+
+    def sub(self, members: Sequence[int]) -> Comm:
+        """See `Comm.sub`."""
+        if not set(members) <= self._view.position.keys():
+            raise ValueError(f"members {tuple(members)} are not all among {named(self.members)}")
+        return self._world.comm(self.rank, members)
+
+    def now(self) -> float:
+        """Virtual seconds since the start of the simulation."""
+        return self._world.clock.now
+
+    def _join(self, kind: str, xs: list[Tensor], source: int | None = None) -> Exchange:
+        call = Call(kind, tuple((x.shape, x.dtype) for x in xs), source)
+        is_read = source is None or source == self.rank
+        return self._world._join(self._view, self.rank, call, [_copy(x) for x in xs] if is_read else [])
+
+    def _check(self, rank: int) -> None:
+        if rank not in self._view.position:
+            raise ValueError(f"rank {rank} is not among the members {named(self.members)}")
+
+
+class _Pending(Generic[T]):
+    """A Work: how to block until it is through, and its result."""
+
+    def __init__(self, block: Callable[[], None], finish: Callable[[], T]) -> None:
+        self._block, self._finish = block, finish
+
+    def wait(self) -> T:
+        """Block, then the result."""
+        self._block()
+        return self._finish()
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.detach().clone()

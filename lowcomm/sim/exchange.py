@@ -1,0 +1,193 @@
+"""What ranks do together: members arrive at an exchange, its bytes move, each goes on with its result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from lowcomm.comm.base import PeerLost
+from lowcomm.sim.clock import Clock
+from lowcomm.sim.collectives import Schedule, Transfer
+
+_MANY = 16
+
+
+class Carrier(Protocol):
+    """What moves bytes in virtual time, such as `lowcomm.sim.network.Network`."""
+
+    def send(
+        self, source: int, to: int, num_bytes: float, on_end: Callable[[], None], num_latencies: float = 1.0
+    ) -> Any:
+        """Start a flow and return it; ``on_end`` is called between ranks' turns when the last byte is there."""
+        ...
+
+    def cancel(self, flow: Any) -> None:
+        """Stop a flow; nothing happens when it is over."""
+        ...
+
+
+class Call(NamedTuple):
+    """What a rank asks for; all members of an exchange must ask for the same."""
+
+    kind: str
+    pieces: tuple[tuple[torch.Size, torch.dtype], ...]  # the shape and dtype of each tensor
+    source: int | None = None
+
+    def __str__(self) -> str:
+        """As in "broadcast of float32 [2, 3] from rank 1"."""
+        pieces = [f"{str(dtype).removeprefix('torch.')} {list(shape)}" for shape, dtype in self.pieces]
+        if len(pieces) > _MANY:
+            pieces[_MANY:] = [f"... ({len(pieces)} tensors)"]
+        return f"{self.kind} of {', '.join(pieces)}{'' if self.source is None else f' from rank {self.source}'}"
+
+
+def named(ranks: Iterable[int]) -> str:
+    """Ranks in order, for people: "0, 1, 2", and only the first ones of many."""
+    ordered = sorted(ranks)
+    first = ", ".join(map(str, ordered[:_MANY]))
+    return first if len(ordered) <= _MANY else f"{first}, ... ({len(ordered)} ranks)"
+
+
+class Exchange:
+    """One collective of some members.
+
+    Its transfers start when the last member has arrived. Where everybody sends directly (`all_to_all`, most
+    broadcasts), a member is through when its own transfers are; all others are pipelines, and over for all at once.
+
+    Args:
+        number: counts the exchanges of these members from 1.
+        call: what the first to arrive asked for.
+        on_over: called when the last transfer has ended.
+
+    Attributes:
+        posts: what each member brought.
+        lost: those whose loss ended it too soon.
+    """
+
+    __slots__ = (
+        *("_by_rank", "_carrier", "_clock", "_flows", "_num_open", "_on_over", "_parked", "_schedule", "_total"),
+        *("call", "lost", "members", "number", "posts"),
+    )
+
+    def __init__(
+        self,
+        clock: Clock,
+        carrier: Carrier | None,
+        schedule: Schedule,
+        members: tuple[int, ...],
+        number: int,
+        call: Call,
+        on_over: Callable[[], object],
+    ) -> None:
+        self._clock, self._carrier, self._schedule, self._on_over = clock, carrier, schedule, on_over
+        self.members, self.number, self.call = members, number, call
+        self.posts: dict[int, list[Tensor]] = {}
+        self.lost: tuple[int, ...] = ()
+        self._flows: list[Any] = []
+        self._num_open: int | None = None  # transfers under way; None before the last member is there
+        self._by_rank: dict[int, int] | None = None  # those of each rank, where ranks wait for their own alone
+        self._parked: dict[int, None] = {}  # a set in order of arrival
+        self._total: Tensor | None = None
+
+    def arrive(self, rank: int, call: Call, tensors: list[Tensor]) -> None:
+        """A member joins with tensors that nobody will change.
+
+        Raises:
+            ValueError: when it asks for something else than those before it.
+        """
+        if call != self.call:
+            first = next(iter(self.posts))
+            raise ValueError(
+                f"exchange number {self.number} among ranks {named(self.members)}: rank {rank} calls {call}, but rank "
+                f"{first} called {self.call}; all members must make the same calls in the same order"
+            )
+        assert rank not in self.posts
+        self.posts[rank] = tensors
+        if len(self.posts) == len(self.members):
+            self._start()
+
+    def wait(self, rank: int) -> None:
+        """Block until this member is through.
+
+        Raises:
+            PeerLost: when another member was lost before that.
+        """
+        if not self.lost and not self._is_through(rank):
+            self._parked[rank] = None
+            try:
+                self._clock.park(self._describe)
+            finally:
+                self._parked.pop(rank, None)
+        if not self._is_through(rank):
+            raise PeerLost(f"{self._name()} cannot end: ranks {named(self.lost)} are gone", self.lost)
+
+    def lose(self, ranks: Sequence[int]) -> None:
+        """End it for all who are not through: these members are gone."""
+        self.lost = tuple(ranks)
+        if self._carrier is not None:
+            for flow in self._flows:
+                self._carrier.cancel(flow)
+        self._wake(list(self._parked))
+
+    def total(self) -> Tensor:
+        """The sum of what all brought, in members' order, as a fresh tensor."""
+        if self._total is None:
+            self._total = self.posts[self.members[0]][0].clone()
+            if not self._total.is_meta:
+                for rank in self.members[1:]:
+                    self._total += self.posts[rank][0]
+        return self._total.clone()
+
+    def _start(self) -> None:
+        transfers: list[Transfer] = []
+        if self._carrier is not None:
+            sizes = [shape.numel() * dtype.itemsize for shape, dtype in self.call.pieces]
+            num_bytes = sizes if self.call.kind == "all_to_all" else sizes * len(self.members)
+            transfers = self._schedule.transfers(self.call.kind, self.members, num_bytes, self.call.source)
+        self._num_open = len(transfers)
+        if not transfers:
+            self._end()
+        elif self.call.kind == "all_to_all" or all(transfer.source == self.call.source for transfer in transfers):
+            self._by_rank = dict.fromkeys(self.members, 0)
+            for transfer in transfers:
+                self._by_rank[transfer.source] += 1
+                self._by_rank[transfer.to] += 1
+        for x in transfers:
+            assert self._carrier is not None
+            on_end = partial(self._moved, x)
+            self._flows.append(self._carrier.send(x.source, x.to, x.num_bytes, on_end, x.num_latencies))
+
+    def _moved(self, transfer: Transfer) -> None:
+        assert self._num_open
+        self._num_open -= 1
+        if self._by_rank is not None:
+            self._by_rank[transfer.source] -= 1
+            self._by_rank[transfer.to] -= 1
+            self._wake([rank for rank in transfer[:2] if rank in self._parked and self._is_through(rank)])
+        if self._num_open == 0:
+            self._end()
+
+    def _end(self) -> None:
+        self._flows.clear()
+        self._wake(list(self._parked))
+        self._on_over()
+
+    def _wake(self, ranks: list[int]) -> None:
+        for rank in ranks:
+            del self._parked[rank]
+            self._clock.wake(rank)
+
+    def _name(self) -> str:
+        return f"{self.call}, exchange number {self.number} among ranks {named(self.members)},"
+
+    def _is_through(self, rank: int) -> bool:
+        return self._num_open == 0 or (self._by_rank is not None and self._by_rank[rank] == 0)
+
+    def _describe(self) -> str:
+        if self._num_open is not None:
+            return f"{self._name()} of which {self._num_open} messages are under way"
+        return f"{self._name()} which ranks {named(set(self.members) - self.posts.keys())} have not called"

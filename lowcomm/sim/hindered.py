@@ -1,0 +1,69 @@
+"""A compute model through pauses and slow-downs."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from lowcomm.sim.compute import ComputeModel
+from lowcomm.sim.faults import Event, Pause, SlowDown
+
+
+@dataclass(frozen=True)
+class Hindered(ComputeModel):
+    """A step's work goes on at the speed of each moment: slower in a slow-down, not at all in a pause.
+
+    Slow-downs that overlap multiply.
+
+    Attributes:
+        model: the times without faults.
+        plan: of it, `Pause` and `SlowDown` of compute matter.
+    """
+
+    model: ComputeModel
+    plan: Sequence[Event]
+    # for each rank the moments at which its slowness changes, and the slowness from each on
+    _changes: dict[int, tuple[list[float], list[float]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        windows: dict[int, list[tuple[float, float, float]]] = {}
+        for event in self.plan:
+            if isinstance(event, Pause):
+                windows.setdefault(event.rank, []).append((event.at_s, event.at_s + event.seconds, math.inf))
+            elif isinstance(event, SlowDown) and event.what == "compute":
+                windows.setdefault(event.rank, []).append((event.at_s, event.at_s + event.seconds, event.factor))
+        for rank, of_rank in windows.items():
+            moments = sorted({moment for begin, end, _ in of_rank for moment in (begin, end)})
+            slowness = [math.prod(f for begin, end, f in of_rank if begin <= moment < end) for moment in moments]
+            self._changes[rank] = moments, slowness
+
+    def seconds(self, rank: int, t: int, start: float) -> float:
+        """Until the model's time of the step has been worked off."""
+        work = self.model.seconds(rank, t, start)
+        if rank not in self._changes:
+            return work
+        moments, slowness = self._changes[rank]
+        next_change = bisect_right(moments, start)
+        now, slow = start, slowness[next_change - 1] if next_change else 1.0
+        for moment, next_slow in zip(moments[next_change:], slowness[next_change:], strict=True):
+            done = (moment - now) / slow
+            if done >= work:
+                break
+            work, now, slow = work - done, moment, next_slow
+        return now + work * slow - start
+
+    def needs_calibration(self) -> bool:
+        """Whether the model does."""
+        return self.model.needs_calibration()
+
+    def calibrated(self, step_s: float) -> ComputeModel:
+        """With the model calibrated."""
+        return replace(self, model=self.model.calibrated(step_s))
+
+    def streams(self) -> Sequence[tuple[str, int]]:
+        """The model's."""
+        return self.model.streams()

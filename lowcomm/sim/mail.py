@@ -1,0 +1,176 @@
+"""What one rank sends to another: messages on their way, messages that are there, and receives that await them."""
+
+from __future__ import annotations
+
+import bisect
+from collections import deque
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from lowcomm.comm.base import PeerLost
+from lowcomm.sim.clock import Clock
+from lowcomm.sim.exchange import Carrier, named
+
+
+class Message:
+    """A tensor on its way; it moves at once, whether or not the receiver is ready.
+
+    Attributes:
+        ended: its last byte is there.
+        lost: it will never be there.
+    """
+
+    __slots__ = ("ended", "flow", "lost", "parked", "source", "x")
+
+    def __init__(self, source: int, x: Tensor) -> None:
+        self.source, self.x = source, x
+        self.flow: Any = None
+        self.ended = self.lost = self.parked = False
+
+
+class Receive:
+    """A receive that was posted, and the message that it got."""
+
+    __slots__ = ("message", "source")
+
+    def __init__(self, source: int | None) -> None:
+        self.source = source
+        self.message: Message | None = None
+
+    def takes(self, source: int) -> bool:
+        """Whether it is for messages of this rank."""
+        return self.source is None or self.source == source
+
+
+class Mailbox:
+    """All messages of one view for one rank.
+
+    The earliest receive gets the earliest message that it may take. Messages of one sender come in order; among
+    those of several, the first to be there is the earliest, and of those at one moment that of the lowest rank.
+
+    Args:
+        to: whose it is.
+        members: of the view.
+        lost: its members that are gone; the view changes it.
+    """
+
+    def __init__(
+        self, clock: Clock, carrier: Carrier | None, to: int, members: tuple[int, ...], lost: set[int]
+    ) -> None:
+        self._clock, self._carrier, self._to, self._members, self._lost = clock, carrier, to, members, lost
+        self._coming: dict[int, deque[Message]] = {}  # by sender, in the order sent
+        self._here: list[tuple[float, int, Message]] = []  # sorted by time and rank
+        self._posted: list[Receive] = []
+        self._parked: Receive | None = None
+
+    def send(self, source: int, x: Tensor) -> Message:
+        """A message sets out."""
+        message = Message(source, x)
+        if self._to in self._lost:
+            message.lost = True
+            return message
+        self._coming.setdefault(source, deque()).append(message)
+        if self._carrier is None or source == self._to:
+            self._end(message)
+        else:
+            on_end = partial(self._end, message)
+            message.flow = self._carrier.send(source, self._to, x.numel() * x.element_size(), on_end)
+        return message
+
+    def wait_sent(self, message: Message) -> None:
+        """Block its sender until the message is there; raises `PeerLost` when the receiver is lost before that."""
+        if not message.ended and not message.lost:
+            message.parked = True
+            try:
+                self._clock.park(lambda: f"the end of its message to rank {self._to}, which is under way")
+            finally:
+                message.parked = False
+        if message.lost:
+            raise PeerLost(f"rank {message.source} sends to rank {self._to}, which is gone", (self._to,))
+
+    def post(self, source: int | None) -> Receive:
+        """Await a message."""
+        receive = Receive(source)
+        self._posted.append(receive)
+        return receive
+
+    def wait_received(self, receive: Receive) -> Message:
+        """Block the receiver until it has its message; raises `PeerLost` when nobody is left who could send it."""
+        while True:
+            self._match()
+            if receive.message is not None:
+                return receive.message
+            if self._nobody_left(receive):
+                lost = tuple(sorted(self._lost)) if receive.source is None else (receive.source,)
+                raise PeerLost(f"{self._describe(receive)} will not come: ranks {named(lost)} are gone", lost)
+            self._parked = receive
+            try:
+                self._clock.park(lambda: self._describe(receive))
+            finally:
+                self._parked = None
+
+    def lose(self, rank: int) -> None:
+        """A member is gone. What is there already stays; what is on its way from it or to it is lost."""
+        gone: list[Message] = []
+        for source in self._coming if rank == self._to else [rank]:
+            gone += self._coming.get(source, ())
+            self._coming[source] = deque()
+        for message in gone:
+            message.lost = not message.ended
+            if self._carrier is not None and message.flow is not None:
+                self._carrier.cancel(message.flow)
+            self._wake_sender(message)
+        if self._parked is not None and self._nobody_left(self._parked):
+            self._wake_receiver()
+
+    def _end(self, message: Message) -> None:
+        message.ended, message.flow = True, None
+        self._wake_sender(message)
+        coming = self._coming[message.source]
+        while coming and coming[0].ended:  # one that overtook waits for those sent before it
+            bisect.insort(self._here, (self._clock.now, message.source, coming.popleft()), key=lambda x: x[:2])
+        if self._parked is not None and self._parked.takes(message.source):
+            self._wake_receiver()
+
+    def _match(self) -> None:
+        """Give messages to receives; done in the receiver's turn, when all that came at one moment is there."""
+        for receive in list(self._posted):
+            found = next((i for i, (_, source, _) in enumerate(self._here) if receive.takes(source)), None)
+            if found is not None:
+                receive.message = self._here.pop(found)[2]
+                self._posted.remove(receive)
+
+    def _nobody_left(self, receive: Receive) -> bool:
+        if receive.source is not None:
+            return receive.source in self._lost
+        return bool(self._lost) and len(self._lost) >= len(self._members) - 1
+
+    def _wake_sender(self, message: Message) -> None:
+        if message.parked:
+            message.parked = False
+            self._clock.wake(message.source)
+
+    def _wake_receiver(self) -> None:
+        self._parked = None
+        self._clock.wake(self._to)
+
+    def _describe(self, receive: Receive) -> str:
+        source = f"rank {receive.source}" if receive.source is not None else f"anyone of ranks {named(self._members)}"
+        return f"a message to rank {self._to} from {source}"
+
+
+def check_like(message: Message, like: Tensor, to: int) -> Tensor:
+    """The message's tensor, when it is shaped like ``like``.
+
+    Raises:
+        ValueError: when it is not.
+    """
+    x = message.x
+    if x.shape != like.shape or x.dtype != like.dtype:
+        raise ValueError(
+            f"rank {message.source} sent {x.dtype} {list(x.shape)} to rank {to}, which receives it as {like.dtype} "
+            f"{list(like.shape)}; both must name one shape and dtype"
+        )
+    return x

@@ -1,0 +1,353 @@
+"""The wires between simulated ranks: flows that share links fairly.
+
+A message is a flow. It is silent for ``num_latencies * latency_factor * latency_s``, then its bytes move at
+
+    rate = min(max-min fair share of the source's up-link, the destination's down-link and the path,
+               streams * window_bytes / round-trip time)
+
+Shares change only when a flow begins or ends or a link changes, and only for flows that are connected to it by shared
+links; all that happens at one instant is one change. A flow that shares with nobody costs O(1).
+
+The factors 13.01 and 0.97 are those fitted for TCP by Velho and Legrand (2009), SimGrid's LV08; 1 and 1 are the bare
+model. Not modelled: packets, loss, slow start.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from math import inf
+from typing import NamedTuple
+
+from lowcomm.sim.clock import Alarm, Clock
+from lowcomm.sim.sharing import Flow, Link, fair_rates
+
+# one number for each (source, to): rows of a matrix or a function
+Pairs = Sequence[Sequence[float]] | Callable[[int, int], float]
+
+
+@dataclass(frozen=True)
+class Links:
+    """What connects the ranks.
+
+    Attributes:
+        up_bits_per_s: what each rank can send, over all its flows.
+        down_bits_per_s: what each rank can receive.
+        latency_s: one way, from source to destination; not the round trip.
+        path_bits_per_s: what all flows from one source to one destination share; None or inf: no limit of its own.
+        streams: connections per flow; they multiply the window.
+        window_bytes: what one connection may have in flight (gloo behaves like 1.25e6); None: no limit.
+        latency_factor: seconds before the first byte, in latencies.
+        bandwidth_factor: the part of a link's bits that carry payload.
+        half_duplex: sending and receiving share one link per rank, as on Wi-Fi.
+
+    Raises:
+        ValueError: for rates of zero, negative latencies, and lists or matrices whose sizes disagree.
+    """
+
+    up_bits_per_s: Sequence[float]
+    down_bits_per_s: Sequence[float]
+    latency_s: Pairs
+    path_bits_per_s: Pairs | None = None
+    streams: int = 1
+    window_bytes: float | None = None
+    latency_factor: float = 13.01
+    bandwidth_factor: float = 0.97
+    half_duplex: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every number that is there; those of functions are checked when they are asked for."""
+        n = len(self.up_bits_per_s)
+        if n == 0 or len(self.down_bits_per_s) != n:
+            raise ValueError(
+                f"up_bits_per_s has {n} ranks and down_bits_per_s {len(self.down_bits_per_s)}; give both one rate for "
+                "each rank, and at least one rank"
+            )
+        for name, rates in (("up_bits_per_s", self.up_bits_per_s), ("down_bits_per_s", self.down_bits_per_s)):
+            for rank, rate in enumerate(rates):
+                _check_rate(f"{name}[{rank}]", rate)
+        for name, pairs in (("latency_s", self.latency_s), ("path_bits_per_s", self.path_bits_per_s)):
+            if isinstance(pairs, Sequence) and (len(pairs) != n or any(len(row) != n for row in pairs)):
+                sizes = sorted({len(row) for row in pairs})
+                raise ValueError(
+                    f"{name} has {len(pairs)} rows of lengths {sizes}; {n} ranks need {n} rows of {n} numbers"
+                )
+        if isinstance(self.latency_s, Sequence):
+            for source in range(n):
+                for to in range(n):
+                    self.latency(source, to)
+        if isinstance(self.path_bits_per_s, Sequence):
+            for source in range(n):
+                for to in range(n):
+                    if source != to:
+                        self.path(source, to)
+        if self.half_duplex and list(self.up_bits_per_s) != list(self.down_bits_per_s):
+            raise ValueError(
+                "half_duplex needs equal up_bits_per_s and down_bits_per_s: both directions are one link; make them "
+                "equal or set half_duplex to False"
+            )
+        if self.streams < 1:
+            raise ValueError(f"streams is {self.streams}; a flow needs at least 1 connection")
+        if self.window_bytes is not None and not self.window_bytes > 0:
+            raise ValueError(f"window_bytes is {self.window_bytes}; it must be above 0, or None for no limit")
+        if not 0 <= self.latency_factor < inf:
+            raise ValueError(f"latency_factor is {self.latency_factor}; it must be at least 0 (1 is the bare latency)")
+        if not 0 < self.bandwidth_factor <= 1:
+            raise ValueError(f"bandwidth_factor is {self.bandwidth_factor}; it must be above 0 and at most 1")
+
+    @property
+    def num_ranks(self) -> int:
+        """How many ranks are connected."""
+        return len(self.up_bits_per_s)
+
+    def latency(self, source: int, to: int) -> float:
+        """Seconds one way; ValueError when negative."""
+        latency_s = _of(self.latency_s, source, to)
+        if not 0 <= latency_s < inf:
+            raise ValueError(f"latency_s from rank {source} to rank {to} is {latency_s}; it must be 0 or more, finite")
+        return latency_s
+
+    def path(self, source: int, to: int) -> float:
+        """Bits per second that all flows from source to destination share; inf for no limit; ValueError for zero."""
+        rate = inf if self.path_bits_per_s is None else _of(self.path_bits_per_s, source, to)
+        if rate != inf:
+            _check_rate(f"path_bits_per_s from rank {source} to rank {to}", rate)
+        return rate
+
+    def cap(self, source: int, to: int) -> float:
+        """Bytes per second that the windows let one flow have; inf for no limit."""
+        if self.window_bytes is None:
+            return inf
+        round_trip_s = self.latency(source, to) + self.latency(to, source)
+        return self.streams * self.window_bytes / round_trip_s if round_trip_s > 0 else inf
+
+
+class FlowRecord(NamedTuple):
+    """What became of a flow.
+
+    Attributes:
+        start_s: when it was sent.
+        begin_s: when its first byte moved; equal to ``end_s`` when none ever did.
+        moved_bytes: equal to ``num_bytes`` unless it was cancelled.
+    """
+
+    source: int
+    to: int
+    num_bytes: float
+    start_s: float
+    begin_s: float
+    end_s: float
+    moved_bytes: float
+
+
+@dataclass(eq=False, slots=True)
+class _Instant:
+    """All that is due at one moment: flows that begin or end, and links that have changed."""
+
+    alarm: Alarm
+    flows: dict[Flow, None] = field(default_factory=dict)
+    changed: dict[Link, None] = field(default_factory=dict)
+
+
+class Network:
+    """Carries flows on a clock.
+
+    Args:
+        clock: whose time they take.
+        links: what connects the ranks.
+        on_flow: called with the record of every flow that ended or was cancelled.
+    """
+
+    def __init__(self, clock: Clock, links: Links, on_flow: Callable[[FlowRecord], None] | None = None) -> None:
+        self.links = links
+        self._clock, self._on_flow = clock, on_flow
+        self._up = [Link(self._bytes_per_s(rate)) for rate in links.up_bits_per_s]
+        half = links.half_duplex
+        self._down = self._up if half else [Link(self._bytes_per_s(rate)) for rate in links.down_bits_per_s]
+        self._paths: dict[tuple[int, int], Link] = {}
+        self._blocked: set[tuple[int, int]] = set()
+        self._agenda: dict[float, _Instant] = {}
+        self._num_flows = 0
+
+    def send(
+        self, source: int, to: int, num_bytes: float, on_end: Callable[[], None], num_latencies: float = 1.0
+    ) -> Flow:
+        """Start a flow; ``on_end`` is called at the virtual time of its last byte, between ranks' turns.
+
+        Flows that end at one instant end in the order in which they were sent.
+
+        Args:
+            num_latencies: how many one-way trips pass before the bytes move: the steps of a pipelined collective.
+
+        Raises:
+            ValueError: for ranks that the links do not have, a flow from a rank to itself, and negative amounts.
+        """
+        self._check_pair(source, to)
+        if not 0 <= num_bytes < inf or not 0 <= num_latencies < inf:
+            raise ValueError(
+                f"a flow of {num_bytes} bytes after {num_latencies} latencies: both must be 0 or more, and finite"
+            )
+        now = self._clock.now
+        links = [self._up[source], self._down[to]]
+        path = self.links.path(source, to)
+        if path != inf:
+            links.append(self._paths.setdefault((source, to), Link(self._bytes_per_s(path))))
+        flow = Flow(self._num_flows, source, to, num_bytes, on_end, tuple(links), now, now, num_bytes)
+        self._num_flows += 1
+        self._put(flow, now + num_latencies * self.links.latency_factor * self.links.latency(source, to))
+        return flow
+
+    def cancel(self, flow: Flow) -> None:
+        """Stop a flow: its ``on_end`` will not be called. Nothing happens when it is over already."""
+        if flow.over:
+            return
+        self._move(flow)
+        self._drop(flow)
+        if flow.begin_s is not None:
+            self._leave(flow)
+            self._change(flow.links)
+        self._close(flow)
+
+    def set_rate(self, rank: int, up_bits_per_s: float | None = None, down_bits_per_s: float | None = None) -> None:
+        """Change a rank's links from now on, flows under way included; None leaves one as it is.
+
+        Under ``half_duplex`` either sets the one link that there is.
+
+        Raises:
+            ValueError: for an unknown rank, a rate of zero, or two rates for one half-duplex link.
+        """
+        self._check_rank(rank)
+        if self.links.half_duplex and None not in (up_bits_per_s, down_bits_per_s) and up_bits_per_s != down_bits_per_s:
+            raise ValueError(
+                f"rank {rank} would send at {up_bits_per_s} and receive at {down_bits_per_s} bits/s, but half_duplex "
+                "makes both one link: give equal rates"
+            )
+        for name, links, rate in (("up", self._up, up_bits_per_s), ("down", self._down, down_bits_per_s)):
+            if rate is not None:
+                _check_rate(f"{name}_bits_per_s of rank {rank}", rate)
+                links[rank].bytes_per_s = self._bytes_per_s(rate)
+                self._change([links[rank]])
+
+    def block(self, source: int, to: int) -> None:
+        """Let no byte pass from source to destination until `unblock`; flows wait where they are."""
+        self._check_pair(source, to)
+        self._blocked.add((source, to))
+        self._change_pair(source, to)
+
+    def unblock(self, source: int, to: int) -> None:
+        """Let bytes pass again; nothing happens when they were not blocked."""
+        self._check_pair(source, to)
+        self._blocked.discard((source, to))
+        self._change_pair(source, to)
+
+    # what happens at an instant
+
+    def _happen(self, time_s: float) -> None:
+        """Begin and end what is due, share the links anew, then tell those whose flows ended."""
+        instant = self._agenda.pop(time_s)
+        ended = []
+        for flow in instant.flows:
+            flow.due_s = inf
+            if flow.begin_s is None:
+                flow.begin_s = flow.as_of_s = time_s
+                flow.cap_bytes_per_s = self._cap(flow.source, flow.to)
+                for link in flow.links:
+                    link.flows[flow] = instant.changed[link] = None
+            else:
+                flow.remaining_bytes, flow.rate_bytes_per_s = 0.0, 0.0
+                self._leave(flow)
+                instant.changed.update(dict.fromkeys(flow.links))
+                ended.append(flow)
+        for flow, rate in fair_rates(instant.changed):
+            if rate != flow.rate_bytes_per_s:
+                self._move(flow)
+                self._drop(flow)
+                flow.rate_bytes_per_s = rate
+                if rate > 0:
+                    self._put(flow, time_s + flow.remaining_bytes / rate)
+        for flow in sorted(ended, key=lambda flow: flow.number):
+            if not flow.over:  # the end of another may have cancelled it
+                self._close(flow)
+                flow.on_end()
+
+    def _move(self, flow: Flow) -> None:
+        """Bring what remains up to now."""
+        now = self._clock.now
+        flow.remaining_bytes = max(0.0, flow.remaining_bytes - flow.rate_bytes_per_s * (now - flow.as_of_s))
+        flow.as_of_s = now
+
+    def _leave(self, flow: Flow) -> None:
+        for link in flow.links:
+            link.flows.pop(flow, None)
+
+    def _close(self, flow: Flow) -> None:
+        flow.over, flow.rate_bytes_per_s = True, 0.0
+        if self._on_flow is not None:
+            end_s = self._clock.now
+            begin_s = end_s if flow.begin_s is None else flow.begin_s
+            moved = flow.num_bytes - flow.remaining_bytes
+            record = FlowRecord(flow.source, flow.to, flow.num_bytes, flow.start_s, begin_s, end_s, moved)
+            self._on_flow(record)
+
+    # the agenda: one alarm for each moment at which something is due
+
+    def _at(self, time_s: float) -> _Instant:
+        instant = self._agenda.get(time_s)
+        if instant is None:
+            instant = self._agenda[time_s] = _Instant(self._clock.at(time_s, partial(self._happen, time_s)))
+        return instant
+
+    def _put(self, flow: Flow, time_s: float) -> None:
+        self._at(time_s).flows[flow] = None
+        flow.due_s = time_s
+
+    def _drop(self, flow: Flow) -> None:
+        if flow.due_s == inf:
+            return
+        instant = self._agenda[flow.due_s]
+        del instant.flows[flow]
+        if not instant.flows and not instant.changed:
+            instant.alarm.cancel()
+            del self._agenda[flow.due_s]
+        flow.due_s = inf
+
+    def _change(self, links: Iterable[Link]) -> None:
+        self._at(self._clock.now).changed.update(dict.fromkeys(links))
+
+    def _change_pair(self, source: int, to: int) -> None:
+        for flow in self._up[source].flows:
+            if flow.to == to:
+                flow.cap_bytes_per_s = self._cap(source, to)
+                self._change(flow.links)
+
+    def _cap(self, source: int, to: int) -> float:
+        return 0.0 if (source, to) in self._blocked else self.links.cap(source, to)
+
+    # numbers
+
+    def _bytes_per_s(self, bits_per_s: float) -> float:
+        return bits_per_s / 8 * self.links.bandwidth_factor
+
+    def _check_rank(self, rank: int) -> None:
+        if not 0 <= rank < self.links.num_ranks:
+            raise ValueError(f"rank {rank} is unknown: the links connect ranks 0 to {self.links.num_ranks - 1}")
+
+    def _check_pair(self, source: int, to: int) -> None:
+        self._check_rank(source)
+        self._check_rank(to)
+        if source == to:
+            raise ValueError(f"rank {source} would send to itself, which takes no network; leave the flow out")
+
+
+def _of(pairs: Pairs, source: int, to: int) -> float:
+    return pairs(source, to) if callable(pairs) else pairs[source][to]
+
+
+def _check_rate(name: str, bits_per_s: float) -> None:
+    if not (bits_per_s > 0 and math.isfinite(bits_per_s)):
+        raise ValueError(
+            f"{name} is {bits_per_s} bits/s; a link's rate must be above 0 and finite. To cut a connection, block it "
+            "or let its rank crash"
+        )

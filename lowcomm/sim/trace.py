@@ -1,0 +1,166 @@
+"""What every rank did when: spans, as a Chrome/Perfetto trace and as a picture.
+
+Times are virtual seconds. A written trace opens in ui.perfetto.dev or chrome://tracing; a rank is a process there, with
+one line for computing and waiting, and as many for flows as it had at once.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lowcomm.optional import require
+from lowcomm.sim.network import FlowRecord
+
+Kind = Literal["compute", "wait", "flow"]
+
+_COLOURS = {"compute": "#4878a8", "wait": "#d8a24a", "flow": "#6aa378"}
+_MAX_COLUMNS = 1000  # a picture's spans of one kind that are nearer to each other than its width over this are one
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Something that a rank did for a while.
+
+    Attributes:
+        rank: for a flow, who sends.
+        name: what it says on it, such as "step 3" or "to rank 2".
+        num_bytes: of a flow; 0 for others.
+    """
+
+    rank: int
+    kind: Kind
+    start_s: float
+    end_s: float
+    name: str
+    num_bytes: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in _COLOURS:
+            raise ValueError(f"kind is {self.kind!r}; it must be one of {', '.join(_COLOURS)}")
+        if not 0 <= self.start_s <= self.end_s < math.inf:
+            raise ValueError(
+                f"a span of rank {self.rank} goes from {self.start_s} to {self.end_s} s; times must be finite, at "
+                "least 0, and not go back"
+            )
+
+
+@dataclass
+class Trace:
+    """Spans as they are recorded, in no order."""
+
+    spans: list[Span] = field(default_factory=list)
+
+    def add(self, rank: int, kind: Kind, start_s: float, end_s: float, name: str, num_bytes: float = 0.0) -> None:
+        """Record a span."""
+        self.spans.append(Span(rank, kind, start_s, end_s, name, num_bytes))
+
+    def add_flow(self, flow: FlowRecord) -> None:
+        """Record a message that arrived or was cancelled; a `Network` calls it as its ``on_flow``."""
+        self.add(flow.source, "flow", flow.start_s, flow.end_s, f"to rank {flow.to}", flow.moved_bytes)
+
+    def total_s(self, rank: int, kind: Kind) -> float:
+        """Seconds of a rank's spans of a kind; flows that overlap count each."""
+        return math.fsum(span.end_s - span.start_s for span in self.spans if (span.rank, span.kind) == (rank, kind))
+
+
+def chrome_trace(spans: Iterable[Span]) -> dict[str, Any]:
+    """The spans in Chrome's trace event format (an object with ``traceEvents``); times there are microseconds."""
+    events: list[dict[str, Any]] = []
+    lines: dict[int, list[float]] = {}  # of each rank: when the last flow on each of its lines ends
+    for span in sorted(spans, key=lambda s: (s.start_s, s.rank, s.kind, s.end_s, s.name, s.num_bytes)):
+        busy = lines.setdefault(span.rank, [])
+        line = 0
+        if span.kind == "flow":
+            line = next((i for i, end_s in enumerate(busy, start=1) if end_s <= span.start_s), len(busy) + 1)
+            busy[line - 1 : line] = [span.end_s]
+        event = {"name": span.name, "cat": span.kind, "ph": "X", "pid": span.rank, "tid": line}
+        event |= {"ts": span.start_s * 1e6, "dur": (span.end_s - span.start_s) * 1e6}
+        events.append(event | ({"args": {"bytes": span.num_bytes}} if span.kind == "flow" else {}))
+    return {"traceEvents": [*_names(lines), *events], "displayTimeUnit": "ms"}
+
+
+def _names(lines: dict[int, list[float]]) -> list[dict[str, Any]]:
+    named: list[dict[str, Any]] = []
+    for rank in sorted(lines):
+        named.append({"name": "process_name", "ph": "M", "pid": rank, "tid": 0, "args": {"name": f"rank {rank}"}})
+        named.append({"name": "process_sort_index", "ph": "M", "pid": rank, "tid": 0, "args": {"sort_index": rank}})
+        for line in range(len(lines[rank]) + 1):
+            name = {"name": f"flows {line}" if line else "compute and wait"}
+            named.append({"name": "thread_name", "ph": "M", "pid": rank, "tid": line, "args": name})
+    return named
+
+
+def write_chrome_trace(spans: Iterable[Span], path: Path) -> None:
+    """Write `chrome_trace` as JSON; equal spans give equal bytes."""
+    path.write_text(json.dumps(chrome_trace(spans), separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+def gantt(
+    spans: Sequence[Span],
+    *,
+    id: str = "gantt",
+    start_s: float = 0.0,
+    end_s: float | None = None,
+    ranks: Sequence[int] | None = None,
+) -> str:
+    """An ``<svg>`` with a row for each rank: computing and waiting above, what it sends below.
+
+    Args:
+        id: unique on the page that it will stand in.
+        start_s: where the picture begins.
+        end_s: where it ends; None for the end of the last span.
+        ranks: the rows from the top; None for all that have spans.
+
+    Raises:
+        ValueError: when there is nothing to show, or matplotlib is not installed.
+    """
+    groups: dict[tuple[int, str], list[Span]] = {}
+    for span in spans:
+        groups.setdefault((span.rank, span.kind), []).append(span)
+    rows = sorted({rank for rank, _ in groups}) if ranks is None else list(ranks)
+    end_s = max((span.end_s for span in spans), default=0.0) if end_s is None else end_s
+    if not rows or not end_s > start_s:
+        raise ValueError(f"no span to show from {start_s} to {end_s} s on ranks {rows}; record some, or show others")
+    matplotlib = require("matplotlib", "lowcomm[report]")
+    height = min(0.9 + 0.3 * len(rows), 40.0)
+    figure = require("matplotlib.figure", "lowcomm[report]").Figure(figsize=(7.0, height), layout="constrained")
+    ax = figure.subplots()
+    for kind, colour in _COLOURS.items():
+        low, size = (0.05, 0.3) if kind == "flow" else (0.4, 0.5)
+        for row, rank in enumerate(rows):
+            bars = [(s, e - s) for s, e in _merged(groups.get((rank, kind), []), start_s, end_s)]
+            label = kind if row == 0 else None
+            ax.broken_barh(bars, (len(rows) - 1 - row + low, size), color=colour, linewidth=0, label=label)
+    ax.set_xlim(start_s, end_s)
+    ax.set_ylim(0, len(rows))
+    ax.set_yticks([len(rows) - 0.5 - row for row in range(len(rows))], [f"rank {rank}" for rank in rows])
+    ax.set_xlabel("virtual time (s)")
+    ax.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper right", ncols=len(_COLOURS), frameon=False)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": id}):
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    svg = file.getvalue()
+    return re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+
+
+def _merged(spans: Iterable[Span], start_s: float, end_s: float) -> list[tuple[float, float]]:
+    """When at least one of the spans lasts, within the window; gaps too narrow to be seen are closed."""
+    gap_s = (end_s - start_s) / _MAX_COLUMNS
+    merged: list[tuple[float, float]] = []
+    for span in sorted(spans, key=lambda s: s.start_s):
+        begin, end = max(span.start_s, start_s), min(span.end_s, end_s)
+        if begin >= end:
+            continue
+        if merged and begin - merged[-1][1] < gap_s:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+        else:
+            merged.append((begin, end))
+    return merged

@@ -1,0 +1,224 @@
+"""Clusters: presets against their published tables, YAML, and what cannot be."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from jsonargparse import ArgumentParser
+
+from lowcomm.config import describe
+from lowcomm.sim.cluster import Cluster, Custom, Hosts, Layout, Transport
+from lowcomm.sim.compute import Constant, Product, Scaled
+from lowcomm.sim.drawn import LogNormal, Markov
+from lowcomm.sim.faults import Crash, Pause, RegionShock
+from lowcomm.sim.lifetimes import Weibull
+from lowcomm.sim.network import Links
+from lowcomm.sim.presets import AWS10, DTFM, LAN, DataCentre, Home, Uniform, uniform_sweep
+
+TWO_SITES = Layout(
+    hosts=[Hosts(2, 1e9, 2e9, "eu"), Hosts(1, 3e6, 4e6, "us", speed=0.5)],
+    regions=["us", "eu"],
+    latency_s=[[0.001, 0.05], [0.06, 0.002]],
+    path_bits_per_s=[[5e9, 1e6], [2e6, 6e9]],
+)
+
+
+def test_custom_numbers_ranks_group_by_group() -> None:
+    cluster = Custom(TWO_SITES, transport=Transport(streams=4, window_bytes=1.25e6, latency_factor=1.0))
+    links = cluster.links()
+    assert cluster.num_ranks == links.num_ranks == 3
+    assert cluster.regions() == ["eu", "eu", "us"]
+    assert (list(links.up_bits_per_s), list(links.down_bits_per_s)) == ([1e9, 1e9, 3e6], [2e9, 2e9, 4e6])
+    assert [links.latency(*pair) for pair in ((0, 1), (0, 2), (2, 0), (2, 2))] == [0.002, 0.06, 0.05, 0.001]
+    assert [links.path(*pair) for pair in ((0, 1), (1, 2), (2, 1))] == [6e9, 2e6, 1e6]
+    assert links.cap(0, 2) == pytest.approx(4 * 1.25e6 / 0.11)
+    assert (links.latency_factor, links.bandwidth_factor, links.half_duplex) == (1.0, 0.97, False)
+
+
+def test_transport_has_the_defaults_of_links() -> None:
+    ours, theirs = LAN().links(), Links([1e9], [1e9], [[0.0]])
+    for name in ("streams", "window_bytes", "latency_factor", "bandwidth_factor", "half_duplex"):
+        assert getattr(ours, name) == getattr(theirs, name)
+
+
+def test_compute_by_speed_and_through_faults() -> None:
+    cluster = Custom(TWO_SITES, compute=Constant(2.0), faults=[Pause(1, 1.0, 5.0)])
+    model = cluster.compute_model()
+    assert [model.seconds(rank, 1, 0.0) for rank in range(3)] == [2.0, 7.0, 4.0]
+    assert LAN(compute=LogNormal()).compute_model() == LogNormal()
+
+
+def test_faults_know_the_regions() -> None:
+    cluster = Custom(TWO_SITES, faults=[RegionShock("eu", 3.0)])
+    assert cluster.fault_events() == [Crash(0, 3.0), Crash(1, 3.0)]
+
+
+@pytest.mark.parametrize(
+    ("cluster", "num_ranks", "up", "down", "latency_s"),
+    [
+        (Uniform(5, 3e8, 0.03), 5, 3e8, 3e8, 0.03),
+        (DataCentre(), 8, 100e9, 100e9, 10e-6),
+        (LAN(), 8, 1e9, 1e9, 0.2e-3),
+        (Home(4), 4, 20e6, 100e6, 0.02),
+    ],
+)
+def test_one_region(cluster: Cluster, num_ranks: int, up: float, down: float, latency_s: float) -> None:
+    links = cluster.links()
+    assert list(links.up_bits_per_s) == [up] * num_ranks
+    assert list(links.down_bits_per_s) == [down] * num_ranks
+    assert links.latency(0, 1) == links.latency(num_ranks - 1, 0) == latency_s
+    assert links.path(0, 1) == math.inf
+
+
+def test_sweep() -> None:
+    sweep = uniform_sweep(4, 0.05)
+    rates = [cluster.bits_per_s for cluster in sweep]
+    assert (rates[0], rates[-1]) == (10e6, 100e9) and rates == sorted(rates)
+    assert all(cluster.num_ranks == 4 and cluster.latency_s == 0.05 for cluster in sweep)
+
+
+def test_aws() -> None:
+    cluster = AWS10()
+    regions, links = cluster.regions(), cluster.links()
+    assert cluster.num_ranks == 10
+    # published (ms, Gbit/s); the ms are round trips
+    for a, b, ms, gbit in [
+        ("Oregon", "Virginia", 67, 0.79),
+        ("Oregon", "Ireland", 124, 0.482),
+        ("Virginia", "Singapore", 230, 0.364),
+        ("Ohio", "Frankfurt", 99, 0.799),
+        ("Tokyo", "Seoul", 34, 1.10),
+        ("Seoul", "Ireland", 228, 0.335),
+        ("Singapore", "Sydney", 92, 0.816),
+        ("Sydney", "Ireland", 254, 0.344),
+        ("London", "Frankfurt", 14, 1.14),
+        ("Frankfurt", "Ireland", 24, 1.08),
+    ]:
+        i, j = regions.index(a), regions.index(b)
+        assert links.latency(i, j) == links.latency(j, i) == pytest.approx(ms / 2 * 1e-3)
+        assert links.path(i, j) == links.path(j, i) == pytest.approx(gbit * 1e9)
+    # of all 45 pairs as published
+    sums = [sum(links.latency(i, j) for i in range(10) for j in range(i)) * 2e3]
+    sums.append(sum(links.path(i, j) for i in range(10) for j in range(i)) / 1e9)
+    assert sums == pytest.approx([6148, 29.617])
+
+
+def test_some_aws_regions() -> None:
+    cluster = AWS10(2, ["Ireland", "Ohio"])
+    assert cluster.regions() == ["Ireland", "Ireland", "Ohio", "Ohio"]
+    assert cluster.links().latency(0, 2) == pytest.approx(0.0385)
+    assert [cluster.links().latency(0, 1), cluster.links().path(2, 3)] == pytest.approx([0.005, 2e9])
+
+
+@pytest.mark.parametrize(
+    ("scenario", "near", "far"),
+    [
+        ("on_demand", (0, 7, 0.0, 100e9), (7, 8, 0.0, 3.125e9)),
+        ("spot", (0, 3, 0.0, 100e9), (62, 63, 0.0, 1.25e9)),
+        ("universities", (0, 31, 0.0005, 5e9), (31, 32, 0.0055, 1.12e9)),
+        ("regional", (0, 15, 0.005, 2e9), (16, 32, 0.006, 1.25e9)),
+        ("worldwide", (0, 7, 0.005, 2e9), (0, 63, 0.062, 0.482e9)),
+    ],
+)
+def test_dtfm(scenario: Any, near: tuple[int, int, float, float], far: tuple[int, int, float, float]) -> None:
+    cluster = DTFM(scenario)
+    links = cluster.links()
+    assert cluster.num_ranks == 64
+    for a, b, latency_s, bits_per_s in (near, far):
+        assert links.latency(a, b) == pytest.approx(latency_s)
+        assert links.path(a, b) == pytest.approx(bits_per_s)
+
+
+def parse(text: str) -> Cluster:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--cluster", type=Cluster)
+    cluster = parser.instantiate(parser.parse_string(text)).cluster
+    assert isinstance(cluster, Cluster)
+    return cluster
+
+
+def test_yaml() -> None:
+    cluster = parse("""
+        cluster:
+          class_path: Home
+          init_args:
+            num_hosts: 4
+            compute:
+              class_path: Scaled
+              init_args:
+                model:
+                  class_path: Product
+                  init_args: {factors: [LogNormal, {class_path: Markov, init_args: {slow_share: 0.2}}]}
+                speeds: [1.0, 2.0, 1.0, 0.5]
+            faults:
+              - {class_path: Crash, init_args: {rank: 1, at_s: 5}}
+              - {class_path: Weibull, init_args: {mtbf_s: 1e9, until_s: 100}}
+            transport: {window_bytes: 1.25e6}
+    """)
+    assert cluster == Home(
+        4,
+        compute=Scaled(Product([LogNormal(), Markov(slow_share=0.2)]), [1.0, 2.0, 1.0, 0.5]),
+        faults=[Crash(1, 5.0), Weibull(1e9, 100.0)],
+        transport=Transport(window_bytes=1.25e6),
+    )
+    described = describe(cluster)
+    assert described["init_args"]["compute"]["init_args"]["model"]["init_args"]["factors"][0]["init_args"] == {
+        "mean_s": 1.0,
+        "sigma": 0.6,
+        "seed": 0,
+    }
+
+
+def test_yaml_of_a_custom_cluster() -> None:
+    assert parse("""
+        cluster:
+          class_path: Custom
+          init_args:
+            hosts_and_paths:
+              hosts:
+                - {count: 2, up_bits_per_s: 1e9, down_bits_per_s: 2e9, region: eu}
+                - {count: 1, up_bits_per_s: 3e6, down_bits_per_s: 4e6, region: us, speed: 0.5}
+              regions: [us, eu]
+              latency_s: [[0.001, 0.05], [0.06, 0.002]]
+              path_bits_per_s: [[5e9, 1e6], [2e6, 6e9]]
+    """) == Custom(TWO_SITES, faults=[])
+
+
+HOST = Hosts(1, 1e9, 1e9)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Hosts(1, 0.0, 1e9), "up_bits_per_s is 0.0"),
+        (lambda: Hosts(1, 1e9, 0.0), "down_bits_per_s is 0.0"),
+        (lambda: Hosts(1, 1e9, 1e9, speed=0.0), "speed is 0.0"),
+        (lambda: Hosts(0, 1e9, 1e9), "count is 0"),
+        (lambda: Layout([]), "hosts is empty"),
+        (lambda: Layout([HOST], ["here", "here"], [[0, 0], [0, 0]]), "each name may stand there once"),
+        (lambda: Layout([HOST], ["eu"]), r"hosts stand in 'here', but regions are \['eu'\]"),
+        (lambda: Layout([HOST], latency_s=[[0.0, 0.1]]), r"latency_s has 1 rows of lengths \[2\]; 1 regions"),
+        (lambda: Layout([HOST], ["here", "eu"]), r"latency_s has 1 rows of lengths \[1\]; 2 regions"),
+        (lambda: Layout([HOST], path_bits_per_s=[[1e9], [1e9]]), "path_bits_per_s has 2 rows"),
+        (lambda: Layout([HOST], path_bits_per_s=[]), "path_bits_per_s has 0 rows"),
+        (lambda: Layout([HOST], latency_s=[[-0.1]]), "latency_s from here to here is -0.1"),
+        (lambda: Layout([HOST], path_bits_per_s=[[0.0]]), "path_bits_per_s from here to here is 0.0"),
+        (lambda: Uniform(bits_per_s=0.0), "up_bits_per_s is 0.0"),
+        (lambda: LAN(num_hosts=0), "count is 0"),
+        (lambda: Home(transport=Transport(half_duplex=True)), "half_duplex needs equal"),
+        (lambda: LAN(transport=Transport(streams=0)), "streams is 0"),
+        (lambda: AWS10(regions_used=["Oregon", "Mars"]), r"regions are \['Oregon', 'Mars'\]; take each at most once"),
+        (lambda: DTFM("worldwide", 63), "num_hosts is 63; worldwide needs a multiple of 8"),
+        (lambda: DTFM("local"), "scenario is 'local'"),  # type: ignore[arg-type]
+        (lambda: LAN(faults=[Crash(0, 2.0), Crash(1, 1.0)]), "happens before it"),
+        (lambda: LAN(faults=[Crash(8, 2.0)]).fault_events(), "there is no rank 8"),
+        (lambda: LAN(num_hosts=1, faults=[Crash(0, 2.0)]).fault_events(), "all 1 ranks are down"),
+        (lambda: LAN(compute=Scaled(Constant(), [1.0])).compute_model().seconds(3, 1, 0.0), "none for rank 3"),
+    ],
+)
+def test_clusters_that_cannot_be(make: object, message: str) -> None:
+    assert callable(make)
+    with pytest.raises(ValueError, match=message):
+        make()

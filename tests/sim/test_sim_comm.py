@@ -1,0 +1,487 @@
+"""SimComm: the promises of Comm, when waits end in virtual time, and what a crash does to those who wait."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from lowcomm.comm.base import PeerLost
+from lowcomm.sim.clock import Clock, Deadlock
+from lowcomm.sim.collectives import Star, Tree
+from lowcomm.sim.comm import World
+from tests.replicas import adamw, train
+from tests.same_code.cases import CASES, STEPS, wire_laws
+from tests.world import run_world
+
+
+class SlowNetwork:
+    """Each transfer takes a second per byte, whatever else is under way."""
+
+    def __init__(self, clock):
+        self.clock, self.started = clock, []
+
+    def send(self, source, to, num_bytes, on_end, num_latencies=1.0):
+        assert source != to
+        self.started.append((self.clock.now, source, to, num_bytes))
+        return self.clock.at(self.clock.now + num_bytes, on_end)
+
+    def cancel(self, flow):
+        flow.cancel()
+
+
+def simulate(*programs, schedule=None, slow=True, isolate_torch=False, crashes=()):
+    """Run program(comm, clock) on each rank; crashes are (rank, time)."""
+    clock = Clock(isolate_torch)
+    world = World(clock, SlowNetwork(clock) if slow else None, *([schedule] if schedule else []))
+    members = range(len(programs))
+    for rank, program in enumerate(programs):
+        clock.spawn(rank, partial(program, world.comm(rank, members), clock))
+    for rank, time in crashes:
+        clock.at(time, partial(world.crash, rank))
+    return clock.run()
+
+
+def byte(value):
+    return torch.tensor([value], dtype=torch.uint8)
+
+
+# ---- the promises of Comm -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+def test_wire_laws(num_ranks, slow):
+    simulate(*[lambda comm, clock: wire_laws(comm)] * num_ranks, slow=slow, isolate_torch=True)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_simulation_computes_what_threads_compute_and_twice_the_same(name, num_ranks):
+    def program(comm, clock):
+        trace = train(CASES[name], comm, STEPS, adamw)
+        return trace, clock.now
+
+    threads = run_world(num_ranks, lambda comm: train(CASES[name], comm, STEPS, adamw))
+    first, second = (simulate(*[program] * num_ranks, isolate_torch=True) for _ in range(2))
+    for (trace, time), (again, time_again), expected in zip(first, second, threads, strict=True):
+        assert all(map(torch.equal, trace, expected)) and len(trace) == len(expected)
+        assert all(map(torch.equal, trace, again)) and time == time_again
+        assert time > 0 or num_ranks == 1
+
+
+def test_results_are_fresh_and_inputs_are_read_at_the_call():
+    def program(comm, clock):
+        x = torch.full((2,), 1.0 + comm.rank)
+        works = [comm.all_sum(x), comm.all_gather(x), comm.all_to_all([x, x]), comm.broadcast(x, 1)]
+        sent = comm.send(x, 1 - comm.rank)
+        x.zero_()
+        received = comm.recv(x)
+        total, gathered, crossed, spread = (work.wait() for work in works)
+        sent.wait()
+        mail = received.wait()[1]
+        for y in (total, *gathered, *crossed, spread, mail):
+            before = y.clone()
+            y.add_(100.0 * (1 + comm.rank))  # nobody else sees it
+            clock.sleep(1.0)
+            assert torch.equal(y, before + 100.0 * (1 + comm.rank))
+        return [y[0].item() - 100.0 * (1 + comm.rank) for y in (total, *gathered, *crossed, spread, mail)]
+
+    assert simulate(program, program) == [[3, 1, 2, 1, 2, 2, 2], [3, 1, 2, 1, 2, 2, 1]]
+
+
+def test_sums_are_in_rank_order_whoever_comes_first():
+    values = [1e8, 3.0, -1e8, 1.0]  # in float32, 1e8 + 3 is 1e8
+
+    def program(comm, clock):
+        clock.sleep((3 - comm.rank) * 1.0)
+        return comm.all_sum(torch.tensor(values[comm.rank])).wait().item()
+
+    assert simulate(*[program] * 4) == [1.0] * 4
+
+
+def test_meta_tensors_take_time_but_have_no_values():
+    def program(comm, clock):
+        x = torch.empty(10, dtype=torch.uint8, device="meta")
+        works = [comm.all_sum(x), comm.all_gather(x), comm.broadcast(x, 0), comm.all_to_all([x] * 3)]
+        works += [comm.send(x, (comm.rank + 1) % 3), comm.recv(x)]
+        total, gathered, spread, crossed, _, (source, mail) = [work.wait() for work in works]
+        assert source == (comm.rank - 1) % 3 and len(gathered) == len(crossed) == 3
+        assert all(y.is_meta and y.shape == (10,) for y in (total, *gathered, spread, *crossed, mail))
+        return clock.now
+
+    times = simulate(*[program] * 3)
+    assert times == [20.0] * 3  # all at once, and the gather takes longest
+
+
+# ---- when waits end -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compute_s", [0.0, 3.0, 8.0, 20.0])
+def test_what_is_under_way_moves_while_ranks_compute(compute_s):
+    def program(comm, clock):
+        work = comm.all_sum(torch.zeros(8, dtype=torch.uint8))  # ring of two: 8 bytes each way
+        clock.sleep(compute_s)
+        work.wait()
+        return clock.now
+
+    assert simulate(program, program) == [max(8.0, compute_s)] * 2
+
+
+def test_an_exchange_starts_when_the_last_member_is_there():
+    def program(comm, clock):
+        clock.sleep(5.0 * comm.rank)
+        comm.all_sum(torch.zeros(6, dtype=torch.uint8)).wait()
+        return clock.now
+
+    assert simulate(*[program] * 3) == [10.0 + 2 * 2 * 6 / 3] * 3
+
+
+def test_who_sends_directly_waits_for_its_own_transfers_alone():
+    def broadcasts(comm, clock):
+        comm.broadcast(torch.zeros(4, dtype=torch.uint8), 0).wait()
+        return clock.now
+
+    def crosses(comm, clock):
+        # ranks 0 and 1 receive 2 bytes from each other and from rank 2, which receives 9 from each
+        comm.all_to_all([torch.zeros(size, dtype=torch.uint8) for size in (2, 2, 9, 2)]).wait()
+        return clock.now
+
+    assert simulate(*[broadcasts] * 3) == [4.0] * 3
+    assert simulate(*[crosses] * 4) == [9.0] * 4
+    # a member that receives sooner is through sooner, unless the schedule is a pipeline
+
+    class Uneven(SlowNetwork):
+        def send(self, source, to, num_bytes, on_end, num_latencies=1.0):
+            return super().send(source, to, num_bytes * (to + 1), on_end)
+
+    for schedule, kind, expected in (
+        (Star(0), "broadcast", [12.0, 8.0, 12.0]),
+        (Star(0), "all_sum", [12.0] * 3),
+        (Tree(), "broadcast", [12.0, 8.0, 12.0]),  # of three ranks, the root sends to both
+    ):
+        clock = Clock(isolate_torch=False)
+        world = World(clock, Uneven(clock), schedule)
+
+        def program(rank, world=world, clock=clock, kind=kind):
+            comm, x = world.comm(rank, range(3)), torch.zeros(4, dtype=torch.uint8)
+            (comm.broadcast(x, 0) if kind == "broadcast" else comm.all_sum(x)).wait()
+            return clock.now
+
+        for rank in range(3):
+            clock.spawn(rank, partial(program, rank))
+        assert clock.run() == expected
+
+
+def test_views_count_their_own_exchanges():
+    def program(comm, clock):
+        pair = comm.sub([1, 0]) if comm.rank < 2 else None
+        works = [comm.all_sum(byte(1))]
+        if pair is not None:
+            clock.sleep(comm.rank * 1.0)
+            works += [pair.all_sum(byte(10)), comm.sub((0, 1)).all_sum(byte(20))]  # one view, two objects
+            assert pair.members == (0, 1)
+        return [work.wait().item() for work in works]
+
+    assert simulate(*[program] * 3) == [[3, 20, 40], [3, 20, 40], [3]]
+
+
+# ---- one to one -----------------------------------------------------------------------------------------------------
+
+
+def test_receive_from_whoever_comes_first():
+    def sender(comm, clock):
+        clock.sleep([0.0, 4.0, 1.0, 1.0, 0.0][comm.rank])
+        comm.send(byte(comm.rank), 0).wait()
+        return clock.now
+
+    def server(comm, clock):
+        got = []
+        for _ in range(2):
+            source, x = comm.recv(byte(0)).wait()
+            got.append((clock.now, source, x.item()))
+        clock.sleep(10.0)  # the others queue up
+        works = [comm.recv(byte(0)), comm.recv(byte(0), 1)]
+        return [*got, works[1].wait()[0], works[0].wait()[0]]
+
+    # a byte takes a second; ranks 2 and 3 arrive together, and the lower rank comes first
+    results = simulate(server, sender, sender, sender, sender)
+    assert results == [[(1.0, 4, 4), (2.0, 2, 2), 1, 3], 5.0, 2.0, 2.0, 1.0]
+
+
+def test_messages_at_one_moment_come_in_rank_order_even_if_sent_otherwise():
+    def sender(comm, clock):
+        clock.sleep(3.0 - comm.rank)  # rank 2 sends first, but longer
+        comm.send(torch.zeros(comm.rank, dtype=torch.uint8), 0)
+
+    def server(comm, clock):
+        clock.sleep(1.0)
+        works = [comm.recv(torch.zeros(1, dtype=torch.uint8)), comm.recv(torch.zeros(2, dtype=torch.uint8))]
+        return [work.wait()[0] for work in works]
+
+    assert simulate(server, sender, sender)[0] == [1, 2]
+
+
+def test_messages_of_one_sender_keep_their_order():
+    def sender(comm, clock):
+        comm.send(torch.zeros(9, dtype=torch.uint8), 1)
+        comm.send(byte(7), 1).wait()  # overtakes on the wire
+        return clock.now
+
+    def receiver(comm, clock):
+        long, short = comm.recv(torch.zeros(9, dtype=torch.uint8), 0), comm.recv(byte(0))
+        assert short.wait()[1].item() == 7  # waited for in another order
+        assert long.wait()[1].shape == (9,)
+        return clock.now
+
+    assert simulate(sender, receiver) == [1.0, 9.0]
+
+
+def test_a_message_to_oneself_and_a_view_of_its_own():
+    def program(comm, clock):
+        comm.send(byte(3), comm.rank).wait()
+        alone = comm.sub([comm.rank])
+        alone.send(byte(4), comm.rank).wait()
+        assert alone.all_sum(byte(5)).wait().item() == 5
+        return [c.recv(byte(0)).wait() for c in (comm, alone)], clock.now  # views do not mix
+
+    assert simulate(program, program) == [([(r, 3), (r, 4)], 0.0) for r in range(2)]
+
+
+# ---- mistakes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mine", "message"),
+    [
+        (lambda c: c.all_gather(torch.ones(2)), r"rank 1 calls all_gather of float32 \[2\], but rank 0 called all_sum"),
+        (lambda c: c.all_sum(torch.ones(3)), r"rank 1 calls all_sum of float32 \[3\], but rank 0 .* float32 \[2\]"),
+        (lambda c: c.all_sum(torch.ones(2).double()), "rank 1 calls all_sum of float64"),
+        (lambda c: c.broadcast(torch.ones(2), 1), "rank 1 calls broadcast of .* from rank 1, but rank 0 called"),
+        (lambda c: c.all_to_all([torch.ones(2)] * 2), "exchange number 2 among ranks 0, 1: rank 1 calls all_to_all"),
+    ],
+)
+def test_members_must_call_the_same(mine, message):
+    def program(comm, clock):
+        comm.all_sum(torch.ones(2)).wait()
+        (comm.all_sum(torch.ones(2)) if comm.rank == 0 else mine(comm)).wait()
+
+    with pytest.raises(ValueError, match=message):
+        simulate(program, program)
+
+
+def test_a_message_must_look_as_it_is_received():
+    def sender(comm, clock):
+        comm.send(torch.ones(2), 1).wait()
+
+    with pytest.raises(ValueError, match=r"rank 0 sent torch.float32 \[2\] to rank 1.* torch.float32 \[3\]"):
+        simulate(sender, lambda comm, clock: comm.recv(torch.ones(3)).wait())
+
+
+def test_bad_ranks():
+    def program(comm, clock):
+        x = torch.ones(1)
+        for call in (lambda: comm.send(x, 5), lambda: comm.recv(x, 5), lambda: comm.broadcast(x, 5)):
+            with pytest.raises(ValueError, match="rank 5 is not among the members 0"):
+                call()
+        with pytest.raises(ValueError, match="not all among 0"):
+            comm.sub([0, 5])
+        with pytest.raises(ValueError, match="2 tensors for 1 members"):
+            comm.all_to_all([x, x])
+
+    simulate(program)
+    for rank, members, message in ((3, [0, 1], "must hold this rank, 3"), (0, [0, 0], "distinct"), (0, [], "distinct")):
+        with pytest.raises(ValueError, match=message):
+            World(Clock()).comm(rank, members)
+
+
+def test_deadlock_says_who_waits_for_whom():
+    def program(comm, clock):
+        clock.sleep(1.0)
+        if comm.rank == 0:
+            comm.recv(torch.ones(1), 3).wait()
+        elif comm.rank == 1:
+            comm.recv(torch.ones(1)).wait()
+        elif comm.rank < 4:
+            comm.all_sum(torch.ones(2)).wait()
+
+    with pytest.raises(Deadlock) as caught:
+        simulate(*[program] * 5)
+    both = "all_sum of float32 [2], exchange number 1 among ranks 0, 1, 2, 3, 4, which ranks 0, 1, 4 have not called"
+    assert caught.value.waiting == {
+        0: "a message to rank 0 from rank 3",
+        1: "a message to rank 1 from anyone of ranks 0, 1, 2, 3, 4",
+        2: both,
+        3: both,
+    }
+
+
+# ---- crashes --------------------------------------------------------------------------------------------------------
+
+KINDS = {
+    "all_sum": lambda c: c.all_sum(torch.zeros(6, dtype=torch.uint8)),
+    "all_gather": lambda c: c.all_gather(torch.zeros(4, dtype=torch.uint8)),
+    "all_to_all": lambda c: c.all_to_all([torch.zeros(8, dtype=torch.uint8)] * 3),
+    "broadcast": lambda c: c.broadcast(torch.zeros(8, dtype=torch.uint8), 0),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("crash_s", [1.0, 3.0, 6.0, 9.0])
+def test_a_crash_reaches_all_who_wait(kind, crash_s):
+    """Ranks call at 2 s, 4 s (the one that crashes) and 5 s, and the bytes take 8 s: over at 13 s."""
+
+    def program(comm, clock):
+        clock.sleep([2.0, 4.0, 5.0][comm.rank])
+        work = KINDS[kind](comm)
+        with pytest.raises(PeerLost, match=f"{kind} of .*: ranks 1 are gone") as caught:
+            work.wait()
+        lost_s = clock.now
+        with pytest.raises(PeerLost):
+            comm.all_sum(byte(1)).wait()  # of the whole view nothing is left
+        assert clock.now == lost_s
+        survivors = comm.sub([0, 2])
+        return caught.value.ranks, lost_s, survivors.all_sum(byte(comm.rank + 1)).wait().item(), clock.now
+
+    results = simulate(*[program] * 3, crashes=[(1, crash_s)])
+    first, last = max(2.0, crash_s), max(5.0, crash_s)
+    assert results == [((1,), first, 4, last + 1.0), None, ((1,), last, 4, last + 1.0)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_over_survives_a_crash(kind):
+    def program(comm, clock):
+        work = KINDS[kind](comm)
+        clock.sleep(9.0)  # a byte a second: over at 8 s
+        work.wait()
+        return clock.now
+
+    assert simulate(*[program] * 3, crashes=[(1, 8.5)]) == [9.0, None, 9.0]
+
+
+def test_who_is_through_survives_a_crash_of_the_rest():
+    """Of a direct broadcast rank 1 has its bytes at 4 s; rank 2's are under way until 12 s."""
+    clock = Clock(isolate_torch=False)
+
+    class Uneven(SlowNetwork):
+        def send(self, source, to, num_bytes, on_end, num_latencies=1.0):
+            return super().send(source, to, num_bytes * (1 if to == 1 else 3), on_end)
+
+    world = World(clock, Uneven(clock))
+
+    def program(rank):
+        work = world.comm(rank, range(3)).broadcast(torch.zeros(4, dtype=torch.uint8), 0)
+        clock.sleep(6.0 if rank == 1 else 0.0)
+        try:
+            work.wait()
+        except PeerLost:
+            return "lost", clock.now
+        return "received", clock.now
+
+    for rank in range(3):
+        clock.spawn(rank, partial(program, rank))
+    clock.at(5.0, lambda: world.crash(2))
+    assert clock.run() == [("lost", 5.0), ("received", 6.0), None]
+
+
+def test_a_rank_may_crash_itself_and_before_it_starts():
+    clock = Clock(isolate_torch=False)
+    world = World(clock)
+
+    def waits(rank):
+        with pytest.raises(PeerLost) as caught:
+            world.comm(rank, [0, 1, 2]).all_sum(byte(1)).wait()
+        return caught.value.ranks, clock.now
+
+    def crashes():
+        clock.sleep(2.0)
+        world.crash(1)
+        raise AssertionError("it is gone")
+
+    clock.spawn(0, partial(waits, 0))
+    clock.spawn(1, crashes)
+    clock.spawn(2, partial(waits, 2), at=5.0)
+    clock.at(3.0, lambda: world.crash(2))
+    assert clock.run() == [((1,), 2.0), None, None]
+    assert world.lost == {1, 2}
+
+
+def test_messages_and_crashes():
+    log = {}
+
+    def lost(work, clock):
+        with pytest.raises(PeerLost) as caught:
+            work.wait()
+        return caught.value.ranks, clock.now
+
+    def victim(comm, clock):
+        comm.send(byte(1), 0).wait()  # there at 1 s
+        comm.send(torch.zeros(9, dtype=torch.uint8), 0)  # under way when it crashes at 3 s
+        comm.recv(byte(0), 0).wait()
+        log["victim"] = "went on"
+
+    def survivor(comm, clock):
+        under_way = comm.send(torch.zeros(9, dtype=torch.uint8), 1)
+        assert lost(comm.recv(torch.zeros(1, dtype=torch.uint8), 2), clock) == ((2,), 2.0)
+        anyone = comm.recv(byte(0))
+        assert anyone.wait()[0] == 1  # it came before the crash
+        from_victim, from_anyone = comm.recv(byte(0), 1), comm.recv(byte(0))
+        assert lost(from_victim, clock) == ((1,), 3.0)
+        assert lost(under_way, clock) == ((1,), 3.0)
+        assert lost(comm.send(byte(0), 1), clock) == ((1,), 3.0)
+        assert lost(comm.recv(byte(0), 2), clock) == ((2,), 3.0)
+        assert lost(from_anyone, clock) == ((1, 2), 3.0)  # nobody is left
+        return "survived"
+
+    results = simulate(survivor, victim, lambda comm, clock: clock.sleep(50.0), crashes=[(2, 2.0), (1, 3.0)])
+    assert results == ["survived", None, None] and not log
+
+
+def test_anyone_is_awaited_while_somebody_is_left():
+    def server(comm, clock):
+        source, _ = comm.recv(byte(0)).wait()
+        return source, clock.now
+
+    def sender(comm, clock):
+        clock.sleep(5.0)
+        comm.send(byte(0), 0).wait()
+
+    assert simulate(server, sender, sender, crashes=[(1, 1.0)])[0] == (2, 6.0)
+
+
+def test_errors_thrown_from_outside_leave_the_exchange_whole():
+    """A fault that breaks a wait: the others' exchange ends, and the rank may wait again."""
+
+    def program(comm, clock):
+        work = comm.all_sum(torch.zeros(8, dtype=torch.uint8))
+        if comm.rank == 0:
+            with pytest.raises(TimeoutError):
+                work.wait()
+            assert clock.now == 2.0
+        else:
+            clock.sleep(2.0)
+            clock.fail(0, TimeoutError())
+        work.wait()
+        return clock.now
+
+    assert simulate(program, program) == [8.0, 8.0]
+
+
+# ---- many -----------------------------------------------------------------------------------------------------------
+
+
+def test_many_ranks_share_what_they_can():
+    clock = Clock(isolate_torch=False)
+    world, members = World(clock), tuple(range(3000))
+    comms = [world.comm(rank, members) for rank in members]
+    assert all(comm.members is comms[0].members for comm in comms)
+
+    def program(comm):
+        x = torch.empty(5, device="meta")
+        for _ in range(2):
+            clock.sleep(1.0)
+            x = comm.all_sum(x).wait()
+        return x.shape
+
+    for comm in comms:
+        clock.spawn(comm.rank, partial(program, comm))
+    assert set(clock.run()) == {(5,)} and clock.now == 2.0

@@ -1,0 +1,107 @@
+"""`lowcomm simulate`: the same run as `lowcomm train`, on a cluster that is not there."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lowcomm.algorithms.base import Algorithm
+from lowcomm.cli import main
+from lowcomm.compress.base import Compressor
+from lowcomm.metrics import read
+from tests.multiprocess.launch import launch, write_tiny
+from tests.roles import players
+
+
+@pytest.fixture
+def flags(tmp_path):
+    return ["--config", str(write_tiny(tmp_path)), "--checkpoint.every", "0"]
+
+
+def losses(out, rank=0):
+    name = "metrics.jsonl" if rank == 0 else f"metrics.rank{rank}.jsonl"
+    return [(r["t"], r["loss"]) for r in read(out / name) if r["kind"] == "step"]
+
+
+def files(out):
+    """All that a run wrote but the moment at which it did."""
+    return {x.name: x.read_bytes() for x in out.iterdir() if x.name != "environment.json"}
+
+
+@pytest.mark.parametrize("algorithm", [cls.__name__ for cls in players(Algorithm, "algorithms")])
+@pytest.mark.parametrize("compressor", [cls.__name__ for cls in players(Compressor, "compress")])
+def test_every_method_and_compressor_runs_and_two_simulations_are_bitwise_equal(algorithm, compressor, flags, tmp_path):
+    method = ["--algorithm", algorithm, "--algorithm.reducer.compressor", compressor, "--num_steps", "10"]
+    cluster = ["--cluster", "Home", "--cluster.num_hosts", "3", "--cluster.compute", "LogNormal"]
+    for name in ("one", "two"):
+        assert main(["simulate", *flags, *method, *cluster, "--out", str(tmp_path / name)]) == 0
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    summary = read(tmp_path / "one" / "metrics.jsonl")[-1]
+    assert summary["kind"] == "summary" and summary["time_s"] > 5 and summary["comm_wait_s"] > 0
+    assert json.loads((tmp_path / "one" / "trace.json").read_text())["traceEvents"]
+
+
+def test_two_replicas_compute_bit_for_bit_what_two_gloo_processes_compute(flags, tmp_path):
+    assert launch(["train", *flags, "--out", str(tmp_path / "real")]).codes == [0, 0]
+    cluster = ["--cluster", "LAN", "--cluster.num_hosts", "2"]
+    assert main(["simulate", *flags, *cluster, "--out", str(tmp_path / "simulated")]) == 0
+    for rank in range(2):
+        assert losses(tmp_path / "real", rank) == losses(tmp_path / "simulated", rank)
+    weights = [(tmp_path / name / "final.safetensors").read_bytes() for name in ("real", "simulated")]
+    assert weights[0] == weights[1]
+
+
+def test_four_replicas_stay_within_1e_5_of_four_gloo_processes_for_50_rounds(flags, tmp_path):
+    flags = [*flags, "--algorithm", "LocalSGD", "--algorithm.every", "2", "--num_steps", "100", "--batch.size", "1"]
+    assert launch(["train", *flags, "--out", str(tmp_path / "real")], num_ranks=4).codes == [0] * 4
+    cluster = ["--cluster", "LAN", "--cluster.num_hosts", "4"]
+    assert main(["simulate", *flags, *cluster, "--out", str(tmp_path / "simulated")]) == 0
+    assert read(tmp_path / "simulated" / "metrics.jsonl")[-1]["round"] == 50
+    real, simulated = (load_file(tmp_path / name / "final.safetensors") for name in ("real", "simulated"))
+    for name, x in real.items():
+        assert torch.linalg.norm(simulated[name] - x) <= 1e-5 * torch.linalg.norm(x), name
+
+
+def test_a_slower_link_takes_longer_and_learns_the_same(flags, tmp_path):
+    times = []
+    for rate in ("1e6", "1e7"):
+        out = tmp_path / rate
+        cluster = ["--cluster", "Uniform", "--cluster.num_hosts", "2", "--cluster.bits_per_s", rate]
+        assert main(["simulate", *flags, *cluster, "--out", str(out)]) == 0
+        times.append(read(out / "metrics.jsonl")[-1]["time_s"])
+    assert times[0] > times[1] > 40  # 40 steps of a second
+    assert losses(tmp_path / "1e6") == losses(tmp_path / "1e7")
+
+
+def test_a_lost_rank_is_seen_by_those_who_wait_for_it(flags, tmp_path, capsys):
+    crash = '[{"class_path": "Crash", "init_args": {"rank": 1, "at_s": 9.5}}]'
+    cluster = ["--cluster", "LAN", "--cluster.num_hosts", "3", "--cluster.faults", crash]
+    assert main(["simulate", *flags, *cluster, "--out", str(tmp_path / "out")]) == 1
+    assert "1" in capsys.readouterr().err
+    assert losses(tmp_path / "out")[-1][0] == 13, "rank 0 went on to the next round, after step 14"
+
+
+@pytest.mark.parametrize(
+    ("cluster", "words"),
+    [
+        (["Uniform", "--cluster.bits_per_s", "0"], ["0"]),
+        (["Home", "--cluster.num_hosts", "0"], ["0"]),
+        (["NoSuchCluster"], ["NoSuchCluster"]),
+        (["LAN", "--cluster.faults", '[{"class_path": "Crash", "init_args": {"rank": 99, "at_s": 1}}]'], ["99"]),
+        (
+            [
+                "LAN",
+                "--cluster.faults",
+                '[{"class_path": "Pause", "init_args": {"rank": 0, "at_s": -1, "seconds": 1}}]',
+            ],
+            ["-1"],
+        ),
+    ],
+    ids=str,
+)
+def test_a_bad_cluster_is_refused(cluster, words, flags, tmp_path, capsys):
+    assert main(["simulate", *flags, "--out", str(tmp_path / "out"), "--cluster", *cluster]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lowcomm: error:") and all(word in error for word in words)
+    assert not (tmp_path / "out").exists()
