@@ -1,11 +1,12 @@
-"""Seconds per round on a real slow network: data parallel and DiLoCo, float32 and bfloat16 messages, several rates.
+"""Seconds per round on a real slow network and in the simulator, for two methods, two wires and several rates.
 
-    python -m benchmarks.slow_network_rounds --measure_only
+    python -m benchmarks.slow_network_rounds
 
 Each case is a `lowcomm train` on rate-limited hosts of this machine (launch/slow_network, which needs root and
 iproute2), logged at every step. A round's seconds are the growth of rank 0's time_s from one round's line to the next,
-and its wait that of comm_wait_s; the first round, which opens the connections, does not count. Rates are of Ethernet
-frames; of a full frame TCP leaves 95.6 % for what lowcomm sends.
+and its wait that of comm_wait_s; the first round, which opens the connections, does not count. Then the same run goes
+through `lowcomm simulate` with the measured time of a step outside of messages. Rates are of Ethernet frames; of a
+full frame TCP leaves 95.6 % for what lowcomm sends.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ WIRES: dict[str, dict[str, Any]] = {
 }
 VOCAB_SIZE = 256
 TIME_LIMIT_S = 300
+PAYLOAD_SHARE = 1448 / 1514  # of an Ethernet frame
+LATENCY_S = 1e-4  # between two namespaces of one machine
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Row:
         round_s, wait_s: a round, and its part in which rank 0 waited for messages.
         shortest_s, longest_s: rounds.
         round_bytes: sent by rank 0 in a round, as lowcomm counts.
-        simulated_s: a round in the simulator; None where only the measurement was asked for.
+        simulated_s: a round in the simulator, given the measured time of a step outside of messages.
     """
 
     case: Case
@@ -61,7 +64,7 @@ class Row:
     longest_s: float
     wait_s: float
     round_bytes: float
-    simulated_s: float | None
+    simulated_s: float
 
 
 def config(given: argparse.Namespace, case: Case) -> dict[str, Any]:
@@ -108,52 +111,63 @@ def train_slowly(config: dict[str, Any], out: Path, num_hosts: int, rate_mbit_pe
     return read(out / "metrics.jsonl")
 
 
-def simulated_seconds(config: dict[str, Any], num_hosts: int, rate_mbit_per_s: float, compute_s: float) -> float:
-    """Seconds of a round of the same run under `lowcomm simulate`, on as many hosts with such links.
+def simulated_seconds(
+    config: dict[str, Any], out: Path, num_hosts: int, rate_mbit_per_s: float, step_s: float
+) -> float:
+    """Seconds of a round of the same run under `lowcomm simulate`, on as many hosts with such links; median.
 
     Args:
-        compute_s: of a round outside of messages, as measured: the hosts here share the machine's processors.
-
-    Raises:
-        ValueError: there is no `lowcomm simulate` yet; with it, this runs it and reads its metrics like a real run's.
+        out: a new directory.
+        step_s: of a step outside of messages, as measured: the hosts here share the machine's processors.
     """
-    raise ValueError(
-        "this version of lowcomm has no `lowcomm simulate` to hold the measurement against; ask for the measurement "
-        "alone with --measure_only"
-    )
+    cluster = {
+        "class_path": "Uniform",
+        "init_args": {
+            "num_hosts": num_hosts,
+            "bits_per_s": rate_mbit_per_s * 1e6,
+            "latency_s": LATENCY_S,
+            "compute": {"class_path": "Constant", "init_args": {"mean_s": step_s}},
+            "transport": {"bandwidth_factor": PAYLOAD_SHARE, "latency_factor": 1.0},
+        },
+    }
+    paths = [out.with_name(f"{out.name}.{what}.yaml") for what in ("run", "cluster")]
+    for path, what in zip(paths, (config, cluster), strict=True):
+        path.write_text(yaml.safe_dump(what, sort_keys=False), encoding="utf-8")
+    command = [sys.executable, "-m", "lowcomm", "simulate", "--config", str(paths[0]), "--cluster", str(paths[1])]
+    subprocess.run([*command, "--out", str(out)], check=True, cwd=ROOT)
+    return statistics.median(grown(read(out / "metrics.jsonl"), "time_s"))
+
+
+def grown(records: list[dict[str, Any]], key: str) -> list[float]:
+    """How much a running total grew from each round to the next."""
+    rounds = [record[key] for record in records if record["kind"] == "round"]
+    return [after - before for before, after in pairwise(rounds)]
 
 
 def measure(given: argparse.Namespace, case: Case, out: Path) -> Row:
     """Run one case."""
     run = config(given, case)
-    lines = [line for line in train_slowly(run, out, given.hosts, case.rate_mbit_per_s) if line["kind"] == "round"]
-    assert len(lines) == given.rounds + 1, "every round writes a line when every step does"
-
-    def grown(key: str) -> list[float]:
-        return [after[key] - before[key] for before, after in pairwise(lines)]
-
-    seconds = grown("time_s")
-    round_s, wait_s = statistics.median(seconds), statistics.median(grown("comm_wait_s"))
-    simulated_s = None
-    if not given.measure_only:
-        simulated_s = simulated_seconds(run, given.hosts, case.rate_mbit_per_s, round_s - wait_s)
-    sent_bytes = statistics.median(grown("bytes_sent"))
+    records = train_slowly(run, out, given.hosts, case.rate_mbit_per_s)
+    seconds = grown(records, "time_s")
+    assert len(seconds) == given.rounds, "every round writes a line when every step does"
+    round_s, wait_s = statistics.median(seconds), statistics.median(grown(records, "comm_wait_s"))
+    num_steps = given.every if case.method == "diloco" else 1
+    beside = out.with_name(f"{out.name}.simulated")
+    simulated_s = simulated_seconds(run, beside, given.hosts, case.rate_mbit_per_s, (round_s - wait_s) / num_steps)
+    sent_bytes = statistics.median(grown(records, "bytes_sent"))
     return Row(case, len(seconds), round_s, min(seconds), max(seconds), wait_s, sent_bytes, simulated_s)
 
 
 def save(given: argparse.Namespace, rows: list[Row]) -> Path:
     """Write the record of the cases measured so far."""
-    columns = ["Mbit/s", "method", "wire", "s / round", "shortest", "longest", "waiting", "MB sent / round"]
+    seconds = ["s / round", "shortest", "longest", "waiting", "MB sent / round", "simulated s"]
+    columns = ["Mbit/s", "method", "wire", *seconds, "error"]
     cells = [
         [f"{row.case.rate_mbit_per_s:g}", row.case.method, row.case.wire]
         + [f"{x:.3f}" for x in (row.round_s, row.shortest_s, row.longest_s, row.wait_s, row.round_bytes / 1e6)]
+        + [f"{row.simulated_s:.3f}", f"{row.simulated_s / row.round_s - 1:+.1%}"]
         for row in rows
     ]
-    if not given.measure_only:
-        columns += ["simulated", "error"]
-        for line, row in zip(cells, rows, strict=True):
-            assert row.simulated_s is not None
-            line += [f"{row.simulated_s:.3f}", f"{row.simulated_s / row.round_s - 1:+.1%}"]
     about = (
         f"Seconds of a round, measured among {given.hosts} gloo ranks on rate-limited hosts of one machine "
         f"(launch/slow_network): median, shortest and longest of {given.rounds} rounds after the first; waiting is the "
@@ -175,9 +189,6 @@ def main() -> None:
     flags.add_argument("--size", default="500k", help="of the Llama")
     flags.add_argument("--batch", type=int, default=2, help="sequences of a replica's step")
     flags.add_argument("--seq_len", type=int, default=64)
-    flags.add_argument(
-        "--measure_only", action="store_true", help="required for now: there is no `lowcomm simulate` to compare with"
-    )
     given = flags.parse_args()
     if given.rounds < 1:
         flags.error(f"--rounds is {given.rounds}; it must be at least 1")
