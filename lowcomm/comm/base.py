@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 T = TypeVar("T")
@@ -53,7 +54,11 @@ class Comm(ABC):
 
     @abstractmethod
     def all_sum(self, x: Tensor) -> Work[Tensor]:
-        """The sum of every member's ``x`` (one shape and dtype), as a fresh tensor; ``x`` is not modified."""
+        """The sum of every member's ``x`` (one shape, a dtype of `SUMMABLE`) as a fresh tensor; ``x`` is not modified.
+
+        Raises:
+            ValueError: for another dtype.
+        """
 
     @abstractmethod
     def all_gather(self, x: Tensor) -> Work[list[Tensor]]:
@@ -87,6 +92,23 @@ class Comm(ABC):
     @abstractmethod
     def now(self) -> float:
         """Seconds since some fixed moment; virtual in the simulator."""
+
+
+# What both gloo and NCCL can add; other worlds refuse the rest alike.
+SUMMABLE = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.uint8, torch.int8),
+)
+
+
+def check_summable(x: Tensor) -> None:
+    """Refuse a tensor that not every world can sum.
+
+    Raises:
+        ValueError: naming the dtypes that can be.
+    """
+    if x.dtype not in SUMMABLE:
+        raise ValueError(f"{x.dtype} cannot be summed on the wire; convert to one of {SUMMABLE}")
 
 
 class Done(Generic[T]):

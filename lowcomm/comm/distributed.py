@@ -16,20 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowcomm.comm.base import Comm, Late, PeerLost, Work
+from lowcomm.comm.base import Comm, Late, PeerLost, Work, check_summable
 
 T = TypeVar("T")
 
-_SUMMABLE = (
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.int64,
-    torch.int32,
-    torch.uint8,
-    torch.int8,
-)
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -74,9 +64,8 @@ class DistributedComm(Comm):
         self._group: dist.ProcessGroup | None = None
 
     def all_sum(self, x: Tensor) -> Work[Tensor]:
-        """See `Comm.all_sum`; float64, float32, float16, bfloat16, int64, int32, int8 and uint8 only."""
-        if x.dtype not in _SUMMABLE:
-            raise ValueError(f"{x.dtype} cannot be summed on the wire; convert to one of {_SUMMABLE}")
+        """See `Comm.all_sum`."""
+        check_summable(x)
         y = x.detach().to(self._wire, copy=True).contiguous()
         work = dist.all_reduce(y, group=self._ready(), async_op=True)
         return Pending(work, lambda: y.to(x.device))

@@ -67,7 +67,7 @@ class _Program:
 
     def __init__(self, rank: int, function: Callable[[], Any]) -> None:
         self.rank, self.function = rank, function
-        self.greenlet: greenlet | None = None  # made at its first turn: 100,000 of them are a gigabyte
+        self.greenlet: greenlet | None = None  # made at its first turn; 7 KB each
         self.state: TorchState | None = None
         self.void = False
         self.waiting: Callable[[], str] | None = None

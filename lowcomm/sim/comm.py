@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
-from lowcomm.comm.base import Comm, Work
+from lowcomm.comm.base import Comm, Work, check_summable
 from lowcomm.sim.clock import Clock
 from lowcomm.sim.collectives import Ring, Schedule
 from lowcomm.sim.exchange import Call, Carrier, Exchange, named
@@ -134,6 +134,7 @@ class SimComm(Comm):
 
     def all_sum(self, x: Tensor) -> Work[Tensor]:
         """See `Comm.all_sum`; added in members' order."""
+        check_summable(x)
         exchange = self._join("all_sum", [x])
         return _Pending(partial(exchange.wait, self.rank), exchange.total)
 

@@ -31,6 +31,8 @@ class TorchState:
         autocast: (on, dtype) for each of `_AUTOCAST_DEVICES`.
         nesting: how many autocast contexts are open; the outermost empties torch's cache of casts when it closes.
         modes, dispatch_modes: the stacks, top first.
+        current_device: the default device as torch.compile sees it.
+        default_device: what `torch.set_default_device` keeps.
         cuda: generators' states of all devices and the current stream; None before CUDA is initialised.
     """
 
@@ -41,7 +43,8 @@ class TorchState:
     nesting: int
     modes: list[Any]
     dispatch_modes: list[Any]
-    default_device: torch.device | None
+    current_device: torch.device | None
+    default_device: Any
     default_dtype: torch.dtype
     cpu_generator: Tensor
     cuda: tuple[list[Tensor], torch.cuda.Stream] | None
@@ -61,7 +64,8 @@ class TorchState:
             push_function_mode(mode)
         for mode in reversed(self.dispatch_modes):
             push_dispatch_mode(mode)
-        _device.CURRENT_DEVICE = self.default_device
+        _device.CURRENT_DEVICE = self.current_device
+        torch._GLOBAL_DEVICE_CONTEXT.device_context = self.default_device
         if self.default_dtype != torch.get_default_dtype():
             torch.set_default_dtype(self.default_dtype)
         torch.default_generator.set_state(self.cpu_generator)
@@ -82,7 +86,7 @@ def take() -> TorchState:
     for _ in range(nesting + 1):
         torch.autocast_decrement_nesting()
     if nesting:
-        torch.clear_autocast_cache()  # it holds casts of this rank's weights
+        torch.clear_autocast_cache()  # those who follow may or may not: let it not depend on them
     leave_neutral = None
     if torch.is_inference_mode_enabled():
         leave_neutral = torch.inference_mode(False)
@@ -99,6 +103,7 @@ def take() -> TorchState:
         modes,
         dispatch_modes,
         _device.CURRENT_DEVICE,
+        getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None),
         torch.get_default_dtype(),
         torch.default_generator.get_state(),
         cuda,

@@ -1,5 +1,6 @@
 """What runs in both worlds."""
 
+import pytest
 import torch
 
 from lowcomm.algorithms.base import Algorithm
@@ -36,6 +37,8 @@ def _wire_laws(comm: Comm) -> None:
         total = comm.all_sum(x).wait()
         assert total.dtype == dtype and (total == n * (n + 1) // 2).all(), dtype
         assert (x == me + 1).all(), "the input was modified"
+    with pytest.raises(ValueError, match="cannot be summed"):
+        comm.all_sum(torch.ones(2, dtype=torch.bool))
     for dtype in (torch.bfloat16, torch.bool, torch.complex64, torch.int16, torch.float8_e4m3fn, torch.float64):
         for shape in [(), (3,), (2, 0), (2, 5)]:
             x = torch.full(shape, me % 2, dtype=torch.float32).to(dtype)

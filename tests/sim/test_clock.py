@@ -1,7 +1,10 @@
 """The clock alone: whose turn it is, what ends a program, and what torch keeps apart."""
 
+import contextlib
+
 import pytest
 import torch
+import torch.utils._device
 
 from lowcomm.sim.clock import Clock, Deadlock
 
@@ -229,6 +232,13 @@ def test_user_mistakes():
         clock.sleep(1.0)
 
 
+@contextlib.contextmanager
+def default_device(device):
+    torch.set_default_device(device)
+    yield
+    torch.set_default_device(None)
+
+
 # what torch keeps for a thread: (enter a context, what to look at)
 CONTEXTS = {
     "no_grad": (torch.no_grad, torch.is_grad_enabled),
@@ -236,7 +246,8 @@ CONTEXTS = {
     "autocast": (lambda: torch.autocast("cpu", torch.float16), lambda: torch.is_autocast_enabled("cpu")),
     "autocast dtype": (lambda: torch.autocast("cpu", torch.float16), lambda: torch.get_autocast_dtype("cpu")),
     "device": (lambda: torch.device("meta"), lambda: torch.empty(1).device.type),
-    "default device": (lambda: torch.device("meta"), torch.get_default_device),
+    "current device": (lambda: default_device("meta"), lambda: torch.utils._device.CURRENT_DEVICE),
+    "default device": (lambda: default_device("meta"), torch.get_default_device),
 }
 
 

@@ -1,49 +1,17 @@
-"""SimComm: the promises of Comm, when waits end in virtual time, and what a crash does to those who wait."""
+"""SimComm: the promises of Comm, and when waits end in virtual time."""
 
 from functools import partial
 
 import pytest
 import torch
 
-from lowcomm.comm.base import PeerLost
 from lowcomm.sim.clock import Clock, Deadlock
-from lowcomm.sim.collectives import Star, Tree
+from lowcomm.sim.collectives import Ring, Star, Tree
 from lowcomm.sim.comm import World
 from tests.replicas import adamw, train
 from tests.same_code.cases import CASES, STEPS, wire_laws
+from tests.sim.slow import byte, simulate
 from tests.world import run_world
-
-
-class SlowNetwork:
-    """Each transfer takes a second per byte, whatever else is under way."""
-
-    def __init__(self, clock):
-        self.clock, self.started = clock, []
-
-    def send(self, source, to, num_bytes, on_end, num_latencies=1.0):
-        assert source != to
-        self.started.append((self.clock.now, source, to, num_bytes))
-        return self.clock.at(self.clock.now + num_bytes, on_end)
-
-    def cancel(self, flow):
-        flow.cancel()
-
-
-def simulate(*programs, schedule=None, slow=True, isolate_torch=False, crashes=()):
-    """Run program(comm, clock) on each rank; crashes are (rank, time)."""
-    clock = Clock(isolate_torch)
-    world = World(clock, SlowNetwork(clock) if slow else None, *([schedule] if schedule else []))
-    members = range(len(programs))
-    for rank, program in enumerate(programs):
-        clock.spawn(rank, partial(program, world.comm(rank, members), clock))
-    for rank, time in crashes:
-        clock.at(time, partial(world.crash, rank))
-    return clock.run()
-
-
-def byte(value):
-    return torch.tensor([value], dtype=torch.uint8)
-
 
 # ---- the promises of Comm -------------------------------------------------------------------------------------------
 
@@ -136,40 +104,26 @@ def test_an_exchange_starts_when_the_last_member_is_there():
     assert simulate(*[program] * 3) == [10.0 + 2 * 2 * 6 / 3] * 3
 
 
-def test_who_sends_directly_waits_for_its_own_transfers_alone():
-    def broadcasts(comm, clock):
-        comm.broadcast(torch.zeros(4, dtype=torch.uint8), 0).wait()
+ALL = torch.zeros(4, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "call", "ends"),
+    [
+        (Ring(), lambda c: c.broadcast(ALL, 0), [12, 12, 4, 4]),
+        (Ring(), lambda c: c.all_to_all([ALL] * 4), [12, 12, 4, 4]),
+        (Tree(), lambda c: c.all_to_all([ALL] * 4), [12, 12, 4, 4]),
+        (Star(0), lambda c: c.all_sum(ALL), [12] * 4),
+        (Tree(), lambda c: c.broadcast(ALL, 0), [12] * 4),  # rank 3 has it from rank 1
+        (Tree(), lambda c: c.all_gather(ALL), [24] * 4),  # on this edge is what ranks 0 and 2 put in
+    ],
+)
+def test_a_slow_path_delays_its_ends_alone_or_a_whole_pipeline(schedule, call, ends):
+    def program(comm, clock):
+        call(comm).wait()
         return clock.now
 
-    def crosses(comm, clock):
-        # ranks 0 and 1 receive 2 bytes from each other and from rank 2, which receives 9 from each
-        comm.all_to_all([torch.zeros(size, dtype=torch.uint8) for size in (2, 2, 9, 2)]).wait()
-        return clock.now
-
-    assert simulate(*[broadcasts] * 3) == [4.0] * 3
-    assert simulate(*[crosses] * 4) == [9.0] * 4
-    # a member that receives sooner is through sooner, unless the schedule is a pipeline
-
-    class Uneven(SlowNetwork):
-        def send(self, source, to, num_bytes, on_end, num_latencies=1.0):
-            return super().send(source, to, num_bytes * (to + 1), on_end)
-
-    for schedule, kind, expected in (
-        (Star(0), "broadcast", [12.0, 8.0, 12.0]),
-        (Star(0), "all_sum", [12.0] * 3),
-        (Tree(), "broadcast", [12.0, 8.0, 12.0]),  # of three ranks, the root sends to both
-    ):
-        clock = Clock(isolate_torch=False)
-        world = World(clock, Uneven(clock), schedule)
-
-        def program(rank, world=world, clock=clock, kind=kind):
-            comm, x = world.comm(rank, range(3)), torch.zeros(4, dtype=torch.uint8)
-            (comm.broadcast(x, 0) if kind == "broadcast" else comm.all_sum(x)).wait()
-            return clock.now
-
-        for rank in range(3):
-            clock.spawn(rank, partial(program, rank))
-        assert clock.run() == expected
+    assert simulate(*[program] * 4, schedule=schedule, slow_path=(0, 1)) == ends
 
 
 def test_views_count_their_own_exchanges():
@@ -221,16 +175,18 @@ def test_messages_at_one_moment_come_in_rank_order_even_if_sent_otherwise():
     assert simulate(server, sender, sender)[0] == [1, 2]
 
 
-def test_messages_of_one_sender_keep_their_order():
+@pytest.mark.parametrize("first", ["long", "short"])
+def test_messages_of_one_sender_keep_their_order(first):
     def sender(comm, clock):
         comm.send(torch.zeros(9, dtype=torch.uint8), 1)
         comm.send(byte(7), 1).wait()  # overtakes on the wire
         return clock.now
 
     def receiver(comm, clock):
-        long, short = comm.recv(torch.zeros(9, dtype=torch.uint8), 0), comm.recv(byte(0))
-        assert short.wait()[1].item() == 7  # waited for in another order
-        assert long.wait()[1].shape == (9,)
+        works = {"long": comm.recv(torch.zeros(9, dtype=torch.uint8), 0), "short": comm.recv(byte(0))}
+        works[first].wait()
+        assert clock.now == 9.0
+        assert works["short"].wait()[1].item() == 7 and works["long"].wait()[1].shape == (9,)
         return clock.now
 
     assert simulate(sender, receiver) == [1.0, 9.0]
@@ -313,157 +269,6 @@ def test_deadlock_says_who_waits_for_whom():
         2: both,
         3: both,
     }
-
-
-# ---- crashes --------------------------------------------------------------------------------------------------------
-
-KINDS = {
-    "all_sum": lambda c: c.all_sum(torch.zeros(6, dtype=torch.uint8)),
-    "all_gather": lambda c: c.all_gather(torch.zeros(4, dtype=torch.uint8)),
-    "all_to_all": lambda c: c.all_to_all([torch.zeros(8, dtype=torch.uint8)] * 3),
-    "broadcast": lambda c: c.broadcast(torch.zeros(8, dtype=torch.uint8), 0),
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("crash_s", [1.0, 3.0, 6.0, 9.0])
-def test_a_crash_reaches_all_who_wait(kind, crash_s):
-    """Ranks call at 2 s, 4 s (the one that crashes) and 5 s, and the bytes take 8 s: over at 13 s."""
-
-    def program(comm, clock):
-        clock.sleep([2.0, 4.0, 5.0][comm.rank])
-        work = KINDS[kind](comm)
-        with pytest.raises(PeerLost, match=f"{kind} of .*: ranks 1 are gone") as caught:
-            work.wait()
-        lost_s = clock.now
-        with pytest.raises(PeerLost):
-            comm.all_sum(byte(1)).wait()  # of the whole view nothing is left
-        assert clock.now == lost_s
-        survivors = comm.sub([0, 2])
-        return caught.value.ranks, lost_s, survivors.all_sum(byte(comm.rank + 1)).wait().item(), clock.now
-
-    results = simulate(*[program] * 3, crashes=[(1, crash_s)])
-    first, last = max(2.0, crash_s), max(5.0, crash_s)
-    assert results == [((1,), first, 4, last + 1.0), None, ((1,), last, 4, last + 1.0)]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_over_survives_a_crash(kind):
-    def program(comm, clock):
-        work = KINDS[kind](comm)
-        clock.sleep(9.0)  # a byte a second: over at 8 s
-        work.wait()
-        return clock.now
-
-    assert simulate(*[program] * 3, crashes=[(1, 8.5)]) == [9.0, None, 9.0]
-
-
-def test_who_is_through_survives_a_crash_of_the_rest():
-    """Of a direct broadcast rank 1 has its bytes at 4 s; rank 2's are under way until 12 s."""
-    clock = Clock(isolate_torch=False)
-
-    class Uneven(SlowNetwork):
-        def send(self, source, to, num_bytes, on_end, num_latencies=1.0):
-            return super().send(source, to, num_bytes * (1 if to == 1 else 3), on_end)
-
-    world = World(clock, Uneven(clock))
-
-    def program(rank):
-        work = world.comm(rank, range(3)).broadcast(torch.zeros(4, dtype=torch.uint8), 0)
-        clock.sleep(6.0 if rank == 1 else 0.0)
-        try:
-            work.wait()
-        except PeerLost:
-            return "lost", clock.now
-        return "received", clock.now
-
-    for rank in range(3):
-        clock.spawn(rank, partial(program, rank))
-    clock.at(5.0, lambda: world.crash(2))
-    assert clock.run() == [("lost", 5.0), ("received", 6.0), None]
-
-
-def test_a_rank_may_crash_itself_and_before_it_starts():
-    clock = Clock(isolate_torch=False)
-    world = World(clock)
-
-    def waits(rank):
-        with pytest.raises(PeerLost) as caught:
-            world.comm(rank, [0, 1, 2]).all_sum(byte(1)).wait()
-        return caught.value.ranks, clock.now
-
-    def crashes():
-        clock.sleep(2.0)
-        world.crash(1)
-        raise AssertionError("it is gone")
-
-    clock.spawn(0, partial(waits, 0))
-    clock.spawn(1, crashes)
-    clock.spawn(2, partial(waits, 2), at=5.0)
-    clock.at(3.0, lambda: world.crash(2))
-    assert clock.run() == [((1,), 2.0), None, None]
-    assert world.lost == {1, 2}
-
-
-def test_messages_and_crashes():
-    log = {}
-
-    def lost(work, clock):
-        with pytest.raises(PeerLost) as caught:
-            work.wait()
-        return caught.value.ranks, clock.now
-
-    def victim(comm, clock):
-        comm.send(byte(1), 0).wait()  # there at 1 s
-        comm.send(torch.zeros(9, dtype=torch.uint8), 0)  # under way when it crashes at 3 s
-        comm.recv(byte(0), 0).wait()
-        log["victim"] = "went on"
-
-    def survivor(comm, clock):
-        under_way = comm.send(torch.zeros(9, dtype=torch.uint8), 1)
-        assert lost(comm.recv(torch.zeros(1, dtype=torch.uint8), 2), clock) == ((2,), 2.0)
-        anyone = comm.recv(byte(0))
-        assert anyone.wait()[0] == 1  # it came before the crash
-        from_victim, from_anyone = comm.recv(byte(0), 1), comm.recv(byte(0))
-        assert lost(from_victim, clock) == ((1,), 3.0)
-        assert lost(under_way, clock) == ((1,), 3.0)
-        assert lost(comm.send(byte(0), 1), clock) == ((1,), 3.0)
-        assert lost(comm.recv(byte(0), 2), clock) == ((2,), 3.0)
-        assert lost(from_anyone, clock) == ((1, 2), 3.0)  # nobody is left
-        return "survived"
-
-    results = simulate(survivor, victim, lambda comm, clock: clock.sleep(50.0), crashes=[(2, 2.0), (1, 3.0)])
-    assert results == ["survived", None, None] and not log
-
-
-def test_anyone_is_awaited_while_somebody_is_left():
-    def server(comm, clock):
-        source, _ = comm.recv(byte(0)).wait()
-        return source, clock.now
-
-    def sender(comm, clock):
-        clock.sleep(5.0)
-        comm.send(byte(0), 0).wait()
-
-    assert simulate(server, sender, sender, crashes=[(1, 1.0)])[0] == (2, 6.0)
-
-
-def test_errors_thrown_from_outside_leave_the_exchange_whole():
-    """A fault that breaks a wait: the others' exchange ends, and the rank may wait again."""
-
-    def program(comm, clock):
-        work = comm.all_sum(torch.zeros(8, dtype=torch.uint8))
-        if comm.rank == 0:
-            with pytest.raises(TimeoutError):
-                work.wait()
-            assert clock.now == 2.0
-        else:
-            clock.sleep(2.0)
-            clock.fail(0, TimeoutError())
-        work.wait()
-        return clock.now
-
-    assert simulate(program, program) == [8.0, 8.0]
 
 
 # ---- many -----------------------------------------------------------------------------------------------------------
