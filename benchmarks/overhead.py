@@ -43,7 +43,6 @@ from lowcomm.optim.schedule import Cosine
 from lowcomm.train import Plan, Replica, train
 
 LOG_EVERY = 10
-NUM_BATCHES = 16
 NUM_WARMUP_STEPS = 10
 
 
@@ -192,7 +191,9 @@ def measure(
     assert run.num_steps is not None
     generator = torch.Generator().manual_seed(comm.rank)
     shape = (given.batch, given.seq_len + 1)
-    batches = [torch.randint(256, shape, generator=generator) for _ in range(NUM_BATCHES)]
+    # Each batch once: a model that has learnt few batches by heart has gradients so small that the CPU's arithmetic
+    # slows down, and the two models do so at different times.
+    batches = [torch.randint(256, shape, generator=generator) for _ in range(run.num_steps)]
     bare = BareLoop(run.model.build(256, run.seed).to(device), batches, device, run.num_steps)
     meeting = comm.tagged("meeting")
     stream = Alternating(bare, given.blocks + 1, given.steps, comm.meter, lambda: meeting.all_sum(torch.ones(1)).wait())
