@@ -8,11 +8,14 @@ against the kernel's counters):
     all_gather   sends and receives (n - 1) S
     all_to_all   sends what is for others, receives what is from others
     broadcast    the source sends (n - 1) S, the others receive S
+
+A simulation may do its collectives otherwise (``cluster.schedule``): these bytes stay what the method asks of the wire,
+so that methods compare, and the flows of its trace are what moved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -40,10 +43,14 @@ class Meter:
     Attributes:
         by_tag: traffic by purpose.
         wait_s: seconds spent in `Work.wait`; on a GPU stream, up to the last call of `settle`.
+        on_count: called after each exchange that was counted, with its purpose; None: nobody asks.
+        on_wait: called after each wait on the host that took time, with its purpose, start and end; None: nobody asks.
     """
 
     by_tag: dict[str, Traffic] = field(default_factory=dict)
     wait_s: float = 0.0
+    on_count: Callable[[str], None] | None = field(default=None, repr=False)
+    on_wait: Callable[[str, float, float], None] | None = field(default=None, repr=False)
     _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list, repr=False)
 
     @property
@@ -62,6 +69,8 @@ class Meter:
         traffic.bytes_sent += sent
         traffic.bytes_received += received
         traffic.num_exchanges += 1
+        if self.on_count is not None:
+            self.on_count(tag)
 
     def settle(self) -> None:
         """Add the waits that GPU streams have gone through; waits for the GPU."""
@@ -142,14 +151,14 @@ class MeteredComm(Comm):
 
     def _counted(self, work: Work[T], sent: int, received: int) -> Work[T]:
         self.meter.count(self._tag, sent, received)
-        return _Timed(work, self.meter, self._inner, self._stream)
+        return _Timed(work, self.meter, self._inner, self._tag, self._stream)
 
 
 class _Timed(Generic[T]):
     """A Work whose waiting is timed."""
 
-    def __init__(self, work: Work[T], meter: Meter, comm: Comm, stream: torch.device | None) -> None:
-        self._work, self._meter, self._comm, self._stream = work, meter, comm, stream
+    def __init__(self, work: Work[T], meter: Meter, comm: Comm, tag: str, stream: torch.device | None) -> None:
+        self._work, self._meter, self._comm, self._tag, self._stream = work, meter, comm, tag, stream
 
     def wait(self) -> T:
         """Wait and add the time to the meter."""
@@ -164,7 +173,10 @@ class _Timed(Generic[T]):
         try:
             return self._work.wait()
         finally:
-            self._meter.wait_s += self._comm.now() - start_s
+            end_s = self._comm.now()
+            self._meter.wait_s += end_s - start_s
+            if self._meter.on_wait is not None and end_s > start_s:
+                self._meter.on_wait(self._tag, start_s, end_s)
 
 
 def _size(x: Tensor) -> int:

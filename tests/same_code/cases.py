@@ -17,6 +17,8 @@ _CAST = Reducer(Cast(), bucket_bytes=64)
 CASES: dict[str, Algorithm] = {
     "data parallel": DataParallel(),
     "data parallel, cast": DataParallel(_CAST),
+    "data parallel, overlapped": DataParallel(Reducer(bucket_bytes=64), overlap=True),
+    "data parallel, overlapped, cast": DataParallel(_CAST, overlap=True),
     "local sgd": LocalSGD(every=4, start=2),
     "diloco": DiLoCo(every=4, reducer=Reducer(bucket_bytes=64)),
     "diloco, cast": DiLoCo(every=4, reducer=_CAST),
@@ -50,6 +52,17 @@ def _wire_laws(comm: Comm) -> None:
     rows = [torch.full((j + 1, 2), 10.0 * me + j, dtype=torch.bfloat16) for j in range(n)]
     for sender, got in enumerate(comm.all_to_all(rows).wait()):
         assert got.shape == (me + 1, 2) and (got == 10.0 * sender + me).all()
+    # several all-to-alls under way at once, large and empty, with another message to the same rank between them
+    many = [[torch.full((k * (j + 1),), 100.0 * k + 10 * me + j) for j in range(n)] for k in (30_000, 0, 3)]
+    first = comm.all_to_all(many[0])
+    aside = comm.recv(torch.zeros(1), comm.members[(me - 1) % n]) if n > 1 and comm.rank != 0 else None
+    if n > 1 and comm.members[(me + 1) % n] != 0:
+        comm.send(torch.tensor([7.0]), comm.members[(me + 1) % n]).wait()
+    others = [comm.all_to_all(xs) for xs in many[1:]]
+    for k, work in [(3, others[1]), (30_000, first), (0, others[0])]:
+        for sender, got in enumerate(work.wait()):
+            assert got.shape == (k * (me + 1),) and (got == 100.0 * k + 10 * sender + me).all()
+    assert aside is None or aside.wait()[1].item() == 7.0
     # several under way at once, waited for in another order
     works = [comm.all_sum(torch.tensor([float(i + me)])) for i in range(4)]
     for i in (2, 0, 3, 1):
