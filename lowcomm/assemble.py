@@ -121,21 +121,10 @@ def assemble(
     assert data.bytes_per_token is not None, "there is validation text, so its size is known"
     model = run.model.build(data.vocab_size, run.seed).to(device, _DTYPES[run.precision])
     run_id = identity(run, num_replicas, data.fingerprint)
+    engine = around(build_engine(run, model, num_steps))  # before the first exchange: whatever moves it must know it
     check_agreement(comm.tagged("start"), {"config": run_id, "model": digest(list(model.state_dict().values()))})
 
-    engine = around(build_engine(run, model, num_steps))
-    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    ledger = Ledger(
-        write=write,
-        meter=comm.meter,
-        now=comm.now,
-        rank=comm.rank,
-        num_replicas=num_replicas,
-        step_tokens=batch_size * num_replicas * run.data.seq_len,
-        log_every=run.log.every,
-        token_flops=None if peak is None else flops_per_token(model, run.data.seq_len),
-        peak_flops=peak,
-    )
+    ledger = open_ledger(run, model, comm, device, write)
     replica = Replica(run.algorithm, engine, run.algorithm.init(engine, comm), data.train, ledger, comm, device)
     plan = Plan(num_steps, run.evaluation.every, run.checkpoint.every, validation, data.bytes_per_token)
     return Assembled(replica, plan, model, run_id)
@@ -185,6 +174,31 @@ def build_engine(run: Run, model: nn.Module, num_steps: int) -> TorchEngine:
         clip_norm=run.clip_norm,
         autocast=torch.bfloat16 if run.precision == "bf16_mixed" else None,
         compile=run.compile,
+    )
+
+
+def without_values(run: Run, vocab_size: int) -> nn.Module:
+    """The run's model on the meta device: shapes alone."""
+    with torch.device("meta"):
+        return run.model.build(vocab_size, run.seed).to(_DTYPES[run.precision])
+
+
+def open_ledger(
+    run: Run, model: nn.Module, comm: MeteredComm, device: torch.device, write: Callable[[dict[str, Any]], None]
+) -> Ledger:
+    """The books of one member, whose lines go to ``write``."""
+    num_replicas = len(comm.members)
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return Ledger(
+        write=write,
+        meter=comm.meter,
+        now=comm.now,
+        rank=comm.rank,
+        num_replicas=num_replicas,
+        step_tokens=run.batch.of_replica(num_replicas) * num_replicas * run.data.seq_len,
+        log_every=run.log.every,
+        token_flops=None if peak is None else flops_per_token(model, run.data.seq_len),
+        peak_flops=peak,
     )
 
 

@@ -36,6 +36,11 @@ class Sync:
         for x, arrival in zip(tensors, arrivals, strict=True):
             x.copy_(arrival.wait())
         self._state = algorithm.init(self._engine, comm)
+        if algorithm.during_backward(1, self._engine, self._state, comm) is not None:
+            raise ValueError(
+                f"{algorithm} sends gradients while backward computes them, but in a loop of one's own lowcomm does "
+                "not see backward; set overlap to False"
+            )
         self._hook = optimizer.register_step_pre_hook(self._before_update)
 
     def _before_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -69,6 +74,7 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, algorithm: Algori
     scaled or clipped must be so before ``optimizer.step()``; with `DataParallel` they are averaged after that.
 
     Raises:
-        ValueError: when the model has nothing to train or the optimizer does not hold its parameters.
+        ValueError: when the model has nothing to train, the optimizer does not hold its parameters, or the algorithm
+            would send during backward.
     """
     return Sync(model, optimizer, algorithm, comm)

@@ -1,4 +1,4 @@
-"""The command line: ``lowcomm train``, ``lowcomm simulate``, ``lowcomm data``, ``lowcomm report``.
+"""The command line: ``lowcomm train``, ``simulate``, ``retime``, ``data`` and ``report``.
 
 Flags mirror the config objects (``--algorithm.every 50``); a YAML file given with --config has the same shape.
 Exit codes: 0 done, 1 failed while training, 2 bad input (nothing was started or lost), 130 and 143 interrupted.
@@ -30,12 +30,14 @@ from lowcomm.predict import predict
 from lowcomm.report import load_runs, write_report
 from lowcomm.sim.clock import Deadlock
 from lowcomm.sim.cluster import Cluster
+from lowcomm.sim.retime import retime
 from lowcomm.sim.simulate import simulate
 
 _USAGE = """usage: lowcomm COMMAND [FLAGS]
 
   train      train a model; alone, or one replica a process under torchrun
   simulate   train one replica on each host of a cluster, in virtual time on this machine
+  retime     give a simulated run the times of another cluster, without training again
   data       write tokens into memory-mapped shards
   report     compare runs: a table, and pictures in one HTML file
 
@@ -54,7 +56,7 @@ class Interrupted(Exception):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    commands = {"train": _train, "simulate": _simulate, "data": _data, "report": _report}
+    commands = {"train": _train, "simulate": _simulate, "retime": _retime, "data": _data, "report": _report}
     if argv and argv[0] in commands:
         try:
             return commands[argv[0]](list(argv[1:]))
@@ -83,15 +85,24 @@ def parse_run(argv: Sequence[str]) -> tuple[Run, argparse.Namespace]:
     return Run(**parts), own
 
 
-def parse_simulation(argv: Sequence[str]) -> tuple[Run, Cluster, Path]:
-    """The run, the cluster and the directory of `lowcomm simulate`; raises as `parse_run`."""
+def parse_simulation(argv: Sequence[str]) -> tuple[Run, Cluster, argparse.Namespace]:
+    """The run, the cluster, and the other flags of `lowcomm simulate` (out, ...); raises as `parse_run`."""
     parser = _run_parser("simulate", "Train one replica on each host of a cluster, in virtual time on this machine.")
     parser.add_argument("--cluster", type=Cluster, sub_configs=True, required=True, help="YAML, or a preset's name")
+    parser.add_argument("--timing_only", type=bool, default=False, help="true: shapes without values, so no losses")
+    parser.add_argument(
+        "--num_resident", type=int, default=None, help="replicas on the device at once, others moved out"
+    )
     parts = _parse(parser, argv)
     if "cluster" not in parts:
         raise ValueError("--cluster is missing; give a YAML file or a preset such as Uniform")
-    cluster, out = parts.pop("cluster"), Path(parts.pop("out", _OUT))
-    return Run(**parts), cluster, out
+    cluster = parts.pop("cluster")
+    own = argparse.Namespace(
+        out=Path(parts.pop("out", _OUT)),
+        timing_only=parts.pop("timing_only", False),
+        num_resident=parts.pop("num_resident", None),
+    )
+    return Run(**parts), cluster, own
 
 
 def _run_parser(command: str, description: str) -> ArgumentParser:
@@ -138,13 +149,27 @@ def _train(argv: list[str]) -> int:
 
 
 def _simulate(argv: list[str]) -> int:
-    run, cluster, out = parse_simulation(argv)
+    run, cluster, own = parse_simulation(argv)
     try:
-        simulate(run, cluster, out)
+        simulate(run, cluster, own.out, own.timing_only, own.num_resident)
     except Diverged as error:
         return _say(f"error: {error}, so the simulation stopped. A lower learning rate or clip_norm may help.", 1)
     except (PeerLost, Late, Deadlock) as error:
+        return _say("; ".join([f"error: {error}", *getattr(error, "__notes__", [])]), 1)
+    return 0
+
+
+def _retime(argv: list[str]) -> int:
+    parser = _parser("retime", "Give a simulated run the times of another cluster, without training again.")
+    parser.add_argument("dir", type=str, help="the directory of a simulated run")
+    parser.add_argument("--cluster", type=Cluster, sub_configs=True, required=True, help="YAML, or a preset's name")
+    parser.add_argument("--out", type=str, required=True, help="a new directory")
+    given = parser.instantiate(parser.parse_args(argv, defaults=False))  # the dataclasses' own apply, see _parse
+    try:
+        summary = retime(Path(given.dir), given.cluster, Path(given.out))
+    except Deadlock as error:
         return _say(f"error: {error}", 1)
+    print(f"{given.out}: {summary['t']:,} steps in {summary['time_s']:,.1f} s of virtual time")
     return 0
 
 
@@ -199,7 +224,7 @@ def _report(argv: list[str]) -> int:
 
 def _parser(command: str, description: str) -> ArgumentParser:
     # Short class names (--algorithm LocalSGD) are known once their modules are.
-    for room in ("algorithms", "compress", "feedback", "outer", "models", "data", "optim", "sim"):
+    for room in ("algorithms", "codecs", "compress", "feedback", "outer", "models", "data", "optim", "sim"):
         package = importlib.import_module(f"lowcomm.{room}")
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"lowcomm.{room}.{module.name}")

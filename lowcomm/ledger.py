@@ -1,4 +1,7 @@
-"""What a run counts while it trains: tokens, seconds, bytes, losses; and the lines that it makes of them."""
+"""What a run counts while it trains: tokens, seconds, bytes, losses; and the lines that it makes of them.
+
+Losses on the meta device have no value, and lines then have no loss.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +44,9 @@ class Ledger:
         log_every: inner steps between lines.
         token_flops: floating-point operations a training token costs; None where nobody asks.
         peak_flops: of this device each second, in bfloat16; None where unknown.
+        heard: told, as it begins, of every call that reads the clock or writes: "start", "flush", "pause", "resume",
+            "evaluation", "summary"; None: nobody asks. To make the same calls again with another clock is to write the
+            same lines with other times.
     """
 
     write: Callable[[dict[str, Any]], None]
@@ -52,6 +58,7 @@ class Ledger:
     log_every: int
     token_flops: float | None
     peak_flops: float | None
+    heard: Callable[[str], None] | None = None
 
     t: int = 0
     time_s: float = 0.0
@@ -60,13 +67,14 @@ class Ledger:
     steady_tokens: int = 0
     val_loss: float | None = None
     _losses: list[Tensor] = field(default_factory=list)
-    _loss: float = math.nan
+    _loss: float | None = None
     _since_s: float | None = None
     _warm: bool = False
     _round: int = 0
 
     def start(self) -> None:
         """The clock runs from now."""
+        self._say("start")
         self._since_s = self.now()
 
     def step(self, t: int, loss: Tensor, lr: float, round: int) -> None:
@@ -84,39 +92,42 @@ class Ledger:
         """Write what was noted since the last line, if anything; waits for the device."""
         if not self._losses:
             return
-        losses = torch.stack(self._losses).double().tolist()
+        self._say("flush")
+        num_steps = len(self._losses)
+        losses = [] if self._losses[0].is_meta else torch.stack(self._losses).double().tolist()
         self._losses.clear()
         self.meter.settle()
         window_s = self._pass_time(training=True)
         for i, loss in enumerate(losses):
             if not math.isfinite(loss):
-                raise Diverged(self.t - len(losses) + 1 + i, loss)
-        window_tokens = len(losses) * self.step_tokens
+                raise Diverged(self.t - num_steps + 1 + i, loss)
+        window_tokens = num_steps * self.step_tokens
         if self._warm:  # the first window holds compilation and first touches
             self.steady_s, self.steady_tokens = self.steady_s + window_s, self.steady_tokens + window_tokens
         self._warm = True
-        self._loss = sum(losses) / len(losses)
+        self._loss = sum(losses) / num_steps if losses else None
         speed = self._speed(window_tokens, window_s)
-        self.write(self._line("step") | {"round": round, "loss": self._loss, "lr": lr} | speed)
+        self.write(self._line("step") | {"round": round} | _known(loss=self._loss) | {"lr": lr} | speed)
         if round != self._round:
             self._round = round
             self.write(self._line("round") | {"round": round, "members": self.num_replicas})
 
     def evaluation(self, loss: float, bytes_per_token: float) -> None:
         """Write a validation loss, in nats a token and bits a byte."""
+        self._say("evaluation")
         self.val_loss = loss
         bits = bits_per_byte(loss, bytes_per_token)
         self.write(self._line("eval") | {"round": self._round, "val_loss": loss, "val_bits_per_byte": bits})
 
     def summary(self, algorithm: str, num_parameters: int, bytes_per_token: float) -> dict[str, Any]:
         """Write and return the last line."""
+        self._say("summary")
         line = self._line("summary") | {
             "round": self._round,
             "algorithm": algorithm,
             "num_parameters": num_parameters,
             "members": self.num_replicas,
-            "loss": self._loss,
-            "val_loss": self.val_loss,
+            **_known(loss=self._loss, val_loss=self.val_loss),
             "traffic": {
                 tag: {"bytes_sent": x.bytes_sent, "bytes_received": x.bytes_received, "exchanges": x.num_exchanges}
                 for tag, x in sorted(self.meter.by_tag.items())
@@ -135,10 +146,12 @@ class Ledger:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Time inside (evaluation, checkpoints) counts for the run but not for training speed."""
+        self._say("pause")
         self._pass_time(training=True)
         try:
             yield
         finally:
+            self._say("resume")
             self._pass_time(training=False)
 
     def state_dict(self) -> dict[str, Any]:
@@ -153,6 +166,10 @@ class Ledger:
             setattr(self, name, state[name])
         self._round, self._loss = state["round"], state["loss"]
         self.meter.load_state_dict(state["meter"])
+
+    def _say(self, call: str) -> None:
+        if self.heard is not None:
+            self.heard(call)
 
     def _pass_time(self, training: bool) -> float:
         assert self._since_s is not None, "start() first"
@@ -185,6 +202,11 @@ class Ledger:
             and per_s / self.num_replicas * self.token_flops / self.peak_flops
         )
         return {"tokens_per_s": per_s, "mfu": mfu}
+
+
+def _known(loss: float | None, val_loss: float | None = None) -> dict[str, float]:
+    """The losses that there are, as entries of a line."""
+    return {name: x for name, x in (("loss", loss), ("val_loss", val_loss)) if x is not None}
 
 
 _SAVED = ("t", "time_s", "train_s", "steady_s", "steady_tokens", "val_loss")

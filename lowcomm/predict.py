@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lowcomm.assemble import build_engine
+from lowcomm.assemble import build_engine, without_values
 from lowcomm.comm.echo import EchoComm
 from lowcomm.comm.metered import Meter, MeteredComm
 from lowcomm.config import Run
@@ -37,9 +37,7 @@ def predict(run: Run, num_replicas: int, vocab_size: int) -> Prediction:
     """Count the bytes that each of so many replicas would send."""
     num_steps = run.steps(num_replicas)
     counted = min(num_steps, _MAX_STEPS)
-    with torch.device("meta"):
-        model = run.model.build(vocab_size, run.seed)
-    model.to(torch.bfloat16 if run.precision == "bf16" else torch.float32)
+    model = without_values(run, vocab_size)
     engine = build_engine(run, model, num_steps)
     meter = Meter()
     comm = MeteredComm(EchoComm(num_replicas), meter)

@@ -33,6 +33,8 @@ def flatten(tensors: Sequence[Tensor]) -> Tensor:
     """
     if not tensors:
         raise ValueError("flatten needs at least one tensor: an empty list has no dtype")
+    if len(tensors) == 1:
+        return tensors[0].reshape(-1).clone()  # on the meta device far quicker than cat
     return torch.cat([x.reshape(-1) for x in tensors])
 
 
@@ -69,6 +71,7 @@ def digest(tensors: Sequence[Tensor]) -> str:
     h = hashlib.blake2b(digest_size=16)
     for x in tensors:
         h.update(f"{tuple(x.shape)}{x.dtype}".encode())
-        # numpy knows no bfloat16, so the bytes are viewed rather than the values
-        h.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        # numpy knows no bfloat16, so the bytes are viewed rather than the values; of a copy, as memory that numpy has
+        # seen cannot be resized any more
+        h.update(x.detach().to("cpu", copy=True).contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()

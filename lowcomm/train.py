@@ -22,15 +22,12 @@ class Stream(Protocol):
 
     def next(self) -> Tensor:
         """The next batch, on the CPU."""
-        ...
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands."""
-        ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class Plan:
         num_steps: inner steps of the whole run.
         evaluate_every: inner steps between evaluations; 0 evaluates at the end only.
         save_every: inner steps between checkpoints; 0 saves none.
-        validation: batches, the same on every rank.
+        validation: batches, the same on every rank; without any nothing is evaluated.
         bytes_per_token: of the validation text.
     """
 
@@ -72,7 +69,8 @@ def train(replica: Replica, plan: Plan, checkpoints: Checkpoints) -> None:
     ledger.start()
     for t in range(ledger.t + 1, plan.num_steps + 1):
         lr = engine.lr()
-        loss = engine.backward(replica.stream.next().to(replica.device))
+        batch = replica.stream.next().to(replica.device)
+        loss = engine.backward(batch, algorithm.during_backward(t, engine, state, comm))
         algorithm.before_update(t, engine, state, comm)
         engine.update()
         algorithm.after_update(t, engine, state, comm)
@@ -82,8 +80,9 @@ def train(replica: Replica, plan: Plan, checkpoints: Checkpoints) -> None:
 
         if _due(t, plan.evaluate_every) or t == plan.num_steps:
             ledger.flush(lr, algorithm.num_rounds(state))
-            with ledger.paused():
-                ledger.evaluation(evaluate(replica, plan.validation), plan.bytes_per_token)
+            if plan.validation:
+                with ledger.paused():
+                    ledger.evaluation(evaluate(replica, plan.validation), plan.bytes_per_token)
         if _due(t, plan.save_every):
             ledger.flush(lr, algorithm.num_rounds(state))
             with ledger.paused():

@@ -60,7 +60,8 @@ def train(
     state = algorithm.init(engine, comm)
     trace = []
     for t in range(1, num_steps + 1):
-        engine.backward(make_batch(comm.rank if data_rank is None else data_rank, t))
+        batch = make_batch(comm.rank if data_rank is None else data_rank, t)
+        engine.backward(batch, algorithm.during_backward(t, engine, state, comm))
         algorithm.before_update(t, engine, state, comm)
         engine.update()
         algorithm.after_update(t, engine, state, comm)

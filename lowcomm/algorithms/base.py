@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 from torch import Tensor
 
 from lowcomm.comm.base import Comm
-from lowcomm.engine.base import Engine
+from lowcomm.engine.base import Engine, Ready
 
 S = TypeVar("S")
 
@@ -18,12 +18,12 @@ class Algorithm(ABC, Generic[S]):
 
     The training loop is, for t = 1, 2, ...::
 
-        loss = engine.backward(batch)
+        loss = engine.backward(batch, algorithm.during_backward(t, engine, state, comm))
         algorithm.before_update(t, engine, state, comm)
         engine.update()
         algorithm.after_update(t, engine, state, comm)
 
-    and those two calls are the only places that sync.
+    and those three calls are the only places that talk.
     """
 
     @abstractmethod
@@ -33,6 +33,15 @@ class Algorithm(ABC, Generic[S]):
         Raises:
             ValueError: when the method cannot run with this many members.
         """
+
+    def during_backward(self, t: int, engine: Engine, state: S, comm: Comm) -> Ready | None:
+        """What backward of step ``t`` tells each gradient to as soon as it is final; by default nobody.
+
+        This call itself changes nothing. What it returns may start to send, and must not wait: that is for
+        `before_update`.
+        """
+        del t, engine, state, comm
+        return None
 
     def before_update(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
         """Between backward and the inner update of step ``t``: may replace the gradients. By default nothing."""

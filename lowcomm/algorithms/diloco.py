@@ -130,7 +130,9 @@ class DiLoCo(Algorithm[DiLoCoState]):
         if any(scale):
             # anchor.to(dtype) is the value this replica was loaded with: no step taken must mean no delta.
             loaded = [a.to(p.dtype) for a, p in zip(state.anchor, params, strict=True)]
-            delta = [(old.to(a) - p.to(a)) * mine for old, p, a in zip(loaded, params, state.anchor, strict=True)]
+            delta = [old.to(a.dtype, copy=True) for old, a in zip(loaded, state.anchor, strict=True)]
+            for x, p in zip(delta, params, strict=True):
+                x.sub_(p).mul_(mine)
             mean, state.reducer = self.reducer.mean(delta, state.reducer, comm).result()
             self.outer.apply(state.anchor, mean, state.outer)
         if mine > 0 or dropped is None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
+
+# Told the number of a parameter (its place in the slots) and its gradient, final for this step.
+Ready = Callable[[int, Tensor], None]
 
 
 class Engine(ABC):
@@ -16,8 +19,13 @@ class Engine(ABC):
     """
 
     @abstractmethod
-    def backward(self, batch: Any) -> Tensor:
+    def backward(self, batch: Any, ready: Ready | None = None) -> Tensor:
         """Compute fresh gradients for one optimizer step (micro-batches accumulated).
+
+        Args:
+            ready: called once for each parameter, as soon as its gradient is final for this step, in about the reverse
+                of the order in which forward used them; those that got none come last, with zeros. It may read the
+                gradient and keep it, but neither change it nor wait. All calls are over when this returns.
 
         Returns the batch's mean loss as a 0-d float32 tensor on the model's device; nothing is copied to the host.
         """

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lowcomm.engine.base import Engine
+from lowcomm.engine.base import Engine, Ready
 
 
 def next_token_loss(model: nn.Module, batch: Tensor) -> Tensor:
@@ -74,21 +75,23 @@ class TorchEngine(Engine):
         self._loss = torch.compile(loss) if compile else loss
         self._num_micro_batches, self._clip_norm, self._autocast = num_micro_batches, clip_norm, autocast
 
-    def backward(self, batch: Any) -> Tensor:
+    def backward(self, batch: Any, ready: Ready | None = None) -> Tensor:
         """See `Engine.backward`.
 
         ``batch`` is what the loss takes; with several micro-batches a tensor, or a tuple of tensors, cut along dim 0.
 
         Raises:
-            ValueError: when the batch cannot be cut into equal micro-batches.
+            ValueError: when the batch cannot be cut into equal micro-batches, or ``ready`` is given and a parameter's
+                gradient comes in parts, as with reentrant activation checkpointing.
         """
         self._drop_gradients()
         num = self._num_micro_batches
         losses = []
-        for micro_batch in _micro_batches(batch, num):
+        for k, micro_batch in enumerate(_micro_batches(batch, num), start=1):
             with self._casting():
                 loss = self._loss(self.model, micro_batch)
-            (loss / num).backward()
+            with self._reporting(ready) if ready is not None and k == num else nullcontext():
+                (loss / num).backward()
             losses.append(loss.detach().float())
         self._gradients()
         return sum(losses[1:], start=losses[0]) / num
@@ -168,6 +171,31 @@ class TorchEngine(Engine):
 
     def _casting(self) -> AbstractContextManager[object]:
         return nullcontext() if self._autocast is None else torch.autocast(self._device.type, self._autocast)
+
+    @contextmanager
+    def _reporting(self, ready: Ready) -> Iterator[None]:
+        """While inside, and at its end for those left over: ``ready`` for each parameter once."""
+        waiting = set(range(len(self._parameters)))
+
+        def report(i: int, parameter: Tensor) -> None:
+            if i not in waiting:
+                raise ValueError(
+                    "a parameter's gradient came in parts, so it cannot be sent while backward goes on: switch off "
+                    "reentrant activation checkpointing, or the algorithm's overlap"
+                )
+            waiting.remove(i)
+            assert parameter.grad is not None
+            ready(i, parameter.grad)
+
+        hooks = [p.register_post_accumulate_grad_hook(partial(report, i)) for i, p in enumerate(self._parameters)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        gradients = self._gradients()
+        for i in sorted(waiting, reverse=True):
+            ready(i, gradients[i])
 
     def _gradients(self) -> list[Tensor]:
         """One of each parameter; zeros, which the optimizer sees too, where there was none."""

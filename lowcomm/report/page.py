@@ -9,6 +9,7 @@ from lowcomm.metrics import SUMMARY_COLUMNS, summary_cells
 from lowcomm.optional import require
 from lowcomm.report.pictures import AXES, colour, dashes, picture, thin
 from lowcomm.report.runs import load_runs
+from lowcomm.report.timeline import timeline
 
 # title, kind of line, key
 _CURVES = (
@@ -21,7 +22,8 @@ def write_report(dirs: Sequence[Path], out: Path) -> Path:
     """Compare the runs in ``dirs`` in one HTML file that loads nothing from elsewhere; returns ``out``.
 
     Raises:
-        ValueError: when a directory holds no metrics, or matplotlib or jinja2 is not installed.
+        ValueError: when a directory holds no metrics, or a trace.json that is none, or when matplotlib or jinja2 is
+            not installed.
     """
     runs = load_runs(dirs)
     sections = []
@@ -51,6 +53,7 @@ def write_report(dirs: Sequence[Path], out: Path) -> Path:
         rows=[summary_cells(run.summary()) for run in runs],
         legend=[(run.name, colour(i), " ".join(map(str, dashes(i)))) for i, run in enumerate(runs)],
         sections=sections,
+        timelines=[t for i, run in enumerate(runs) if (t := timeline(run, f"timeline-{i}")) is not None],
         runs=runs,
     )
     out.parent.mkdir(parents=True, exist_ok=True)

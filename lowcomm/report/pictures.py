@@ -6,7 +6,7 @@ import html
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,20 +107,26 @@ def picture(id: str, curves: Sequence[tuple[str, Sequence[Point]]], axis: Axis, 
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": id}):
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    return _for_page(file.getvalue(), id, [name for name, _ in curves])
+    colours = {_TEXT: "currentColor", _GRID: "var(--grid)"} | {c: colour(i) for i, c in enumerate(_CURVES)}
+    svg = for_page(file.getvalue(), id, colours)
+    for i, (name, _) in enumerate(curves):
+        opening = f'<g id="{id}-curve-{i}">'
+        svg = svg.replace(opening, f"{opening}<title>{html.escape(name)}</title>")
+    return svg
 
 
-def _for_page(svg: str, id: str, names: Sequence[str]) -> str:
-    """The bare ``<svg>``: ids unique on the page, colours and fonts the page's, curves titled."""
+def for_page(svg: str, id: str, colours: Mapping[str, str]) -> str:
+    """What matplotlib wrote as a bare ``<svg>`` within a page, whose font it takes.
+
+    Args:
+        id: unique on the page; every id within gets it as a prefix.
+        colours: what stands in CSS for each colour that is to follow the page.
+    """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(rf'(\bid="|url\(#|xlink:href="#)(?!{id}-)', rf"\1{id}-", svg)
     svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
     svg = re.sub(r"font-family: [^;\"]*;?", "", svg)
-    svg = svg.replace(_TEXT, "currentColor").replace(_GRID, "var(--grid)")
-    for i, curve in enumerate(_CURVES):
-        svg = svg.replace(curve, colour(i))
-    for i, name in enumerate(names):
-        opening = f'<g id="{id}-curve-{i}">'
-        svg = svg.replace(opening, f"{opening}<title>{html.escape(name)}</title>")
+    for drawn, of_page in colours.items():
+        svg = svg.replace(drawn, of_page)
     return svg

@@ -20,12 +20,14 @@ class Run:
         records: lines of metrics.jsonl, of the lowest rank that wrote some.
         config: the text of config.yaml; None without one.
         environment: environment.json; None without one.
+        trace: where its trace.json lies; None without one, as only simulations write it.
     """
 
     name: str
     records: list[dict[str, Any]]
     config: str | None
     environment: dict[str, Any] | None
+    trace: Path | None
 
     def summary(self) -> dict[str, Any]:
         """The last known value of each key, with the run's name: of a run that ended, its summary line."""
@@ -67,10 +69,11 @@ def _load_run(path: Path, name: str) -> Run:
     if not records:
         raise ValueError(f"{path / 'metrics.jsonl'} has no line yet; wait for the run's first one or leave it out")
     rank = min(record.get("rank", 0) for record in records)
-    config, environment = path / "config.yaml", path / "environment.json"
+    config, environment, trace = path / "config.yaml", path / "environment.json", path / "trace.json"
     return Run(
         name,
         [record for record in records if record.get("rank", 0) == rank],
         config.read_text(encoding="utf-8") if config.exists() else None,
         json.loads(environment.read_text(encoding="utf-8")) if environment.exists() else None,
+        trace if trace.exists() else None,
     )

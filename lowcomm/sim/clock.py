@@ -7,6 +7,7 @@ A rank is ordinary code. It runs until it sleeps or parks; then the earliest thi
 from __future__ import annotations
 
 import functools
+import gc
 import heapq
 import itertools
 import math
@@ -19,6 +20,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from lowcomm.sim.torch_state import TorchState, take
 
 _FEW_VOID = 64
+_COLLECT_AFTER = 100_000  # new objects
 
 
 class Deadlock(Exception):
@@ -96,22 +98,26 @@ class Clock:
 
     Args:
         isolate_torch: give each rank its own gradient mode, default generators and so on (`TorchState`), all starting
-            as they are when `run` is called. False is faster, for programs that only measure time.
+            as they are when `run` is called. False is faster, for programs that only measure time; then Python also
+            looks for garbage less often during `run`, as thousands of ranks are much to look through.
+        before_turn: called with a rank whenever it is about to run.
 
     Attributes:
         now: seconds from 0; never runs back.
         num_events: turns of ranks and actions so far.
+        num_turns: those of ranks alone: how often one was handed over to.
     """
 
-    def __init__(self, isolate_torch: bool = True) -> None:
+    def __init__(self, isolate_torch: bool = True, before_turn: Callable[[int], None] | None = None) -> None:
         self.now = 0.0
-        self.num_events = 0
-        self._isolate = isolate_torch
+        self.num_events = self.num_turns = 0
+        self._isolate, self._before_turn = isolate_torch, before_turn
         self._due: list[tuple[float, int, Alarm | _Program]] = []
         self._sequence = itertools.count()
         self._num_void = 0  # entries of `_due` that will be skipped
         self._programs: dict[int, _Program] = {}
         self._num_alive = 0
+        self._paused: dict[int, float] = {}  # until when
         self._running: _Program | None = None
         self._hub = getcurrent()
         self._start: TorchState | None = None  # what torch's state is when a program starts; None: not kept
@@ -128,6 +134,7 @@ class Clock:
             raise ValueError(f"rank {rank} has a program already; kill it or let it end before it starts another")
         self._check_time(at, f"rank {rank}")
         self._programs[rank] = _Program(rank, program)
+        self._paused.pop(rank, None)
         self._num_alive += 1
         heapq.heappush(self._due, (at, next(self._sequence), self._programs[rank]))
 
@@ -183,6 +190,10 @@ class Clock:
         self._num_alive -= 1
         self.at(self.now, lambda: self._unwind(program))
 
+    def pause(self, rank: int, until: float) -> None:
+        """Give a rank no turn before a moment; what falls due for it meanwhile comes then. `spawn` ends the pause."""
+        self._paused[rank] = max(until, self._paused.get(rank, 0.0))
+
     def rank(self) -> int:
         """Whose turn it is."""
         return self._turn().rank
@@ -202,6 +213,9 @@ class Clock:
         outside = take() if self._isolate else None
         if outside is not None:
             self._start = replace(outside, leave_neutral=None)
+        collect_after = gc.get_threshold()
+        if outside is None:
+            gc.set_threshold(max(collect_after[0], _COLLECT_AFTER), *collect_after[1:])
         try:
             self._loop()
         finally:
@@ -209,6 +223,7 @@ class Clock:
                 self._unwind(program)
             self._due.clear()
             self._num_void = self._num_alive = 0
+            gc.set_threshold(*collect_after)
             if outside is not None:
                 outside.restore()
         programs = self._programs
@@ -229,7 +244,7 @@ class Clock:
             if isinstance(event, Alarm):
                 event.void = True
                 event.action()
-            else:
+            elif not self._paused or not self._put_off(event):
                 self._take_turn(event)
                 if event.error is not None:
                     event.error.add_note(f"rank {event.rank} raised this at {self.now:g} s of virtual time")
@@ -238,6 +253,9 @@ class Clock:
     def _take_turn(self, program: _Program) -> None:
         if program.greenlet is None:
             program.greenlet, program.state = greenlet(program.body, self._hub), self._start
+        if self._before_turn is not None:
+            self._before_turn(program.rank)
+        self.num_turns += 1
         was_void = program.void
         self._running = program
         if program.state is not None:
@@ -260,6 +278,14 @@ class Clock:
         if program.greenlet is not None and not program.greenlet.dead:
             program.thrown = GreenletExit()
             self._take_turn(program)
+
+    def _put_off(self, program: _Program) -> bool:
+        until = self._paused.get(program.rank, 0.0)
+        if until <= self.now:
+            self._paused.pop(program.rank, None)
+            return False
+        heapq.heappush(self._due, (until, next(self._sequence), program))
+        return True
 
     def _turn(self) -> _Program:
         program = self._running

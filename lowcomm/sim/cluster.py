@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lowcomm.sim.collectives import Ring, Schedule
 from lowcomm.sim.compute import ComputeModel, Constant, Scaled
 from lowcomm.sim.faults import Event, Fault, FaultPlan, Pause, SlowDown
 from lowcomm.sim.hindered import Hindered
@@ -119,15 +120,19 @@ class Cluster(ABC):
         compute: the time of inner steps on a host of speed 1.
         faults: what goes wrong, see `lowcomm.sim.faults.FaultPlan`.
         transport: how messages use the links.
+        schedule: how collectives are made of messages. Seconds, and the flows of the trace, are this schedule's; the
+            bytes of the metrics are those of `lowcomm.comm.metered`, a ring's, whatever it is.
     """
 
     compute: ComputeModel = Constant()
     faults: Sequence[Fault] = ()
     transport: Transport = Transport()
+    schedule: Schedule = Ring()
 
     def __post_init__(self) -> None:
         FaultPlan(self.faults)
         self.links()
+        self.schedule.check(tuple(range(self.num_ranks)))
 
     @abstractmethod
     def layout(self) -> Layout:

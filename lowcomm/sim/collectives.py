@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise, permutations
-from typing import NamedTuple, final
+from typing import NamedTuple
 
 KINDS = ("all_sum", "all_gather", "all_to_all", "broadcast", "send")
 
@@ -72,6 +72,10 @@ class Schedule(ABC):
         assert len(members) == 2, members
         return _direct(source, members, size_bytes)
 
+    def check(self, members: Sequence[int]) -> None:
+        """Raise ValueError when it has no place for a member."""
+        return
+
     @abstractmethod
     def all_sum(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
         """The transfers of a sum of ``num_bytes`` from each of at least two members."""
@@ -85,7 +89,6 @@ class Schedule(ABC):
         """The transfers of ``num_bytes`` from ``source`` to at least one other."""
 
 
-@final
 @dataclass(frozen=True)
 class Ring(Schedule):
     """Everybody sends to the next: least bytes, most latencies. Broadcasts are direct.
@@ -108,7 +111,6 @@ class Ring(Schedule):
         return _direct(source, members, num_bytes)
 
 
-@final
 @dataclass(frozen=True)
 class Tree(Schedule):
     """Up a binary tree and down again: few latencies, but each inner rank serves three neighbours."""
@@ -137,7 +139,6 @@ class Tree(Schedule):
         return [Transfer(a, b, num_bytes, _depth(len(members))) for a, b in _edges(rooted)]
 
 
-@final
 @dataclass(frozen=True)
 class TwoShot(Schedule):
     """Everybody owns a piece, collects it from all and gives it to all: a sharded parameter server."""
@@ -159,7 +160,6 @@ class TwoShot(Schedule):
         return deal + [Transfer(a, b, piece[a], 2) for a, b in permutations(others, 2)]
 
 
-@final
 @dataclass(frozen=True)
 class Star(Schedule):
     """Everything goes through one rank, which takes part in every collective: a central parameter server."""
@@ -185,7 +185,11 @@ class Star(Schedule):
             return [Transfer(source, x, num_bytes, 1) for x in leaves]
         return [Transfer(source, self.center, num_bytes, 1), *(Transfer(self.center, x, num_bytes, 2) for x in leaves)]
 
-    def _leaves(self, members: tuple[int, ...]) -> list[int]:
+    def check(self, members: Sequence[int]) -> None:
+        """See `Schedule.check`."""
+        self._leaves(members)
+
+    def _leaves(self, members: Sequence[int]) -> list[int]:
         if self.center not in members:
             raise ValueError(
                 f"Star's center is rank {self.center}, which is not among the members {members} of this collective; "
@@ -194,7 +198,6 @@ class Star(Schedule):
         return [rank for rank in members if rank != self.center]
 
 
-@final
 @dataclass(frozen=True)
 class Pairwise(Schedule):
     """Everybody sends its whole payload to everybody: one latency, most bytes."""
@@ -212,7 +215,6 @@ class Pairwise(Schedule):
         return _direct(source, members, num_bytes)
 
 
-@final
 @dataclass(frozen=True)
 class Hierarchical(Schedule):
     """Only one member of each island talks to other islands, so that little crosses the slow paths between them.
@@ -264,7 +266,11 @@ class Hierarchical(Schedule):
             transfers += [Transfer(a, b, num_bytes, len(chain) - 1) for a, b in pairwise(chain)]
         return transfers
 
-    def _chains(self, members: tuple[int, ...]) -> list[tuple[int, ...]]:
+    def check(self, members: Sequence[int]) -> None:
+        """See `Schedule.check`."""
+        self._chains(members)
+
+    def _chains(self, members: Sequence[int]) -> list[tuple[int, ...]]:
         """The members of each island that has any, in the order of ``members``."""
         home = {rank: i for i, island in enumerate(self.islands) for rank in island}
         homeless = [rank for rank in members if rank not in home]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
@@ -50,15 +50,17 @@ class World:
         clock: whose ranks talk.
         network: what carries the bytes; None: messages take no time.
         schedule: how collectives are made of transfers.
-        lost: ranks that crashed.
+        lost: ranks that crashed and are not there again.
     """
 
     clock: Clock
     network: Carrier | None = None
     schedule: Schedule = Ring()
     lost: set[int] = field(default_factory=set, init=False)
+    _num_returns: dict[int, int] = field(default_factory=dict, init=False, repr=False)
     _views: dict[tuple[int, ...], View] = field(default_factory=dict, init=False, repr=False)
-    _latest: tuple[Sequence[int], View] | None = field(default=None, init=False, repr=False)
+    _over: list[View] = field(default_factory=list, init=False, repr=False)  # of members that came back anew since
+    _latest: dict[int, tuple[Sequence[int], View]] = field(default_factory=dict, init=False, repr=False)
 
     def comm(self, rank: int, members: Sequence[int]) -> SimComm:
         """A rank's view of some members, itself included. For very many ranks, pass the same ``members`` object.
@@ -71,14 +73,16 @@ class World:
     def crash(self, rank: int) -> None:
         """A rank is gone: its program ends, and whoever waits for it, now or later, gets `PeerLost`.
 
-        Messages that have arrived stay; what is under way is lost.
+        Messages that have arrived stay; what is under way is lost. Collectives of a view that lost a member are over
+        for good, and so is all that waits for the lost member there, also when it comes back; the rest still exchange
+        messages.
 
         Raises:
             ValueError: when the rank has no program.
         """
         self.lost.add(rank)
-        for view in self._views.values():
-            if rank not in view.position:
+        for view in [*self._views.values(), *self._over]:
+            if rank not in view.position or rank in view.lost:
                 continue
             view.lost.add(rank)
             for exchange in list(view.exchanges.values()):
@@ -88,17 +92,48 @@ class World:
                 mailbox.lose(rank)
         self.clock.kill(rank)  # at the end: it does not return when the rank crashes itself
 
+    def rejoin(self, rank: int, program: Callable[[], Any]) -> None:
+        """A rank that crashed is there again, with nothing: its new program starts now.
+
+        Whoever asks for a view of it from now on (`comm`, `Comm.sub`) gets a fresh one, the same for all who ask; views
+        that were asked for before stay over, so that nobody who missed the crash meets the new program by chance, and
+        nothing that was sent to the old one reaches the new.
+
+        Raises:
+            ValueError: when the rank is there.
+        """
+        if rank not in self.lost:
+            raise ValueError(f"rank {rank} cannot come back: it is there; let it crash before")
+        self.clock.spawn(rank, program, self.clock.now)
+        self.lost.remove(rank)
+        self._num_returns[rank] = self.incarnation(rank) + 1
+        self._over += [view for view in self._views.values() if rank in view.lost]
+        self._views = {key: view for key, view in self._views.items() if rank not in view.lost}
+        self._latest.clear()
+
+    def present(self, rank: int) -> bool:
+        """Whether a rank is there now. Two that ask at different moments may hear differently: ask once, tell the rest.
+
+        For membership, which must notice returns; those who wait learn of a crash by `PeerLost`.
+        """
+        return rank not in self.lost
+
+    def incarnation(self, rank: int) -> int:
+        """How often a rank has come back so far: 0 for its first program. Tells a return from no crash at all."""
+        return self._num_returns.get(rank, 0)
+
     def _view(self, members: Sequence[int]) -> View:
-        # n ranks that ask for the same n members: hashing those each time would cost n * n
-        if self._latest is None or self._latest[0] is not members:
+        # n ranks ask for the same n members, and between them for smaller groups: hashing n each time would cost n * n
+        latest = self._latest.get(len(members))
+        if latest is None or latest[0] is not members:
             key = tuple(sorted(members))
             if key not in self._views:
                 if not key or key[0] < 0 or len(set(key)) != len(key):
                     raise ValueError(f"members {tuple(members)} must be distinct ranks from 0 on, and at least one")
                 position = {rank: i for i, rank in enumerate(key)}
                 self._views[key] = View(key, position, self.lost & position.keys())
-            self._latest = (members, self._views[key])
-        return self._latest[1]
+            latest = self._latest[len(members)] = (members, self._views[key])
+        return latest[1]
 
     def _join(self, view: View, rank: int, call: Call, tensors: list[Tensor]) -> Exchange:
         number = view.num_calls[rank] = view.num_calls.get(rank, 0) + 1
@@ -210,4 +245,4 @@ class _Pending(Generic[T]):
 
 
 def _copy(x: Tensor) -> Tensor:
-    return x.detach().clone()
+    return x.detach() if x.is_meta else x.detach().clone()

@@ -35,6 +35,29 @@ class ComputeModel(ABC):
 
 
 @dataclass(frozen=True)
+class Around(ComputeModel, ABC):
+    """Another model, and what is made of its times.
+
+    Attributes:
+        model: the other.
+    """
+
+    model: ComputeModel
+
+    def needs_calibration(self) -> bool:
+        """Whether the model does."""
+        return self.model.needs_calibration()
+
+    def calibrated(self, step_s: float) -> ComputeModel:
+        """With the model calibrated."""
+        return replace(self, model=self.model.calibrated(step_s))
+
+    def streams(self) -> Sequence[tuple[str, int]]:
+        """The model's."""
+        return self.model.streams()
+
+
+@dataclass(frozen=True)
 class Constant(ComputeModel):
     """Every step takes the same time."""
 
@@ -128,7 +151,7 @@ class Measured(ComputeModel):
     """As long as a step really takes on this machine; `Scaled` makes faster and slower ones of it.
 
     Attributes:
-        step_s: None until `calibrated` with the time of a real step.
+        step_s: None until `calibrated` with the time of a real step, see `lowcomm.sim.calibrate`.
     """
 
     step_s: float | None = None
@@ -153,15 +176,13 @@ class Measured(ComputeModel):
 
 
 @dataclass(frozen=True)
-class Scaled(ComputeModel):
-    """A model on machines of different speeds.
+class Scaled(Around):
+    """A model on machines of different speeds; ``model`` has the times at speed 1.
 
     Attributes:
-        model: the times at speed 1.
         speeds: of each rank; twice the speed takes half the time.
     """
 
-    model: ComputeModel
     speeds: Sequence[float]
 
     def __post_init__(self) -> None:
@@ -171,18 +192,6 @@ class Scaled(ComputeModel):
     def seconds(self, rank: int, t: int, start: float) -> float:
         """The model's time over the rank's speed."""
         return self.model.seconds(rank, t, start) / of_rank("speeds", self.speeds, rank)
-
-    def needs_calibration(self) -> bool:
-        """Whether the model does."""
-        return self.model.needs_calibration()
-
-    def calibrated(self, step_s: float) -> ComputeModel:
-        """With the model calibrated."""
-        return replace(self, model=self.model.calibrated(step_s))
-
-    def streams(self) -> Sequence[tuple[str, int]]:
-        """The model's."""
-        return self.model.streams()
 
 
 @dataclass(frozen=True)

@@ -2,41 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from lowcomm.engine.base import Engine
+from lowcomm.engine.base import Engine, Ready
+from lowcomm.sim.pace import Pace
+
+_FORWARD = 1 / 3  # of a step: backward multiplies twice as many matrices
 
 
 class SimEngine(Engine):
     """Another engine whose steps take virtual time.
 
-    All of a step's time passes in `backward`; an update or an evaluation takes none.
+    All of a step's time passes in `backward`; an update or an evaluation takes none. Where somebody wants to know when
+    gradients are ready, the first third of the step is forward, and the rest is shared out among the parameters by
+    their numbers of elements, in the order in which the real backward finished them.
 
     Args:
         inner: who computes.
-        sleep: lets virtual seconds pass for this rank.
-        seconds: how long inner step t = 1, 2, ... takes when it starts at a moment.
-        now: virtual seconds.
+        pace: lets the time of this rank's steps pass.
     """
 
-    def __init__(
-        self,
-        inner: Engine,
-        sleep: Callable[[float], None],
-        seconds: Callable[[int, float], float],
-        now: Callable[[], float],
-    ) -> None:
-        self._inner, self._sleep, self._seconds, self._now = inner, sleep, seconds, now
+    def __init__(self, inner: Engine, pace: Pace) -> None:
+        self._inner, self._pace = inner, pace
         self._t = 0
 
-    def backward(self, batch: Any) -> Tensor:
-        """See `Engine.backward`."""
+    def backward(self, batch: Any, ready: Ready | None = None) -> Tensor:
+        """See `Engine.backward`; the arithmetic comes first, then the time."""
         self._t += 1
-        loss = self._inner.backward(batch)
-        self._sleep(self._seconds(self._t, self._now()))
+        finished: list[tuple[int, Tensor]] = []
+        loss = self._inner.backward(batch, None if ready is None else lambda i, x: finished.append((i, x)))
+        self._pace.begin(self._t)
+        num_elements, done = sum(x.numel() for _, x in finished), 0
+        for i, gradient in finished:
+            assert ready is not None
+            done += gradient.numel()
+            self._pace.go_on(_FORWARD + (1 - _FORWARD) * done / max(1, num_elements))
+            ready(i, gradient)
+        if ready is None:
+            self._pace.go_on(1.0)
         return loss
 
     def update(self) -> None:

@@ -63,7 +63,10 @@ class Rejoin(Event):
 
 @dataclass(frozen=True)
 class Notice(Event):
-    """A rank learns that it will crash at ``crash_at_s``; the `Crash` is an event of its own."""
+    """A rank learns that it will crash at ``crash_at_s``; the `Crash` is an event of its own.
+
+    Nothing else happens at ``at_s``, and no method listens to it yet: the rank computes on until the crash.
+    """
 
     rank: int
     at_s: float
@@ -80,7 +83,12 @@ class Notice(Event):
 
 @dataclass(frozen=True)
 class Pause(Event):
-    """A rank stands still for some seconds, and then goes on where it was."""
+    """A rank's process is frozen for some seconds, as by SIGSTOP, and then goes on where it was.
+
+    It neither computes, nor sends anything new, nor notices what has come. What it had handed over before still moves,
+    collectives under way included (their bytes are the system's; a real ring that needs this process to forward would
+    stop too), and nobody takes it for lost.
+    """
 
     rank: int
     at_s: float
@@ -122,7 +130,7 @@ class SlowDown(Event):
 
 @dataclass(frozen=True)
 class Partition(Event):
-    """Ranks of different groups cannot reach each other for some seconds.
+    """Ranks of different groups cannot reach each other for some seconds; what is on its way waits, nothing is lost.
 
     Attributes:
         groups: of ranks; ranks that none names form one group more.

@@ -1,28 +1,32 @@
-"""A compute model through pauses and slow-downs."""
+"""A compute model through pauses and slow-downs, and what slow-downs that overlap make together."""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from lowcomm.sim.compute import ComputeModel
+from lowcomm.sim.compute import Around
 from lowcomm.sim.faults import Event, Pause, SlowDown
 
 
+def slowness(windows: Sequence[tuple[float, float, float]]) -> tuple[list[float], list[float]]:
+    """Windows of time as (begin, end, factor): the moments of change, and the factors' product from each on."""
+    moments = sorted({moment for begin, end, _ in windows for moment in (begin, end)})
+    return moments, [math.prod(f for begin, end, f in windows if begin <= moment < end) for moment in moments]
+
+
 @dataclass(frozen=True)
-class Hindered(ComputeModel):
+class Hindered(Around):
     """A step's work goes on at the speed of each moment: slower in a slow-down, not at all in a pause.
 
-    Slow-downs that overlap multiply.
+    Slow-downs that overlap multiply. ``model`` has the times without faults.
 
     Attributes:
-        model: the times without faults.
         plan: of it, `Pause` and `SlowDown` of compute matter.
     """
 
-    model: ComputeModel
     plan: Sequence[Event]
     # for each rank the moments at which its slowness changes, and the slowness from each on
     _changes: dict[int, tuple[list[float], list[float]]] = field(
@@ -36,10 +40,7 @@ class Hindered(ComputeModel):
                 windows.setdefault(event.rank, []).append((event.at_s, event.at_s + event.seconds, math.inf))
             elif isinstance(event, SlowDown) and event.what == "compute":
                 windows.setdefault(event.rank, []).append((event.at_s, event.at_s + event.seconds, event.factor))
-        for rank, of_rank in windows.items():
-            moments = sorted({moment for begin, end, _ in of_rank for moment in (begin, end)})
-            slowness = [math.prod(f for begin, end, f in of_rank if begin <= moment < end) for moment in moments]
-            self._changes[rank] = moments, slowness
+        self._changes.update({rank: slowness(of_rank) for rank, of_rank in windows.items()})
 
     def seconds(self, rank: int, t: int, start: float) -> float:
         """Until the model's time of the step has been worked off."""
@@ -55,15 +56,3 @@ class Hindered(ComputeModel):
                 break
             work, now, slow = work - done, moment, next_slow
         return now + work * slow - start
-
-    def needs_calibration(self) -> bool:
-        """Whether the model does."""
-        return self.model.needs_calibration()
-
-    def calibrated(self, step_s: float) -> ComputeModel:
-        """With the model calibrated."""
-        return replace(self, model=self.model.calibrated(step_s))
-
-    def streams(self) -> Sequence[tuple[str, int]]:
-        """The model's."""
-        return self.model.streams()

@@ -68,7 +68,7 @@ class Mailbox:
     def send(self, source: int, x: Tensor) -> Message:
         """A message sets out."""
         message = Message(source, x)
-        if self._to in self._lost:
+        if self._to in self._lost or source in self._lost:  # the last words of one that was killed
             message.lost = True
             return message
         self._coming.setdefault(source, deque()).append(message)

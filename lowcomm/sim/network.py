@@ -158,6 +158,9 @@ class Network:
         clock: whose time they take.
         links: what connects the ranks.
         on_flow: called with the record of every flow that ended or was cancelled.
+
+    Attributes:
+        num_flows: sent so far.
     """
 
     def __init__(self, clock: Clock, links: Links, on_flow: Callable[[FlowRecord], None] | None = None) -> None:
@@ -169,7 +172,7 @@ class Network:
         self._paths: dict[tuple[int, int], Link] = {}
         self._blocked: set[tuple[int, int]] = set()
         self._agenda: dict[float, _Instant] = {}
-        self._num_flows = 0
+        self.num_flows = 0
 
     def send(
         self, source: int, to: int, num_bytes: float, on_end: Callable[[], None], num_latencies: float = 1.0
@@ -191,11 +194,10 @@ class Network:
             )
         now = self._clock.now
         links = [self._up[source], self._down[to]]
-        path = self.links.path(source, to)
-        if path != inf:
+        if self.links.path_bits_per_s is not None and (path := self.links.path(source, to)) != inf:
             links.append(self._paths.setdefault((source, to), Link(self._bytes_per_s(path))))
-        flow = Flow(self._num_flows, source, to, num_bytes, on_end, tuple(links), now, now, num_bytes)
-        self._num_flows += 1
+        flow = Flow(self.num_flows, source, to, num_bytes, on_end, tuple(links), now, now, num_bytes)
+        self.num_flows += 1
         self._put(flow, now + num_latencies * self.links.latency_factor * self.links.latency(source, to))
         return flow
 
@@ -335,8 +337,9 @@ class Network:
             raise ValueError(f"rank {rank} is unknown: the links connect ranks 0 to {self.links.num_ranks - 1}")
 
     def _check_pair(self, source: int, to: int) -> None:
-        self._check_rank(source)
-        self._check_rank(to)
+        if not (0 <= source < len(self._up) and 0 <= to < len(self._up)):
+            self._check_rank(source)
+            self._check_rank(to)
         if source == to:
             raise ValueError(f"rank {source} would send to itself, which takes no network; leave the flow out")
 

@@ -4,8 +4,9 @@ The tables are those of DT-FM (Yuan et al. 2022, arXiv:2206.01288), `scheduler/g
 code: rates are what NCCL reached between two p3.2xlarge over four sockets and a VPN, not what the links can carry.
 
 Differs from the paper in: its delays were measured by ping, so they are round trips, although its scheduler takes them
-for one way; here half of each is the one-way latency. Rates hold between two hosts, as there, and a host's own link
-carries 10 Gbit/s besides, the most that AWS states for a p3.2xlarge.
+for one way; here half of each is the one-way latency. Rates hold between two hosts, as there. A host's own links, of
+which the paper says nothing, carry 10 Gbit/s over all its flows: "up to 10 Gbit/s" is what AWS lists for the network of
+a p3.2xlarge.
 """
 
 from __future__ import annotations

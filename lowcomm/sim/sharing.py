@@ -64,6 +64,12 @@ def fair_rates(changed: Iterable[Link]) -> Iterator[tuple[Flow, float]]:
     for first in changed:
         if first in seen or not first.flows:
             continue
+        if len(first.flows) == 1:
+            (flow,) = first.flows
+            if all(len(link.flows) == 1 for link in flow.links):  # every flow of a ring, so it is worth a shortcut
+                seen.update(flow.links)
+                yield flow, min(flow.cap_bytes_per_s, *[link.bytes_per_s for link in flow.links])
+                continue
         seen.add(first)
         links, flows = [first], dict[Flow, None]()
         for link in links:  # grows as flows lead on
@@ -74,11 +80,7 @@ def fair_rates(changed: Iterable[Link]) -> Iterator[tuple[Flow, float]]:
                         if other not in seen:
                             seen.add(other)
                             links.append(other)
-        if len(flows) == 1:  # every flow of a ring, so it is worth two lines
-            (flow,) = flows
-            yield flow, min(flow.cap_bytes_per_s, *(link.bytes_per_s for link in links))
-        else:
-            yield from _fill(links, flows).items()
+        yield from _fill(links, flows).items()
 
 
 def _fill(links: Sequence[Link], flows: Iterable[Flow]) -> dict[Flow, float]:

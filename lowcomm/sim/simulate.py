@@ -1,11 +1,15 @@
 """`lowcomm simulate`: a run on a cluster that exists in virtual time.
 
-The arithmetic is real; time and faults are the cluster's. Every rank runs the code that `lowcomm train` runs.
+The arithmetic is real, or left out; time and faults are the cluster's. Every rank runs the code that `lowcomm train`
+runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,31 +18,45 @@ import torch
 import yaml
 from safetensors.torch import save_model
 
-from lowcomm.assemble import assemble, describe_into
+from lowcomm.assemble import Assembled, assemble, describe_into, place
 from lowcomm.checkpoint import Checkpoints
 from lowcomm.comm.metered import Meter, MeteredComm
 from lowcomm.config import Run, describe
 from lowcomm.engine.base import Engine
 from lowcomm.metrics import Metrics, ProgressSink, Sink
+from lowcomm.sim.calibrate import measured_step_s
 from lowcomm.sim.clock import Clock
 from lowcomm.sim.cluster import Cluster
 from lowcomm.sim.comm import World
-from lowcomm.sim.compute import ComputeModel
 from lowcomm.sim.engine import SimEngine
-from lowcomm.sim.faults import Crash, Event, Partition, Rejoin, SlowDown
-from lowcomm.sim.network import Links, Network
+from lowcomm.sim.faults import Crash, Rejoin
+from lowcomm.sim.inject import schedule_faults
+from lowcomm.sim.log import EVENTS, Log, LoggedComm
+from lowcomm.sim.memory import Residence
+from lowcomm.sim.network import Network
+from lowcomm.sim.pace import Pace
+from lowcomm.sim.timing import assemble_shapes, explained, shapes_of
 from lowcomm.sim.trace import Trace, write_chrome_trace
+from lowcomm.state import state_tree
 from lowcomm.train import train
 
 
-def simulate(run: Run, cluster: Cluster, out: Path) -> dict[str, Any]:
+def simulate(
+    run: Run, cluster: Cluster, out: Path, timing_only: bool = False, num_resident: int | None = None
+) -> dict[str, Any]:
     """Train one replica on each host of the cluster and return rank 0's summary line; times are virtual.
 
     Writes into ``out`` what `lowcomm train` would on all ranks (but no checkpoints), the cluster as cluster.yaml, and
-    the timeline as trace.json, for Perfetto or chrome://tracing.
+    the timeline as trace.json, for Perfetto or chrome://tracing, as events.jsonl.gz what `lowcomm retime` needs, and
+    into environment.json what memory it took. All replicas compute on the run's device.
+
+    Args:
+        timing_only: train shapes without values: no text is read, and there are no losses and no final parameters.
+        num_resident: how many replicas are on the device at once, the others moved out (see `Residence`); None: all.
 
     Raises:
-        ValueError: for anything wrong with the config, the data, the directory or the cluster, before training.
+        ValueError: for anything wrong with the config, the data, the directory or the cluster, before training; with
+            ``timing_only`` also for what depends on values.
         PeerLost: when a rank waits for one that crashed.
         Deadlock: when all ranks wait.
     """
@@ -46,68 +64,98 @@ def simulate(run: Run, cluster: Cluster, out: Path) -> dict[str, Any]:
         raise ValueError(f"{out} already holds a run; choose another --out")
     if run.checkpoint.every:
         raise ValueError("a simulation is not checkpointed: set checkpoint.every to 0")
-    compute, events, num_ranks = cluster.compute_model(), cluster.fault_events(), cluster.num_ranks
-    if compute.needs_calibration():
-        raise ValueError("this compute model wants the time of a measured step; give it one: compute.seconds_per_step")
-    if any(isinstance(event, Rejoin) for event in events):
-        raise ValueError("a rank that comes back must be given the state it missed, and no method does that yet")
+    events, num_ranks = cluster.fault_events(), cluster.num_ranks
+    returns = [event for event in events if isinstance(event, Rejoin)]
+    if returns:
+        raise ValueError(
+            f"rank {returns[0].rank} would come back at {returns[0].at_s} s, but no method gives a rank the state that "
+            "it missed; leave out Rejoin and repair_s, and of Availability all but each rank's first interval, from 0"
+        )
+    if timing_only and cluster.compute.needs_calibration():
+        raise ValueError("timing alone takes no real step whose time could be measured; give Measured a step_s")
+
+    if timing_only and num_resident is not None:
+        raise ValueError(f"num_resident is {num_resident}, but timing alone has no states to move; leave it out")
 
     run.steps(num_ranks)  # refuse what cannot run before reading data
-    loaded = run.data.load()
+    device = torch.device("cpu") if timing_only else place(run).device
+    residence = Residence(device, num_resident, out)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.init()  # before the clock notes what state torch is in
+    build = _timing(run, num_ranks) if timing_only else _real(run, device)
+    if cluster.compute.needs_calibration():
+        step_s = measured_step_s(lambda comm: build(comm, lambda record: None, lambda engine: engine), num_ranks)
+        print(f"a step takes {step_s:.4g} s on this machine")
+        cluster = replace(cluster, compute=cluster.compute.calibrated(step_s))
+    compute = cluster.compute_model()
     describe_into(run, out)
     (out / "cluster.yaml").write_text(yaml.safe_dump(describe(cluster), sort_keys=False), encoding="utf-8")
-    clock, trace, links = Clock(), Trace(), cluster.links()
-    network = Network(clock, links, trace.add_flow)
-    world = World(clock, network)
-    schedule_faults(events, clock, world, network, links)
-    members = tuple(range(num_ranks))
+    clock = Clock(isolate_torch=not timing_only, before_turn=residence.enter if num_resident else None)
+    trace = Trace()
+    network = Network(clock, cluster.links(), trace.add_flow)
+    world = World(clock, network, cluster.schedule)
+    schedule_faults(events, clock, world, network)
+    members, log = tuple(range(num_ranks)), Log(num_ranks)
+    if any(isinstance(event, Crash) for event in events):
+        log.refuse("a rank crashes in it")
 
     def program(rank: int) -> dict[str, Any]:
-        comm = MeteredComm(world.comm(rank, members), Meter())
+        meter = Meter(
+            on_count=log.ranks[rank].count,
+            on_wait=lambda tag, start_s, end_s: trace.add(rank, "wait", start_s, end_s, tag),
+        )
+        comm = MeteredComm(LoggedComm(world.comm(rank, members), log.ranks[rank]), meter)
         sinks: list[Sink] = [ProgressSink(run.steps(num_ranks))] if rank == 0 else []
         metrics = Metrics(out / ("metrics.jsonl" if rank == 0 else f"metrics.rank{rank}.jsonl"), sinks)
-        around = partial(_on_clock, clock=clock, compute=compute, rank=rank, trace=trace)
+        pace = Pace(clock, compute, trace, rank, log.ranks[rank])
+
+        def around(engine: Engine) -> Engine:
+            residence.own(rank, engine.slots)
+            return SimEngine(engine, pace)
+
         try:
-            assembled = assemble(run, loaded, comm, torch.device("cpu"), metrics.write, around)
+            assembled = build(comm, metrics.write, around)
+            residence.own(rank, partial(_states, assembled))
+            log.ranks[rank].listen(assembled.replica.ledger, lambda: clock.now)
             train(assembled.replica, assembled.plan, Checkpoints(out / "checkpoints", rank, num_ranks, "simulated"))
-            if rank == 0:
+            if rank == 0 and not timing_only:
                 save_model(assembled.model, str(out / "final.safetensors"))
             return assembled.summary()
         finally:
+            residence.leave(rank)
             metrics.close()
 
     for rank in members:
         clock.spawn(rank, partial(program, rank))
-    summaries = clock.run()
-    write_chrome_trace(trace.spans, out / "trace.json")
+    try:
+        with residence, explained() if timing_only else nullcontext():
+            summaries = clock.run()
+    finally:
+        write_chrome_trace(trace.spans, out / "trace.json")
+    log.write(out / EVENTS)
+    seen = json.loads((out / "environment.json").read_text(encoding="utf-8"))
+    (out / "environment.json").write_text(json.dumps({**seen, "memory": residence.measured()}, indent=1), "utf-8")
+    print(residence.line())
     first: dict[str, Any] = summaries[0]
     return first
 
 
-def schedule_faults(events: Sequence[Event], clock: Clock, world: World, network: Network, links: Links) -> None:
-    """Put crashes, partitions and slow links on the clock; pauses and slow steps are the compute model's."""
-    for event in events:
-        if isinstance(event, Crash):
-            clock.at(event.at_s, partial(world.crash, event.rank))
-        elif isinstance(event, Partition):
-            for source, to in event.pairs(links.num_ranks):
-                clock.at(event.at_s, partial(network.block, source, to))
-                clock.at(event.at_s + event.seconds, partial(network.unblock, source, to))
-        elif isinstance(event, SlowDown) and event.what == "network":
-            up, down = links.up_bits_per_s[event.rank], links.down_bits_per_s[event.rank]
-            clock.at(event.at_s, partial(network.set_rate, event.rank, up / event.factor, down / event.factor))
-            clock.at(event.at_s + event.seconds, partial(network.set_rate, event.rank, up, down))
+# a rank's replica, given its comm, where its metrics go, and what is put around its engine
+_Build = Callable[[MeteredComm, Callable[[dict[str, Any]], None], Callable[[Engine], Engine]], Assembled]
 
 
-def _on_clock(engine: Engine, clock: Clock, compute: ComputeModel, rank: int, trace: Trace) -> Engine:
-    """The engine whose steps take this rank's time and stand in the trace."""
-    t = 0
+def _real(run: Run, device: torch.device) -> _Build:
+    loaded = run.data.load()
+    return lambda comm, write, around: assemble(run, loaded, comm, device, write, around)
 
-    def sleep(seconds: float) -> None:
-        nonlocal t
-        t += 1
-        trace.add(rank, "compute", clock.now, clock.now + seconds, f"step {t}")
-        clock.sleep(seconds)
 
-    seconds: Callable[[int, float], float] = partial(compute.seconds, rank)
-    return SimEngine(engine, sleep, seconds, lambda: clock.now)
+def _timing(run: Run, num_ranks: int) -> _Build:
+    shapes = shapes_of(run, num_ranks)
+    return lambda comm, write, around: assemble_shapes(run, shapes, comm, write, around)
+
+
+def _states(assembled: Assembled) -> list[Any]:
+    """All that one replica keeps on the device between its turns."""
+    replica = assembled.replica
+    return [list(assembled.model.parameters()), replica.engine.slots(), state_tree(replica.state)]

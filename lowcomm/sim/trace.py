@@ -1,4 +1,4 @@
-"""What every rank did when: spans, as a Chrome/Perfetto trace and as a picture.
+"""What every rank did when: spans, as a Chrome/Perfetto trace, from one, and as a picture.
 
 Times are virtual seconds. A written trace opens in ui.perfetto.dev or chrome://tracing; a rank is a process there, with
 one line for computing and waiting, and as many for flows as it had at once.
@@ -20,7 +20,9 @@ from lowcomm.sim.network import FlowRecord
 
 Kind = Literal["compute", "wait", "flow"]
 
+TEXT_COLOUR = "#1b1f24"  # of all that is written on a picture; none of the bars has it
 _COLOURS = {"compute": "#4878a8", "wait": "#d8a24a", "flow": "#6aa378"}
+_HOURS_FROM_S = 36_000.0
 _MAX_COLUMNS = 1000  # a picture's spans of one kind that are nearer to each other than its width over this are one
 
 
@@ -30,7 +32,7 @@ class Span:
 
     Attributes:
         rank: for a flow, who sends.
-        name: what it says on it, such as "step 3" or "to rank 2".
+        name: what it says on it: the "step 3" that it computed, the purpose of the exchange it waited for, "to rank 2".
         num_bytes: of a flow; 0 for others.
     """
 
@@ -102,6 +104,28 @@ def write_chrome_trace(spans: Iterable[Span], path: Path) -> None:
     path.write_text(json.dumps(chrome_trace(spans), separators=(",", ":")) + "\n", encoding="utf-8")
 
 
+def read_chrome_trace(path: Path) -> list[Span]:
+    """The spans of a file of `write_chrome_trace`, by start; times to within rounding.
+
+    Raises:
+        ValueError: when there is no such file, or something else than a trace of ours in it.
+    """
+    if not path.exists():
+        raise ValueError(f"there is no {path}; lowcomm simulate writes a trace.json into its --out directory")
+    try:
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+        return [_span(event) for event in events if event["ph"] == "X"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no trace of lowcomm simulate ({type(error).__name__}: {error}); simulate again, or delete it"
+        ) from error
+
+
+def _span(event: dict[str, Any]) -> Span:
+    start_s, num_bytes = event["ts"] / 1e6, event.get("args", {}).get("bytes", 0.0)
+    return Span(event["pid"], event["cat"], start_s, start_s + event["dur"] / 1e6, event["name"], num_bytes)
+
+
 def gantt(
     spans: Sequence[Span],
     *,
@@ -132,18 +156,23 @@ def gantt(
     height = min(0.9 + 0.3 * len(rows), 40.0)
     figure = require("matplotlib.figure", "lowcomm[report]").Figure(figsize=(7.0, height), layout="constrained")
     ax = figure.subplots()
+    unit, unit_s = ("h", 3600.0) if end_s >= _HOURS_FROM_S else ("s", 1.0)
     for kind, colour in _COLOURS.items():
         low, size = (0.05, 0.3) if kind == "flow" else (0.4, 0.5)
         for row, rank in enumerate(rows):
-            bars = [(s, e - s) for s, e in _merged(groups.get((rank, kind), []), start_s, end_s)]
+            merged = _merged(groups.get((rank, kind), []), start_s, end_s)
+            bars = [(s / unit_s, (e - s) / unit_s) for s, e in merged]
             label = kind if row == 0 else None
             ax.broken_barh(bars, (len(rows) - 1 - row + low, size), color=colour, linewidth=0, label=label)
-    ax.set_xlim(start_s, end_s)
+    ax.set_xlim(start_s / unit_s, end_s / unit_s)
     ax.set_ylim(0, len(rows))
     ax.set_yticks([len(rows) - 0.5 - row for row in range(len(rows))], [f"rank {rank}" for rank in rows])
-    ax.set_xlabel("virtual time (s)")
+    ax.set_xlabel(f"virtual time ({unit})", color=TEXT_COLOUR)
+    ax.ticklabel_format(axis="x", style="plain", useOffset=False)
+    ax.tick_params(colors=TEXT_COLOUR, labelcolor=TEXT_COLOUR)
     ax.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper right", ncols=len(_COLOURS), frameon=False)
+    ax.spines[["left", "bottom"]].set_color(TEXT_COLOUR)
+    figure.legend(loc="outside upper right", ncols=len(_COLOURS), frameon=False, labelcolor=TEXT_COLOUR)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": id}):
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})

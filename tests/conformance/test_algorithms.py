@@ -23,7 +23,10 @@ CLASSES = players(Algorithm, "algorithms")
 def variants(cls):
     """The class with few steps a round where it has rounds, with and without compression."""
     options = {"every": 4} if "every" in cls.__dataclass_fields__ else {}
-    return [cls(**options), cls(**options, reducer=Reducer(Cast(), bucket_bytes=64))]
+    found = [cls(**options), cls(**options, reducer=Reducer(Cast(), bucket_bytes=64))]
+    if "overlap" in cls.__dataclass_fields__:
+        found.append(cls(overlap=True, reducer=Reducer(bucket_bytes=64)))
+    return found
 
 
 @pytest.fixture(
@@ -52,7 +55,7 @@ def test_state_restored_in_the_middle_of_a_run_goes_on_bitwise(algorithm, stop):
     def program(comm):
         def steps(engine, state, first, last):
             for t in range(first, last + 1):
-                engine.backward(make_batch(comm.rank, t))
+                engine.backward(make_batch(comm.rank, t), algorithm.during_backward(t, engine, state, comm))
                 algorithm.before_update(t, engine, state, comm)
                 engine.update()
                 algorithm.after_update(t, engine, state, comm)
@@ -82,7 +85,7 @@ def test_rounds_are_counted_and_traffic_is_that_of_an_echo(algorithm):
         engine = make_engine(adamw)
         state = algorithm.init(engine, metered)
         for t in range(1, STEPS + 1):
-            engine.backward(make_batch(comm.rank, t))
+            engine.backward(make_batch(comm.rank, t), algorithm.during_backward(t, engine, state, metered))
             algorithm.before_update(t, engine, state, metered)
             engine.update()
             algorithm.after_update(t, engine, state, metered)

@@ -1,6 +1,7 @@
 """The clock alone: whose turn it is, what ends a program, and what torch keeps apart."""
 
 import contextlib
+import gc
 
 import pytest
 import torch
@@ -52,6 +53,39 @@ def test_many_ranks_agree_with_a_sorted_list():
     run(*map(program, range(200)))
     expected = sorted((sum(naps[rank][: k + 1]), rank) for rank in range(200) for k in range(4))
     assert sorted(log) == expected and [time for time, _ in log] == [time for time, _ in expected]
+
+
+def test_somebody_may_prepare_each_turn_also_the_last_one_of_a_killed_rank():
+    log = []
+
+    def program(rank):
+        try:
+            log.append(f"{rank} runs")
+            clock.sleep(1 + rank)
+        finally:
+            log.append(f"{rank} ends")
+
+    clock = Clock(isolate_torch=False, before_turn=lambda rank: log.append(f"{rank} is next"))
+    for rank in range(2):
+        clock.spawn(rank, lambda rank=rank: program(rank))
+    clock.at(1.5, lambda: clock.kill(1))
+    clock.run()
+    turns = [("0", "runs"), ("1", "runs"), ("0", "ends"), ("1", "ends")]
+    assert log == [line for rank, what in turns for line in (f"{rank} is next", f"{rank} {what}")]
+    assert clock.num_turns == 4
+
+
+@pytest.mark.parametrize("isolate_torch", [False, True])
+def test_garbage_is_looked_for_as_before_once_it_has_run(isolate_torch):
+    before, inside = gc.get_threshold(), []
+
+    def program(clock):
+        inside.append(gc.get_threshold()[0])
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        run(program, isolate_torch=isolate_torch)
+    assert gc.get_threshold() == before and inside == [before[0] if isolate_torch else max(before[0], 100_000)]
 
 
 def test_programs_start_when_they_are_spawned_to():

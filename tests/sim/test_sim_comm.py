@@ -274,6 +274,24 @@ def test_deadlock_says_who_waits_for_whom():
 # ---- many -----------------------------------------------------------------------------------------------------------
 
 
+def test_members_are_looked_through_once_though_all_ranks_ask_for_other_groups_too():
+    class Members(tuple):
+        """Counts how often somebody goes through it."""
+
+        num_times = 0
+
+        def __iter__(self):
+            Members.num_times += 1
+            return super().__iter__()
+
+    world, members = World(Clock()), Members(range(50))
+    for rank in range(50):
+        world.comm(rank, members)
+        pair = world.comm(rank, (rank, (rank + 1) % 50))
+        assert len(pair.members) == 2 and rank in pair.members
+    assert Members.num_times == 1
+
+
 def test_many_ranks_share_what_they_can():
     clock = Clock(isolate_torch=False)
     world, members = World(clock), tuple(range(3000))

@@ -74,6 +74,31 @@ def test_a_slower_link_takes_longer_and_learns_the_same(flags, tmp_path):
     assert losses(tmp_path / "1e6") == losses(tmp_path / "1e7")
 
 
+@pytest.mark.parametrize(
+    ("schedule", "slower"),
+    [
+        (["Ring"], 1.0),
+        (["TwoShot"], 1.0),
+        (["Pairwise"], 1.5),
+        (["Star", "--cluster.schedule.center", "1"], 1.5),
+        (["Tree"], 1.5),  # of three ranks it is a star
+        (['{"class_path": "Hierarchical", "init_args": {"islands": [[0, 1], [2]]}}'], 1.5),
+    ],
+    ids=lambda x: x[0].split('"')[-1] if isinstance(x, list) else "",
+)
+def test_a_schedule_changes_seconds_and_neither_results_nor_the_bytes_of_the_metrics(schedule, slower, flags, tmp_path):
+    def run(name, *schedule):
+        cluster = ["--cluster", "Uniform", "--cluster.num_hosts", "3", "--cluster.latency_s", "0"]
+        slow = ["--cluster.bits_per_s", "1e6", "--num_steps", "7", "--evaluation.num_tokens", "64"]
+        assert main(["simulate", *flags, *cluster, *slow, *schedule, "--out", str(tmp_path / name)]) == 0
+        return read(tmp_path / name / "metrics.jsonl")[-1], (tmp_path / name / "final.safetensors").read_bytes()
+
+    (ring, weights), (other, same) = run("ring"), run("other", "--cluster.schedule", *schedule)
+    assert same == weights and other["bytes_sent"] == ring["bytes_sent"]
+    # the sum of all deltas is nearly all there is: 4/3 S over a link of the ring, 2 S over the busiest of the others
+    assert (other["time_s"] - 7) / (ring["time_s"] - 7) == pytest.approx(slower, rel=0.01)
+
+
 def test_a_lost_rank_is_seen_by_those_who_wait_for_it(flags, tmp_path, capsys):
     crash = '[{"class_path": "Crash", "init_args": {"rank": 1, "at_s": 9.5}}]'
     cluster = ["--cluster", "LAN", "--cluster.num_hosts", "3", "--cluster.faults", crash]

@@ -10,8 +10,11 @@ from xml.etree import ElementTree
 
 import pytest
 
+from lowcomm.cli import main
+from lowcomm.metrics import read
 from lowcomm.sim.network import FlowRecord
-from lowcomm.sim.trace import Span, Trace, chrome_trace, gantt, write_chrome_trace
+from lowcomm.sim.trace import Span, Trace, chrome_trace, gantt, read_chrome_trace, write_chrome_trace
+from tests.multiprocess.launch import write_tiny
 
 
 def recorded() -> Trace:
@@ -65,6 +68,44 @@ def test_order_of_recording_does_not_matter() -> None:
     assert json.dumps(chrome_trace(spans)) == json.dumps(chrome_trace(spans[::-1]))
 
 
+def test_a_simulation_records_every_wait(tmp_path: Path) -> None:
+    """A rank computes or waits from its beginning to its end."""
+    flags = ["--config", str(write_tiny(tmp_path)), "--checkpoint.every", "0", "--num_steps", "8"]
+    cluster = ["--cluster", "Home", "--cluster.num_hosts", "3", "--cluster.compute", "LogNormal"]
+    assert main(["simulate", *flags, *cluster, "--out", str(tmp_path / "out")]) == 0
+    trace = Trace(read_chrome_trace(tmp_path / "out" / "trace.json"))
+    for rank, name in enumerate(["metrics.jsonl", "metrics.rank1.jsonl", "metrics.rank2.jsonl"]):
+        summary = read(tmp_path / "out" / name)[-1]
+        assert trace.total_s(rank, "wait") == pytest.approx(summary["comm_wait_s"], rel=1e-9) and summary["comm_wait_s"]
+        end_s = max(span.end_s for span in trace.spans if span.rank == rank and span.kind != "flow")
+        assert trace.total_s(rank, "compute") + trace.total_s(rank, "wait") == pytest.approx(end_s, rel=1e-9)
+    assert {span.name for span in trace.spans if span.kind == "wait"} >= {"sync"}
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    spans = [*recorded().spans, Span(3, "flow", 1e5 / 3, 2e5 / 3, "to rank 0", 0.1), Span(3, "wait", 7.0, 7.0, "sync")]
+    write_chrome_trace(spans, tmp_path / "trace.json")
+    found = read_chrome_trace(tmp_path / "trace.json")
+    assert [span.start_s for span in found] == sorted(span.start_s for span in found)
+
+    def key(span: Span) -> tuple[int, str, str, float]:
+        return span.rank, span.kind, span.name, span.start_s
+
+    for a, b in zip(sorted(found, key=key), sorted(spans, key=key), strict=True):
+        assert (a.rank, a.kind, a.name, a.num_bytes) == (b.rank, b.kind, b.name, b.num_bytes)
+        assert (a.start_s, a.end_s) == pytest.approx((b.start_s, b.end_s), rel=1e-14)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"traceEvents": [{"ph": "X", "pid": 0}]}'])
+def test_what_is_no_trace_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    with pytest.raises(ValueError, match="there is no"):
+        read_chrome_trace(path)
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"trace\.json is no trace of lowcomm simulate"):
+        read_chrome_trace(path)
+
+
 def bars(svg: str) -> int:
     """Filled shapes other than the background and the legend's three."""
     root = ElementTree.fromstring(svg)
@@ -86,6 +127,11 @@ def test_gantt() -> None:
 def test_gantt_shows_a_window_of_some_ranks() -> None:
     svg = gantt(recorded().spans, start_s=0.0, end_s=0.5, ranks=[1])
     assert re.findall(r">(rank \d)<", svg) == ["rank 1"]
+
+
+def test_gantt_of_a_long_run_counts_hours() -> None:
+    svg = gantt([Span(0, "compute", 3_600_000.0, 3_610_800.0, "step 9")], start_s=3_600_000.0)
+    assert "virtual time (h)" in svg and {"1000.0", "1003.0"} <= set(re.findall(r">([\d.]+)</text>", svg))
 
 
 def test_gantt_of_many_spans_stays_small() -> None:

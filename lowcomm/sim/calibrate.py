@@ -1,0 +1,40 @@
+"""How long an inner step really takes on this machine, for `lowcomm.sim.compute.Measured`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+
+from lowcomm.assemble import Assembled
+from lowcomm.comm.echo import EchoComm
+from lowcomm.comm.metered import Meter, MeteredComm
+
+_NUM_TIMED = 5
+
+
+def measured_step_s(
+    build: Callable[[MeteredComm], Assembled], num_replicas: int, timer: Callable[[], float] = time.perf_counter
+) -> float:
+    """Seconds of one inner step of a replica among so many: the median of five, after one that warms up.
+
+    A step is the gradients of a batch and the update, with as many threads as torch takes now; reading the batch and
+    what the algorithm does are not in it. The replica is thrown away, and torch's random numbers are put back, so that
+    a simulation goes as one that was told the time.
+
+    Args:
+        build: assembles the replica.
+        timer: seconds since some fixed moment.
+    """
+    seconds = []
+    with torch.random.fork_rng(devices=[]):
+        replica = build(MeteredComm(EchoComm(num_replicas), Meter())).replica
+        for _ in range(1 + _NUM_TIMED):
+            batch = replica.stream.next().to(replica.device)
+            start_s = timer()
+            replica.engine.backward(batch)
+            replica.engine.update()
+            seconds.append(timer() - start_s)
+    return median(seconds[1:])

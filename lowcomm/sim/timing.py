@@ -1,0 +1,165 @@
+"""Timing alone: replicas of shapes without values, for models that fit nowhere.
+
+The training loop and the method run as they are, on tensors of the meta device: bytes are counted and time passes, and
+nothing is computed, so there is no loss, no text is read, and what a method sends must not depend on values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowcomm.assemble import Assembled, build_engine, open_ledger, without_values
+from lowcomm.comm.metered import MeteredComm
+from lowcomm.config import Run
+from lowcomm.engine.base import Engine, Ready
+from lowcomm.engine.torch_engine import TorchEngine
+from lowcomm.train import Plan, Replica
+
+
+class Shapes:
+    """What all replicas of a run share: they differ in values alone, and there are none.
+
+    Args:
+        inner: on the meta device; its optimizer takes one step, to see what states it has.
+
+    Attributes:
+        model: as it would be trained.
+        params, gradients: in the order of `Engine.slots`.
+        states: of the optimizer by name, likewise.
+    """
+
+    def __init__(self, inner: TorchEngine) -> None:
+        self.model = inner.model
+        self.params = inner.slots()["param"]
+        self.gradients = [torch.empty(x.shape, dtype=x.dtype, device="meta") for x in self.params]
+        self._inner, self._lrs = inner, [inner.lr()]
+        for parameter in inner.model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        inner.update()
+        self._lrs.append(inner.lr())
+        self.states = {name: xs for name, xs in inner.slots().items() if name not in ("param", "grad")}
+
+    def lr(self, num_updates: int) -> float:
+        """The learning rate after so many updates."""
+        while len(self._lrs) <= num_updates:
+            if self._inner.schedule is not None:
+                self._inner.schedule.step()
+            self._lrs.append(self._inner.lr())
+        return self._lrs[num_updates]
+
+
+class TimingEngine(Engine):
+    """One replica's inner loop without arithmetic; gradients are ready from the last parameter to the first."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        self._shapes = shapes
+        self._num_updates = 0
+        self._is_between = False  # backward and update
+
+    def backward(self, batch: Any, ready: Ready | None = None) -> Tensor:
+        """See `Engine.backward`."""
+        self._is_between = True
+        if ready is not None:
+            for i, gradient in reversed(list(enumerate(self._shapes.gradients))):
+                ready(i, gradient)
+        return torch.empty((), device="meta")
+
+    def update(self) -> None:
+        """See `Engine.update`."""
+        self._is_between = False
+        self._num_updates += 1
+
+    def evaluate(self, batch: Any) -> Tensor:
+        """A loss without a value."""
+        return torch.empty((), device="meta")
+
+    def slots(self) -> Mapping[str, list[Tensor]]:
+        """See `Engine.slots`."""
+        slots = {"param": self._shapes.params}
+        if self._is_between:
+            slots["grad"] = self._shapes.gradients
+        return slots | (self._shapes.states if self._num_updates else {})
+
+    def lr(self) -> float:
+        """See `Engine.lr`."""
+        return self._shapes.lr(self._num_updates)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of updates."""
+        return {"num_updates": self._num_updates}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `Engine.load_state_dict`."""
+        self._num_updates, self._is_between = state["num_updates"], False
+
+
+class NoText:
+    """A stream of batches without tokens."""
+
+    def next(self) -> Tensor:
+        """Nothing, on the meta device."""
+        return torch.empty(0, dtype=torch.int64, device="meta")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to go on from."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to go on from."""
+
+
+def shapes_of(run: Run, num_replicas: int) -> Shapes:
+    """The shapes of a run; of its data, only the tokenizer's size is asked.
+
+    Raises:
+        ValueError: when the model or the optimizer depends on values.
+    """
+    with explained():
+        model = without_values(run, run.data.tokenizer.vocab_size)
+        return Shapes(build_engine(run, model, run.steps(num_replicas)))
+
+
+def assemble_shapes(
+    run: Run,
+    shapes: Shapes,
+    comm: MeteredComm,
+    write: Callable[[dict[str, Any]], None],
+    around: Callable[[Engine], Engine],
+) -> Assembled:
+    """One member's replica, as `lowcomm.assemble.assemble` would build it, but of shapes.
+
+    Args:
+        write: where metrics lines go.
+        around: what is put around the engine: a virtual clock.
+    """
+    device = torch.device("meta")
+    engine = around(TimingEngine(shapes))
+    ledger = open_ledger(run, shapes.model, comm, device, write)
+    replica = Replica(run.algorithm, engine, run.algorithm.init(engine, comm), NoText(), ledger, comm, device)
+    plan = Plan(run.steps(len(comm.members)), 0, 0, (), math.nan)
+    return Assembled(replica, plan, shapes.model, "")
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Inside, what wants a value that is not there is the user's mistake.
+
+    Raises:
+        ValueError: saying so.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "meta" not in str(error).lower():
+            raise
+        raise ValueError(
+            f"timing_only knows shapes but no values, and something in this run depends on values ({error}); choose "
+            "another optimizer or compressor, or simulate the arithmetic too: timing_only false"
+        ) from error

@@ -1,0 +1,233 @@
+"""New times for an old run: exactly those that a simulation on the other cluster would have given."""
+
+import gzip
+import json
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from lowcomm.algorithms.base import Algorithm
+from lowcomm.cli import main, parse_run, parse_simulation
+from lowcomm.metrics import read
+from lowcomm.sim.faults import Crash
+from lowcomm.sim.log import EVENTS
+from lowcomm.sim.presets import LAN, Home
+from lowcomm.sim.retime import retime
+from lowcomm.sim.simulate import simulate
+from tests.multiprocess.launch import write_tiny
+
+# three hosts each; links that differ both ways and by host, steps of random length, pauses and slow-downs
+HERE = """
+class_path: Custom
+init_args:
+  hosts_and_paths:
+    hosts:
+    - {count: 2, up_bits_per_s: 2.0e+6, down_bits_per_s: 9.0e+6}
+    - {count: 1, up_bits_per_s: 1.0e+6, down_bits_per_s: 3.0e+7, speed: 1.7}
+    latency_s: [[0.02]]
+  compute: {class_path: LogNormal, init_args: {mean_s: 0.9, seed: 3}}
+"""
+THERE = """
+class_path: Custom
+init_args:
+  hosts_and_paths:
+    hosts:
+    - {count: 1, up_bits_per_s: 3.0e+5, down_bits_per_s: 2.0e+6, speed: 0.6}
+    - {count: 2, up_bits_per_s: 4.0e+6, down_bits_per_s: 1.0e+6, region: far}
+    regions: [here, far]
+    latency_s: [[0.001, 0.09], [0.11, 0.002]]
+    path_bits_per_s: [[1.0e+9, 2.5e+6], [3.0e+6, 1.0e+9]]
+  compute:
+    class_path: Product
+    init_args:
+      factors: [{class_path: Pareto, init_args: {mean_s: 0.4, alpha: 1.5}}, Diurnal, {class_path: Markov}]
+  faults:
+  - {class_path: SlowDown, init_args: {rank: 0, at_s: 1.0, seconds: 8.0, factor: 2.0, what: network}}
+  - {class_path: SlowDown, init_args: {rank: 2, at_s: 2.0, seconds: 9.0, factor: 3.0}}
+  - {class_path: Pause, init_args: {rank: 1, at_s: 3.3, seconds: 4.0}}
+"""
+METHODS = {
+    "DataParallel": ["--algorithm", "DataParallel"],
+    "DataParallel, overlapped": ["--algorithm", "DataParallel", "--algorithm.overlap", "true"],
+    "LocalSGD": ["--algorithm", "LocalSGD", "--algorithm.every", "3"],
+    "DiLoCo": ["--algorithm", "DiLoCo", "--algorithm.every", "4", "--algorithm.start", "2"],
+}
+
+
+@pytest.fixture
+def clusters(tmp_path):
+    for name, text in (("here", HERE), ("there", THERE)):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    return {name: str(tmp_path / f"{name}.yaml") for name in ("here", "there")}
+
+
+@pytest.fixture
+def flags(tmp_path):
+    config = str(write_tiny(tmp_path))
+    return ["--config", config, "--checkpoint.every", "0", "--num_steps", "11", "--evaluation.every", "5"]
+
+
+def files(out):
+    """All that a run wrote but its weights, and but the moment at which it did."""
+    return {x.name: x.read_bytes() for x in out.iterdir() if x.name not in ("environment.json", "final.safetensors")}
+
+
+@pytest.mark.parametrize("compressor", ["Identity", "Cast"])
+@pytest.mark.parametrize("method", METHODS)
+def test_new_times_are_byte_for_byte_those_of_a_simulation_there(method, compressor, flags, clusters, tmp_path):
+    flags = [*flags, *METHODS[method], "--algorithm.reducer.compressor", compressor]
+    flags += ["--algorithm.reducer.bucket_bytes", "20000", "--log.every", "2"]  # several messages are under way
+    for name, cluster in clusters.items():
+        assert main(["simulate", *flags, "--cluster", cluster, "--out", str(tmp_path / name)]) == 0
+    for name, cluster in clusters.items():
+        out = tmp_path / f"here as {name}"
+        assert main(["retime", str(tmp_path / "here"), "--cluster", cluster, "--out", str(out)]) == 0
+        assert files(out) == files(tmp_path / name)
+    assert files(tmp_path / "here")["metrics.jsonl"] != files(tmp_path / "there")["metrics.jsonl"]
+
+
+@dataclass(frozen=True)
+class Talker(Algorithm[None]):
+    """Learns alone, and says things every second step; ``topic`` is what."""
+
+    topic: str = "everything"
+
+    def init(self, engine, comm):
+        return None
+
+    def after_update(self, t, engine, state, comm):
+        if t % 2 == 0:
+            getattr(self, self.topic)(t, comm)
+
+    def everything(self, t, comm):
+        """Every kind of message in views of several sizes, waited for in another order, late, twice and never."""
+        n, me, x = len(comm.members), comm.rank, torch.ones(1000 * t)
+        sent = comm.send(x[: 10 * (me + 1)], (me + 1) % n)
+        pieces = comm.all_to_all([x[: 100 * (i + 1)] for i in range(n)])
+        spread = comm.tagged("news").broadcast(x.double(), t % n)
+        before = (me - 1) % n
+        got = comm.recv(torch.empty(10 * (before + 1)), before)
+        pair = comm.sub([0, 1]) if me < 2 else None
+        summed = pair.all_sum(x) if pair is not None else None
+        comm.all_gather(x[:7])
+        for work in (spread, got, summed, pieces, sent, spread):
+            if work is not None:
+                work.wait()
+
+    def clock(self, t, comm):
+        comm.now()
+
+    def anyone(self, t, comm):
+        if comm.rank == 0:
+            comm.send(torch.ones(3), 1).wait()
+        if comm.rank == 1:
+            comm.recv(torch.ones(3)).wait()
+
+    def finish(self, t, engine, state, comm):
+        pass
+
+    def num_rounds(self, state):
+        return 0
+
+    def consensus(self, engine, state):
+        return engine.slots()["param"]
+
+
+def talk(flags, topic, cluster, out):
+    """A simulated run of a `Talker`."""
+    simulate(replace(parse_run(flags)[0], algorithm=Talker(topic)), cluster, out)
+
+
+def test_all_kinds_of_messages_are_replayed_and_back_again(flags, clusters, tmp_path):
+    here, there = (parse_simulation([*flags, "--cluster", path])[1] for path in clusters.values())
+    talk(flags, "everything", here, tmp_path / "here")
+    talk(flags, "everything", there, tmp_path / "there")
+    retime(tmp_path / "here", there, tmp_path / "here as there")
+    assert files(tmp_path / "here as there") == files(tmp_path / "there")
+    summary = retime(tmp_path / "here as there", here, tmp_path / "back")
+    assert files(tmp_path / "back") == files(tmp_path / "here")
+    assert summary == read(tmp_path / "here" / "metrics.jsonl")[-1]
+    assert set(summary["traffic"]) == {"evaluation", "news", "start", "sync"}
+
+
+def test_timing_alone_gets_new_times_too(flags, clusters, tmp_path):
+    flags = [*flags, "--timing_only", "true"]
+    for name, cluster in clusters.items():
+        assert main(["simulate", *flags, "--cluster", cluster, "--out", str(tmp_path / name)]) == 0
+    out = str(tmp_path / "out")
+    assert main(["retime", str(tmp_path / "here"), "--cluster", clusters["there"], "--out", out]) == 0
+    assert files(tmp_path / "out") == files(tmp_path / "there")
+
+
+@pytest.mark.parametrize(
+    ("topic", "words"),
+    [
+        ("clock", "rank 0 reads the clock"),
+        ("anyone", "rank 1 takes messages from whoever comes first"),
+    ],
+)
+def test_a_program_that_other_times_could_change_is_refused(topic, words, flags, tmp_path):
+    talk(flags, topic, LAN(num_hosts=2), tmp_path / "run")
+    with pytest.raises(ValueError, match=f"cannot be timed anew: {words}.*simulate it on the other cluster"):
+        retime(tmp_path / "run", LAN(num_hosts=2), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def refused(run, out, cluster, words):
+    """The new times of a run are refused before anything is written."""
+    with pytest.raises(ValueError, match=words):
+        retime(run, cluster, out)
+    assert not out.exists()
+
+
+def test_what_cannot_be_replayed_is_refused(flags, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "out"
+    refused(run, out, LAN(num_hosts=2), "there is no .*simulate it anew")
+    talk(flags, "everything", LAN(num_hosts=2), run)
+    refused(run, out, LAN(num_hosts=3), "3 hosts.*2 replicas")
+    refused(run, out, LAN(num_hosts=2, faults=[Crash(rank=1, at_s=3.0)]), "crashes")
+    with pytest.raises(ValueError, match="already holds a run"):
+        retime(run, Home(num_hosts=2), run)
+
+    log = (run / EVENTS).read_bytes()
+    for broken in (
+        b"",
+        log[:100],
+        gzip.compress(b"[]"),
+        gzip.compress(gzip.decompress(log).replace(b"Wait", b"Weight")),
+    ):
+        (run / EVENTS).write_bytes(broken)
+        refused(run, out, LAN(num_hosts=2), "is no log of a simulation")
+
+
+def test_a_log_beside_the_metrics_of_another_run_is_refused(flags, tmp_path):
+    for name, num_steps in (("long", "11"), ("short", "7")):
+        talk([*flags, "--num_steps", num_steps], "everything", LAN(num_hosts=2), tmp_path / name)
+    for name, other in (("long", "short"), ("short", "long")):
+        (tmp_path / "mixed").mkdir(exist_ok=True)
+        for file in (tmp_path / name).iterdir():
+            (tmp_path / "mixed" / file.name).write_bytes(file.read_bytes())
+        (tmp_path / "mixed" / EVENTS).write_bytes((tmp_path / other / EVENTS).read_bytes())
+        with pytest.raises(ValueError, match="not of one run"):
+            retime(tmp_path / "mixed", LAN(num_hosts=2), tmp_path / f"out of {name}")
+
+
+def test_a_run_with_a_crash_is_refused(flags, tmp_path):
+    cluster = LAN(num_hosts=3, faults=[Crash(rank=2, at_s=1000.0)])  # after the end, but who knows at other times
+    talk(flags, "everything", cluster, tmp_path / "run")
+    refused(tmp_path / "run", tmp_path / "out", LAN(num_hosts=3), "a rank crashes")
+
+
+def test_the_log_grows_with_the_kinds_of_steps_more_than_with_their_number(flags, tmp_path):
+    sizes = []
+    for num_steps in (20, 80):
+        out = tmp_path / str(num_steps)
+        method = ["--algorithm", "DataParallel", "--num_steps", str(num_steps), "--timing_only", "true"]
+        assert (
+            main(["simulate", *flags, *method, "--cluster", "LAN", "--cluster.num_hosts", "16", "--out", str(out)]) == 0
+        )
+        sizes.append((out / EVENTS).stat().st_size)
+    lines = [json.loads(line) for line in gzip.decompress((tmp_path / "20" / EVENTS).read_bytes()).splitlines()]
+    assert [line["ranks"] for line in lines[1:]] == [list(range(16))], "what all do is there once"
+    assert sizes[1] < 2 * sizes[0]

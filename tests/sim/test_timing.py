@@ -1,0 +1,97 @@
+"""`lowcomm simulate --timing_only true`: the times and bytes of the run with its arithmetic, and no other numbers."""
+
+import pytest
+import torch
+
+from benchmarks.compute_utilisation import COLUMNS, VARIANTS, cell, utilisation
+from lowcomm.algorithms.base import Algorithm
+from lowcomm.algorithms.data_parallel import DataParallel
+from lowcomm.cli import main
+from lowcomm.config import Checkpointing, Optimizer, Run
+from lowcomm.metrics import read
+from lowcomm.optim.schedule import Cosine
+from lowcomm.sim.presets import Uniform
+from lowcomm.sim.simulate import simulate
+from lowcomm.sim.timing import TimingEngine, shapes_of
+from tests.multiprocess.launch import write_tiny
+from tests.roles import players
+
+ALGORITHMS = [[name.__name__] for name in players(Algorithm, "algorithms")] + [
+    ["DataParallel", "--algorithm.overlap", "true", "--algorithm.reducer.bucket_bytes", "8192"],
+    ["DiLoCo", "--algorithm.reducer.compressor", "Cast"],
+]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=" ".join)
+def test_times_and_bytes_are_those_of_the_run_with_its_arithmetic(algorithm, tmp_path):
+    flags = ["--config", str(write_tiny(tmp_path)), "--checkpoint.every", "0", "--num_steps", "10"]
+    flags += ["--algorithm", *algorithm, "--cluster", "Uniform", "--cluster.num_hosts", "3"]
+    flags += ["--cluster.bits_per_s", "1e6", "--cluster.latency_s", "0"]
+    for name in ("false", "true"):
+        assert main(["simulate", *flags, "--timing_only", name, "--out", str(tmp_path / name)]) == 0
+    real, timing = (read(tmp_path / name / "metrics.jsonl") for name in ("false", "true"))
+    steps, same = ([x for x in lines if x["kind"] == "step"] for lines in (real, timing))
+    assert len(steps) == len(same) == 10
+    # before its first step a real run makes sure that its ranks were started alike: a few bytes
+    began_s, began_bytes = (steps[0][key] - same[0][key] for key in ("comm_wait_s", "bytes_sent"))
+    assert 0 <= began_bytes < 200 and 0 <= began_s < 0.01
+    for x, y in zip(steps, same, strict=True):
+        assert (x["t"], x["round"], x["tokens"], x["lr"]) == (y["t"], y["round"], y["tokens"], y["lr"])
+        assert y["bytes_sent"] == x["bytes_sent"] - began_bytes
+        assert y["time_s"] == pytest.approx(x["time_s"], rel=1e-9)
+        assert y["comm_wait_s"] == pytest.approx(x["comm_wait_s"] - began_s, rel=1e-9, abs=1e-9)
+    assert real[-1]["traffic"]["sync"] == timing[-1]["traffic"]["sync"] and list(timing[-1]["traffic"]) == ["sync"]
+    assert not any("loss" in key or "val" in key for line in timing for key in line)
+    assert not (tmp_path / "true" / "final.safetensors").exists()
+
+
+def test_no_text_is_read(tmp_path):
+    flags = ["--config", str(write_tiny(tmp_path)), "--checkpoint.every", "0", "--data.source.paths", "[/no/such.txt]"]
+    flags += ["--cluster", "LAN", "--cluster.num_hosts", "2", "--timing_only", "true"]
+    assert main(["simulate", *flags, "--out", str(tmp_path / "out")]) == 0
+
+
+class AsksForValues(torch.optim.SGD):
+    """Steps by the largest gradient."""
+
+    def step(self, closure=None):
+        return max(p.grad.max().item() for group in self.param_groups for p in group["params"])
+
+
+def run_of(**options):
+    return Run(algorithm=DataParallel(), checkpoint=Checkpointing(every=0), num_steps=4, **options)
+
+
+def test_what_depends_on_values_is_refused(tmp_path):
+    optimizer = Optimizer("tests.sim.test_timing.AsksForValues", {"lr": 0.1})
+    with pytest.raises(ValueError, match="depends on values"):
+        simulate(run_of(optimizer=optimizer), Uniform(num_hosts=2), tmp_path / "out", timing_only=True)
+
+
+def test_slots_are_those_of_a_real_engine_and_the_learning_rate_moves():
+    run = run_of(schedule=Cosine(num_warmup_steps=2))
+    shapes = shapes_of(run, 2)
+    engine, other = TimingEngine(shapes), TimingEngine(shapes)
+    assert list(engine.slots()) == ["param"]
+    ready: list[int] = []
+    assert engine.backward(None, lambda i, x: ready.append(i)).is_meta
+    assert ready == list(reversed(range(len(engine.slots()["param"]))))
+    assert list(engine.slots()) == ["param", "grad"]
+    lrs = [engine.lr()]
+    for _ in range(3):
+        engine.update()
+        lrs.append(engine.lr())
+    assert lrs == pytest.approx([5e-4, 1e-3, 5e-4, 0.0]) and other.lr() == lrs[0]
+    assert list(engine.slots()) == ["param", "exp_avg", "exp_avg_sq"] and list(other.slots()) == ["param"]
+    for tensors in engine.slots().values():
+        assert [x.shape for x in tensors] == [x.shape for x in shapes.params] and all(x.is_meta for x in tensors)
+
+
+def test_the_published_compute_utilisation_in_a_few_cells():
+    overlapped = VARIANTS[0]
+    assert overlapped.name == "overlapped" and overlapped.wire == "bf16"
+    assert cell("1B", overlapped, 0.50).is_met and cell("10B", overlapped, 0.99).points_off == 0
+    diloco = next(x for x in VARIANTS if x.name.startswith("DiLoCo") and x.wire == "bf16")
+    assert cell("1B", diloco, 0.80).is_met and not cell("1B", diloco, 0.99).is_met
+    # 1e9 parameters of 16 bits, once from each of two replicas to the other, after 100 steps of 0.1 s
+    assert utilisation(COLUMNS["1B"], diloco, 16.0) == pytest.approx(10 / 11, rel=1e-6)
