@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -48,6 +48,14 @@ class SimEngine(Engine):
     def update(self) -> None:
         """See `Engine.update`."""
         self._inner.update()
+
+    def update_part(self, numbers: Sequence[int]) -> None:
+        """See `Engine.update_part`."""
+        self._inner.update_part(numbers)
+
+    def needs_all_gradients(self) -> str | None:
+        """See `Engine.needs_all_gradients`."""
+        return self._inner.needs_all_gradients()
 
     def evaluate(self, batch: Any) -> Tensor:
         """See `Engine.evaluate`."""

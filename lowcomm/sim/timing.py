@@ -7,7 +7,7 @@ nothing is computed, so there is no loss, no text is read, and what a method sen
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,12 +32,14 @@ class Shapes:
         model: as it would be trained.
         params, gradients: in the order of `Engine.slots`.
         states: of the optimizer by name, likewise.
+        needs_all_gradients: see `Engine.needs_all_gradients`.
     """
 
     def __init__(self, inner: TorchEngine) -> None:
         self.model = inner.model
         self.params = inner.slots()["param"]
         self.gradients = [torch.empty(x.shape, dtype=x.dtype, device="meta") for x in self.params]
+        self.needs_all_gradients = inner.needs_all_gradients()
         self._inner, self._lrs = inner, [inner.lr()]
         for parameter in inner.model.parameters():
             if parameter.requires_grad:
@@ -75,6 +77,13 @@ class TimingEngine(Engine):
         """See `Engine.update`."""
         self._is_between = False
         self._num_updates += 1
+
+    def update_part(self, numbers: Sequence[int]) -> None:
+        """Takes no time and changes no value."""
+
+    def needs_all_gradients(self) -> str | None:
+        """See `Engine.needs_all_gradients`."""
+        return self._shapes.needs_all_gradients
 
     def evaluate(self, batch: Any) -> Tensor:
         """A loss without a value."""

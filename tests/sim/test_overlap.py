@@ -1,4 +1,4 @@
-"""Gradients that travel while backward goes on: the same numbers, in less time."""
+"""Gradients and deltas that travel while backward goes on: the same numbers, in less time."""
 
 from functools import partial
 
@@ -8,10 +8,12 @@ from torch import nn
 
 import lowcomm
 from lowcomm.algorithms.data_parallel import DataParallel
+from lowcomm.algorithms.diloco import DiLoCo
 from lowcomm.comm.solo import SoloComm
 from lowcomm.compress.cast import Cast
 from lowcomm.compress.identity import Identity
 from lowcomm.engine.torch_engine import TorchEngine
+from lowcomm.outer.sgd import SGD
 from lowcomm.reduce import Reducer
 from lowcomm.sim.clock import Clock
 from lowcomm.sim.comm import World
@@ -20,7 +22,7 @@ from lowcomm.sim.engine import SimEngine
 from lowcomm.sim.network import Links, Network
 from lowcomm.sim.pace import Pace
 from lowcomm.sim.trace import Span, Trace
-from tests.replicas import adamw, train
+from tests.replicas import adamw, flat, make_batch, make_engine, train
 from tests.world import run_world
 
 BUCKETS = [1, 64, 256, 2**20]  # make_model has tensors of 240, 40, 40 and 8 bytes
@@ -76,6 +78,7 @@ def one_step(algorithm, bytes_per_s):
         engine.backward(rank + 1.0, algorithm.during_backward(1, engine, state, comm))
         algorithm.before_update(1, engine, state, comm)
         engine.update()
+        algorithm.after_update(1, engine, state, comm)
         return clock.now, [p.tolist() for p in engine.slots()["param"]], comm.sums
 
     for rank in (0, 1):
@@ -85,7 +88,11 @@ def one_step(algorithm, bytes_per_s):
     return results[0]
 
 
-def test_the_time_of_a_step_by_hand():
+EVERY_STEP = {"DataParallel": DataParallel, "DiLoCo": partial(DiLoCo, 1, SGD(lr=1.0))}
+
+
+@pytest.mark.parametrize("method", EVERY_STEP.values(), ids=EVERY_STEP)
+def test_the_time_of_a_step_by_hand(method):
     """Forward ends at 3 s; backward's 6 s are half a second for each of 12 elements: ready at 6, 8 and 9 s.
 
     Two ranks send each group's own bytes: 24, 16 and 8 at 8 bytes/s take 3, 2 and 1 s. The first is there at 9 s but
@@ -93,19 +100,53 @@ def test_the_time_of_a_step_by_hand():
     that is left, 4 + 12 + 8 bytes, is there after 3 s more.
     """
     by_parameter = Reducer(bucket_bytes=1)
-    time_s, params, sums = one_step(DataParallel(by_parameter, overlap=True), 8.0)
+    time_s, params, sums = one_step(method(reducer=by_parameter, overlap=True), 8.0)
     assert [start_s for start_s, _ in sums] == pytest.approx([6.0, 8.0, 9.0])
     assert [len(x) for _, x in sums] == [6, 4, 2]
     assert time_s == pytest.approx(12.0)
     assert params == [[-1.5] * 2, [-1.5] * 4, [-1.5] * 6]
-    plain_s, same, sums = one_step(DataParallel(by_parameter), 8.0)
+    plain_s, same, sums = one_step(method(reducer=by_parameter), 8.0)
     assert plain_s == pytest.approx(9.0 + 6.0) and same == params
     assert {start_s for start_s, _ in sums} == {9.0}
 
 
-def test_groups_are_filled_from_the_last_parameter_on():
-    _, _, sums = one_step(DataParallel(Reducer(bucket_bytes=40), overlap=True), 8.0)
+@pytest.mark.parametrize("method", EVERY_STEP.values(), ids=EVERY_STEP)
+def test_groups_are_filled_from_the_last_parameter_on(method):
+    _, _, sums = one_step(method(reducer=Reducer(bucket_bytes=40), overlap=True), 8.0)
     assert [(pytest.approx(start_s), len(x)) for start_s, x in sums] == [(8.0, 10), (9.0, 2)]
+
+
+def three_rounds(algorithm):
+    """Seconds of three rounds of two steps on two ranks, and their parameters."""
+    clock = Clock()
+    links = Links([8000.0] * 2, [8000.0] * 2, lambda a, b: 0.0, bandwidth_factor=1.0)
+    world = World(clock, Network(clock, links))
+
+    def program(rank):
+        comm = world.comm(rank, (0, 1))
+        engine = SimEngine(make_engine(adamw), Pace(clock, Constant(1.0), Trace(), rank, None))
+        state = algorithm.init(engine, comm)
+        for t in range(1, 7):
+            engine.backward(make_batch(rank, t), algorithm.during_backward(t, engine, state, comm))
+            algorithm.before_update(t, engine, state, comm)
+            engine.update()
+            algorithm.after_update(t, engine, state, comm)
+        return flat(engine.slots()["param"])
+
+    for rank in (0, 1):
+        clock.spawn(rank, partial(program, rank))
+    return clock.run(), clock.now
+
+
+def test_rounds_that_overlap_have_the_same_end_sooner():
+    plain, plain_s = three_rounds(DiLoCo(2))
+    overlapped, overlapped_s = three_rounds(DiLoCo(2, reducer=Reducer(bucket_bytes=64), overlap=True))
+    elsewhere = run_world(2, partial(train, DiLoCo(2), num_steps=6, inner=adamw))
+    for rank in (0, 1):
+        assert torch.equal(overlapped[rank], plain[rank]) and torch.equal(plain[rank], elsewhere[rank][5])
+    # 41 parameters of 8 bytes at 1,000 bytes/s after each round; of these 30 are final at its very end
+    assert plain_s == pytest.approx(6 + 3 * 0.328)
+    assert overlapped_s == pytest.approx(6 + 3 * 0.240)
 
 
 def test_a_step_is_one_span_in_the_trace_and_takes_its_time_with_and_without_a_listener():
