@@ -36,10 +36,10 @@ class Sync:
         for x, arrival in zip(tensors, arrivals, strict=True):
             x.copy_(arrival.wait())
         self._state = algorithm.init(self._engine, comm)
-        if algorithm.during_backward(1, self._engine, self._state, comm) is not None:
+        if algorithm.sends_in_backward():
             raise ValueError(
-                f"{algorithm} sends gradients while backward computes them, but in a loop of one's own lowcomm does "
-                "not see backward; set overlap to False"
+                f"{algorithm} sends while backward goes on, but in a loop of one's own lowcomm does not see it; set "
+                "overlap to False"
             )
         self._hook = optimizer.register_step_pre_hook(self._before_update)
 

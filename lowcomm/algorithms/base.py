@@ -34,11 +34,15 @@ class Algorithm(ABC, Generic[S]):
             ValueError: when the method cannot run with this many members.
         """
 
+    def sends_in_backward(self) -> bool:
+        """Whether `during_backward` returns something at some steps; by default at none."""
+        return False
+
     def during_backward(self, t: int, engine: Engine, state: S, comm: Comm) -> Ready | None:
         """What backward of step ``t`` tells each gradient to as soon as it is final; by default nobody.
 
-        This call itself changes nothing. What it returns may start to send, and must not wait: that is for
-        `before_update`.
+        This call itself changes nothing. What it returns may take the update of the parameters it was told of
+        (`Engine.update_part`) and start to send, and must not wait: that is for `before_update` and `after_update`.
         """
         del t, engine, state, comm
         return None

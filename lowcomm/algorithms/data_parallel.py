@@ -5,32 +5,26 @@ Differs from the paper in: nothing; with an exact reducer it is synchronous larg
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lowcomm.algorithms.base import Algorithm
+from lowcomm.algorithms.overlapped import Groups, GroupsState, average_gradients
 from lowcomm.comm.base import Comm
 from lowcomm.engine.base import Engine, Ready
-from lowcomm.reduce import Reducer, ReducerState
-from lowcomm.tensors import buckets
+from lowcomm.reduce import Reducer
 
 
 @dataclass
 class DataParallelState:
     """Attributes:
-    reducers: what averaging gradients keeps between steps, for each group of parameters.
+    gradients: what averaging them keeps between steps.
     round: steps synced so far.
-    tasks: averages under way, of the first groups; there are some between the start of backward and the update only.
     """
 
-    reducers: list[ReducerState]
+    gradients: GroupsState
     round: int = 0
-    tasks: list[Any] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -51,37 +45,29 @@ class DataParallel(Algorithm[DataParallelState]):
 
     def init(self, engine: Engine, comm: Comm) -> DataParallelState:
         """Nothing averaged yet."""
-        params = engine.slots()["param"]
-        return DataParallelState([self.reducer.init([params[i] for i in group]) for group in self._groups(params)])
+        return DataParallelState(self._groups().init(engine.slots()["param"]))
+
+    def sends_in_backward(self) -> bool:
+        """With `overlap`."""
+        return self.overlap
 
     def during_backward(self, t: int, engine: Engine, state: DataParallelState, comm: Comm) -> Ready | None:
         """With `overlap`, start each group's average as soon as its turn has come."""
         if not self.overlap:
             return None
-        groups = self._groups(engine.slots()["param"])
-        group_of = {i: k for k, group in enumerate(groups) for i in group}
-        missing = Counter(group_of.values())
         gradients: dict[int, Tensor] = {}
+        params = engine.slots()["param"]
+        final = self._groups().in_turn(params, state.gradients, comm, lambda group: [gradients[i] for i in group])
 
         def ready(i: int, gradient: Tensor) -> None:
             gradients[i] = gradient
-            missing[group_of[i]] -= 1
-            while (k := len(state.tasks)) < len(groups) and missing[k] == 0:
-                self._start([gradients[j] for j in groups[k]], state, comm)
+            final(i)
 
         return ready
 
     def before_update(self, t: int, engine: Engine, state: DataParallelState, comm: Comm) -> None:
         """Replace the gradients by their mean over replicas."""
-        gradients = engine.slots()["grad"]
-        groups = self._groups(gradients)
-        for group in groups[len(state.tasks) :]:
-            self._start([gradients[i] for i in group], state, comm)
-        tasks, state.tasks = state.tasks, []
-        results = [task.result() for task in tasks]
-        for k, (group, (means, reducer)) in enumerate(zip(groups, results, strict=True)):
-            torch._foreach_copy_([gradients[i] for i in group], means)
-            state.reducers[k] = reducer
+        average_gradients(self._groups(), engine.slots()["grad"], state.gradients, comm)
 
     def after_update(self, t: int, engine: Engine, state: DataParallelState, comm: Comm) -> None:
         """Count the round."""
@@ -98,23 +84,5 @@ class DataParallel(Algorithm[DataParallelState]):
         """The live parameters: they are equal on all replicas."""
         return engine.slots()["param"]
 
-    def _start(self, gradients: list[Tensor], state: DataParallelState, comm: Comm) -> None:
-        """Send off the next group."""
-        k = len(state.tasks)
-        state.tasks.append(self.reducer.mean(gradients, state.reducers[k], comm))
-
-    def _groups(self, xs: Sequence[Tensor]) -> list[list[int]]:
-        """Parameters that are averaged together, in the order in which groups set out."""
-        if not self.overlap:
-            return [list(range(len(xs)))]
-        last = len(xs) - 1
-        groups = [[last - i for i in group] for group in buckets(xs[::-1], self.reducer.bucket_bytes)]
-        return sorted(groups, key=min, reverse=True)  # by who is complete first, where dtypes differ
-
-
-def average_gradients(reducer: Reducer, engine: Engine, state: ReducerState, comm: Comm) -> ReducerState:
-    """Put the mean over replicas in the place of the engine's gradients; returns the reducer's new state."""
-    gradients = engine.slots()["grad"]
-    means, state = reducer.mean(gradients, state, comm).result()
-    torch._foreach_copy_(gradients, means)
-    return state
+    def _groups(self) -> Groups:
+        return Groups(self.reducer, self.overlap)

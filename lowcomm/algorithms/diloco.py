@@ -12,20 +12,22 @@ the end of a run; in place of separate pretraining, `start` steps of data parall
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowcomm.algorithms.base import Algorithm
-from lowcomm.algorithms.data_parallel import average_gradients
+from lowcomm.algorithms.overlapped import Groups, GroupsState, average_gradients
 from lowcomm.algorithms.participation import DroppedRounds, check_weights, factors
 from lowcomm.comm.base import Comm
-from lowcomm.engine.base import Engine
+from lowcomm.engine.base import Engine, Ready
 from lowcomm.outer.base import Outer
 from lowcomm.outer.nesterov import Nesterov
-from lowcomm.reduce import Reducer, ReducerState
+from lowcomm.reduce import Reducer
 
 
 @dataclass
@@ -33,7 +35,7 @@ class DiLoCoState:
     """Attributes:
     anchor: parameters at the last round, float32 or better; equal on all replicas.
     outer: state of the outer optimizer; equal on all replicas.
-    reducer: what averaging deltas keeps between rounds.
+    deltas: what averaging them keeps between rounds.
     gradients: what averaging gradients keeps between the first `start` steps; None when there are none.
     round: rounds so far.
     t: inner steps so far.
@@ -42,8 +44,8 @@ class DiLoCoState:
 
     anchor: list[Tensor]
     outer: Any
-    reducer: ReducerState
-    gradients: ReducerState | None
+    deltas: GroupsState
+    gradients: GroupsState | None
     round: int = 0
     t: int = 0
     synced_t: int = 0
@@ -64,6 +66,10 @@ class DiLoCo(Algorithm[DiLoCoState]):
         weights: how much each replica counts, in rank order, scaled to sum 1 (the paper's non-iid rule takes the
             sizes of their data). None: equally.
         dropped: simulate lost deltas.
+        overlap: in the last inner step of a round, update parameters while backward computes the gradients of others,
+            and send their deltas at once: in groups from the last parameter to the first, by the reducer's
+            `bucket_bytes`. Gradients cannot be clipped by their norm then. A compressor's second and later messages
+            follow after backward. A partial last round is sent after its last step.
     """
 
     every: int = 100
@@ -72,6 +78,7 @@ class DiLoCo(Algorithm[DiLoCoState]):
     start: int = 0
     weights: list[float] | None = None
     dropped: DroppedRounds | None = None
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -87,16 +94,40 @@ class DiLoCo(Algorithm[DiLoCoState]):
             raise ValueError(
                 f"weights has {len(self.weights)} entries for {len(comm.members)} replicas; give one for each"
             )
+        if self.overlap and (reason := engine.needs_all_gradients()) is not None:
+            raise ValueError(
+                f"DiLoCo(overlap=True) updates parameters while backward goes on, but {reason}, or set overlap to False"
+            )
         params = engine.slots()["param"]
         anchor = [x.detach().to(_wide(x.dtype), copy=True) for x in params]
-        gradients = self.reducer.init(params) if self.start > 0 else None
-        return DiLoCoState(anchor, self.outer.init(anchor), self.reducer.init(anchor), gradients)
+        gradients = self._gradient_groups().init(params) if self.start > 0 else None
+        return DiLoCoState(anchor, self.outer.init(anchor), self._delta_groups().init(anchor), gradients)
+
+    def sends_in_backward(self) -> bool:
+        """With `overlap`."""
+        return self.overlap
+
+    def during_backward(self, t: int, engine: Engine, state: DiLoCoState, comm: Comm) -> Ready | None:
+        """With `overlap`, in the last step of a round: update and send each group as soon as its turn has come."""
+        if not (self.overlap and self._ends_round(t)):
+            return None
+        scale, mine = self._factors(state, comm, self.dropped)
+        if not any(scale):
+            return None
+        params = engine.slots()["param"]
+
+        def updated_delta(group: Sequence[int]) -> list[Tensor]:
+            engine.update_part(group)
+            return _delta(state.anchor, params, mine, group)
+
+        final = self._delta_groups().in_turn(state.anchor, state.deltas, comm, updated_delta)
+        return lambda i, gradient: final(i)
 
     def before_update(self, t: int, engine: Engine, state: DiLoCoState, comm: Comm) -> None:
         """Data parallel up to step `start`."""
         if t <= self.start:
             assert state.gradients is not None
-            state.gradients = average_gradients(self.reducer, engine, state.gradients, comm)
+            average_gradients(self._gradient_groups(), engine.slots()["grad"], state.gradients, comm)
 
     def after_update(self, t: int, engine: Engine, state: DiLoCoState, comm: Comm) -> None:
         """A round when it is due."""
@@ -105,7 +136,7 @@ class DiLoCo(Algorithm[DiLoCoState]):
             state.round, state.synced_t = state.round + 1, t
             if t == self.start:
                 torch._foreach_copy_(state.anchor, engine.slots()["param"])
-        elif (t - self.start) % self.every == 0:
+        elif self._ends_round(t):
             self._sync(engine, state, comm, self.dropped)
 
     def finish(self, t: int, engine: Engine, state: DiLoCoState, comm: Comm) -> None:
@@ -123,21 +154,40 @@ class DiLoCo(Algorithm[DiLoCoState]):
         """The anchor; up to step `start` the live parameters."""
         return state.anchor if state.t > self.start or self.start == 0 else engine.slots()["param"]
 
+    def _ends_round(self, t: int) -> bool:
+        return t > self.start and (t - self.start) % self.every == 0
+
     def _sync(self, engine: Engine, state: DiLoCoState, comm: Comm, dropped: DroppedRounds | None) -> None:
         params = engine.slots()["param"]
-        scale = factors(state.round + 1, len(comm.members), self.weights, dropped)
-        mine = scale[comm.members.index(comm.rank)]
+        scale, mine = self._factors(state, comm, dropped)
         if any(scale):
-            # anchor.to(dtype) is the value this replica was loaded with: no step taken must mean no delta.
-            loaded = [a.to(p.dtype) for a, p in zip(state.anchor, params, strict=True)]
-            delta = [old.to(a.dtype, copy=True) for old, a in zip(loaded, state.anchor, strict=True)]
-            for x, p in zip(delta, params, strict=True):
-                x.sub_(p).mul_(mine)
-            mean, state.reducer = self.reducer.mean(delta, state.reducer, comm).result()
+            delta = partial(_delta, state.anchor, params, mine)
+            mean = self._delta_groups().mean(state.anchor, state.deltas, comm, delta)
             self.outer.apply(state.anchor, mean, state.outer)
         if mine > 0 or dropped is None:
             torch._foreach_copy_(params, state.anchor)
         state.round, state.synced_t = state.round + 1, state.t
+
+    def _factors(self, state: DiLoCoState, comm: Comm, dropped: DroppedRounds | None) -> tuple[list[float], float]:
+        """What each replica's delta counts in the next round, and this replica's."""
+        scale = factors(state.round + 1, len(comm.members), self.weights, dropped)
+        return scale, scale[comm.members.index(comm.rank)]
+
+    def _delta_groups(self) -> Groups:
+        return Groups(self.reducer, self.overlap)
+
+    def _gradient_groups(self) -> Groups:
+        return Groups(self.reducer, overlap=False)
+
+
+def _delta(anchor: Sequence[Tensor], params: Sequence[Tensor], factor: float, numbers: Sequence[int]) -> list[Tensor]:
+    """What the parameters with these numbers have moved, times a factor, in the anchor's dtype."""
+    delta = []
+    for a, p in ((anchor[i], params[i]) for i in numbers):
+        # what this replica was loaded with, not the anchor: no step taken must mean no delta
+        loaded = a.to(p.dtype).to(a.dtype, copy=True)
+        delta.append(loaded.sub_(p).mul_(factor))
+    return delta
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

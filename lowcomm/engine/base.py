@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +15,8 @@ Ready = Callable[[int, Tensor], None]
 class Engine(ABC):
     """The inner loop of one replica: a model, an optimizer and how they take a step.
 
-    A step is `backward` then `update`; between the two an algorithm may change the gradients.
+    A step is `backward` then `update`; between the two an algorithm may change the gradients. Where
+    `needs_all_gradients` is None, parts of the update may be taken earlier, even while backward goes on: `update_part`.
     """
 
     @abstractmethod
@@ -25,14 +26,33 @@ class Engine(ABC):
         Args:
             ready: called once for each parameter, as soon as its gradient is final for this step, in about the reverse
                 of the order in which forward used them; those that got none come last, with zeros. It may read the
-                gradient and keep it, but neither change it nor wait. All calls are over when this returns.
+                gradient and keep it, but neither change it nor wait; of this engine it may call `update_part` alone,
+                for parameters that it has been told of. All calls are over when this returns.
 
         Returns the batch's mean loss as a 0-d float32 tensor on the model's device; nothing is copied to the host.
         """
 
     @abstractmethod
     def update(self) -> None:
-        """Clip the gradients, take one optimizer step, advance the learning-rate schedule."""
+        """Clip the gradients, take one optimizer step, advance the learning-rate schedule.
+
+        Parameters that `update_part` updated since `backward` began are left as they are.
+        """
+
+    @abstractmethod
+    def update_part(self, numbers: Sequence[int]) -> None:
+        """Take the optimizer step of these parameters (their places in the slots) alone, before `update` ends the step.
+
+        Each at most once in a step, with a final gradient, and only where `needs_all_gradients` is None. The result of
+        the whole step is that of `update` alone, bit for bit.
+        """
+
+    @abstractmethod
+    def needs_all_gradients(self) -> str | None:
+        """Why an update must wait for all gradients, and what to change: "clip_norm is 1.0, and ...: set it to None".
+
+        None when each parameter's update takes nothing but its own gradient, as far as can be known.
+        """
 
     @abstractmethod
     def evaluate(self, batch: Any) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -74,6 +75,7 @@ class TorchEngine(Engine):
         self._device = self._parameters[0].device
         self._loss = torch.compile(loss) if compile else loss
         self._num_micro_batches, self._clip_norm, self._autocast = num_micro_batches, clip_norm, autocast
+        self._updated: set[int] = set()  # since backward began
 
     def backward(self, batch: Any, ready: Ready | None = None) -> Tensor:
         """See `Engine.backward`.
@@ -101,10 +103,39 @@ class TorchEngine(Engine):
         assert self._parameters[0].grad is not None, "update comes after backward"
         if self._clip_norm is not None:
             nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
-        self.optimizer.step()
+        self._step(set(range(len(self._parameters))) - self._updated)
         if self.schedule is not None:
             self.schedule.step()
         self._drop_gradients()
+
+    def update_part(self, numbers: Sequence[int]) -> None:
+        """See `Engine.update_part`.
+
+        Raises:
+            ValueError: when the optimizer counts its steps, or what it has seen, for all parameters together.
+        """
+        assert self.needs_all_gradients() is None, "a part of an update that needs the whole"
+        assert self._updated.isdisjoint(numbers), "updated twice in one step"
+        assert all(self._parameters[i].grad is not None for i in numbers), "update_part comes after the gradient"
+        before = _options(self.optimizer)
+        self._updated.update(numbers)
+        self._step(set(numbers))
+        if _options(self.optimizer) != before:
+            raise ValueError(
+                f"a step of {type(self.optimizer).__name__} changes what all its parameters share, so they cannot be "
+                "updated one after the other: choose an optimizer that keeps its state for each parameter, as those in "
+                "torch.optim, or switch off the algorithm's overlap"
+            )
+
+    def needs_all_gradients(self) -> str | None:
+        """See `Engine.needs_all_gradients`."""
+        if self._clip_norm is not None:
+            return f"clip_norm is {self._clip_norm}, and the norm of all gradients is known at its end: set it to None"
+        closure = signature(self.optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is Parameter.empty:
+            name = type(self.optimizer).__name__
+            return f"{name} computes the loss anew within its step: choose an optimizer whose step() takes no closure"
+        return None
 
     def evaluate(self, batch: Any) -> Tensor:
         """See `Engine.evaluate`; the batch goes through whole, so it must fit as such."""
@@ -206,7 +237,17 @@ class TorchEngine(Engine):
             gradients.append(p.grad)
         return gradients
 
+    def _step(self, numbers: set[int]) -> None:
+        """The optimizer's step of these parameters: it skips those without a gradient."""
+        hidden = [(p, p.grad) for i, p in enumerate(self._parameters) if i not in numbers]
+        for p, _ in hidden:
+            p.grad = None
+        self.optimizer.step()
+        for p, gradient in hidden:
+            p.grad = gradient
+
     def _drop_gradients(self) -> None:
+        self._updated.clear()
         for p in self._parameters:
             p.grad = None
 
@@ -229,6 +270,14 @@ def _trainable(model: nn.Module, optimizer: Optimizer) -> list[nn.Parameter]:
     if len(set(addresses)) < len(addresses):
         raise ValueError("two parameters share memory; tie them as one nn.Parameter, which then has one gradient")
     return parameters
+
+
+def _options(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """What the parameters of each group share, numbers in the place of tensors."""
+    return [
+        {name: x.tolist() if isinstance(x, Tensor) else x for name, x in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
 
 
 def _micro_batches(batch: Any, num: int) -> list[Any]:

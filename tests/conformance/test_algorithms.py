@@ -25,7 +25,7 @@ def variants(cls):
     options = {"every": 4} if "every" in cls.__dataclass_fields__ else {}
     found = [cls(**options), cls(**options, reducer=Reducer(Cast(), bucket_bytes=64))]
     if "overlap" in cls.__dataclass_fields__:
-        found.append(cls(overlap=True, reducer=Reducer(bucket_bytes=64)))
+        found.append(cls(**options, overlap=True, reducer=Reducer(bucket_bytes=64)))
     return found
 
 
@@ -75,6 +75,13 @@ def test_state_restored_in_the_middle_of_a_run_goes_on_bitwise(algorithm, stop):
 
     for expected, got in run_world(2, program):
         assert torch.equal(expected, got)
+
+
+def test_it_says_whether_it_ever_sends_in_backward(algorithm):
+    engine, comm = make_engine(adamw), SoloComm()
+    state = algorithm.init(engine, comm)
+    listeners = [algorithm.during_backward(t, engine, state, comm) for t in range(1, STEPS + 1)]
+    assert algorithm.sends_in_backward() == any(x is not None for x in listeners)
 
 
 def test_rounds_are_counted_and_traffic_is_that_of_an_echo(algorithm):

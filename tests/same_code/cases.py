@@ -22,6 +22,8 @@ CASES: dict[str, Algorithm] = {
     "local sgd": LocalSGD(every=4, start=2),
     "diloco": DiLoCo(every=4, reducer=Reducer(bucket_bytes=64)),
     "diloco, cast": DiLoCo(every=4, reducer=_CAST),
+    "diloco, overlapped": DiLoCo(every=4, reducer=Reducer(bucket_bytes=64), overlap=True),
+    "diloco, overlapped, cast": DiLoCo(every=4, reducer=_CAST, overlap=True),
     "diloco, dropped": DiLoCo(every=3, dropped=DroppedRounds(0.3, seed=2)),
 }
 
@@ -74,8 +76,8 @@ def _wire_laws(comm: Comm) -> None:
                 sent = [comm.send(torch.tensor([me, k]), right) for k in range(2)]
             else:
                 received = [comm.recv(torch.zeros(2, dtype=torch.int64), left) for _ in range(2)]
-        for k, work in enumerate(received):  # in order
-            source, got = work.wait()
+        for k, arrival in enumerate(received):  # in order
+            source, got = arrival.wait()
             assert source == left and got.tolist() == [comm.members.index(left), k]
         for departure in sent:
             departure.wait()

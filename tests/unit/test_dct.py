@@ -1,0 +1,96 @@
+"""What is peculiar to compressing frequencies: the transform itself, its tiles, and what it makes exact."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowcomm.comm.base import Task
+from lowcomm.comm.solo import SoloComm
+from lowcomm.compress.dct import DCT
+from lowcomm.compress.identity import Identity
+from lowcomm.compress.top_k import TopK
+from tests.conformance.test_compressors import draw
+
+SHAPES = [(1,), (2, 7), (3, 0), (1, 64, 64), (2, 9, 13), (2, 5, 3, 2), (1, 65, 130), (4, 1, 1), (1, 127)]
+
+
+def test_against_the_definition():
+    n, m = 5, 8
+    x = draw("normal", (1, n, m), 0)
+    expected = torch.zeros(n, m, dtype=torch.float64)
+    for j in range(n):
+        for k in range(m):
+            scale = math.sqrt((1 if j == 0 else 2) / n * (1 if k == 0 else 2) / m)
+            for a in range(n):
+                for b in range(m):
+                    wave = math.cos(math.pi * (a + 0.5) * j / n) * math.cos(math.pi * (b + 0.5) * k / m)
+                    expected[j, k] += scale * wave * x[0, a, b]
+    assert torch.allclose(DCT().transform(x).view(n, m), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("tile", [1, 4, 64])
+def test_keeps_lengths_and_comes_back(shape, tile):
+    x = draw("normal", shape, 0)
+    dct = DCT(tile=tile)
+    coefficients = dct.transform(x)
+    assert coefficients.shape == (dct.num_coefficients(shape),)
+    assert coefficients.square().sum() == pytest.approx(float(x.square().sum()), rel=1e-12)
+    assert torch.allclose(dct.inverse(coefficients, shape), x, atol=1e-13)
+
+
+def test_tiles_are_transformed_alone():
+    x = torch.zeros(1, 12, 12, dtype=torch.float64)
+    x[0, 4:8, 8:12] = draw("normal", (4, 4), 0)
+    tiles = DCT(tile=4).transform(x).view(9, 16)
+    assert torch.equal(tiles.abs().sum(1).nonzero().flatten(), torch.tensor([5]))
+
+
+@given(st.integers(1, 200_000), st.integers(1, 200_000))
+def test_filling_is_small(n, m):
+    dct = DCT()
+    assert n <= dct.num_coefficients([1, n]) <= n * (1 + 1 / 64)
+    assert n * m <= dct.num_coefficients([1, n, m]) <= n * m * (1 + 1 / 64) ** 2
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 65), (1, 50_257), (2, 67, 131), (1, 129, 1)], ids=str)
+def test_odd_shapes_are_never_expanded(shape):
+    assert DCT().sent_bytes(shape, 4, 2) <= 4 * math.prod(shape)
+
+
+def test_few_waves_are_exact():
+    """Two waves in every tile are its two largest coefficients."""
+    dct = DCT(tile=16)
+    coefficients = torch.zeros(4, 256, dtype=torch.float64)
+    coefficients[:, 3], coefficients[:, 40] = 1.0, -2.0
+    x = dct.inverse(coefficients.view(-1), (1, 32, 32))
+    sent, _, _ = Task(DCT(TopK(num=2, chunk=256), tile=16).mean(x, 0, SoloComm())).result()
+    assert torch.allclose(sent, x, atol=1e-6)  # the kept coefficients go in float32
+    sent, _, _ = Task(DCT(TopK(num=1, chunk=256), tile=16).mean(x, 0, SoloComm())).result()
+    assert (sent - x).square().sum() == pytest.approx(4.0)  # the smaller wave of each of 4 tiles
+
+
+def test_smooth_matrices_need_fewer_coefficients_than_values():
+    ramp = torch.linspace(0, 1, 64, dtype=torch.float64)
+    x = (ramp[:, None] + ramp.square())[None]
+    errors = []
+    for compressor in (DCT(TopK(1 / 64)), TopK(1 / 64)):
+        sent, _, _ = Task(compressor.mean(x, compressor.init(x), SoloComm())).result()
+        errors.append(float((x - sent).norm() / x.norm()))
+    assert errors[0] < 0.1 < 0.9 < errors[1]
+
+
+def test_without_compression_it_changes_nothing():
+    x = draw("normal", (2, 70, 9), 0)
+    sent, mean, _ = Task(DCT(Identity()).mean(x, None, SoloComm())).result()
+    assert torch.allclose(sent, x, atol=1e-13) and torch.allclose(mean, x, atol=1e-13)
+
+
+def test_mistakes_are_refused():
+    with pytest.raises(ValueError, match="tile=0"):
+        DCT(tile=0)
+    with pytest.raises(ValueError, match="elementwise"):
+        DCT(DCT())

@@ -1,0 +1,95 @@
+"""Islands: each link carries what it should, in every world, and unlike sizes are refused."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowcomm.codecs.absmax import Absmax
+from lowcomm.comm.base import Task
+from lowcomm.comm.echo import EchoComm
+from lowcomm.comm.metered import Meter, MeteredComm
+from lowcomm.compress.cast import Cast
+from lowcomm.compress.hierarchical import Hierarchical
+from lowcomm.compress.identity import Identity
+from lowcomm.compress.power_sgd import PowerSGD
+from lowcomm.compress.quantized import Quantized
+from lowcomm.tensors import digest
+from tests.sim.slow import simulate
+from tests.unit.islands import COMPRESSORS, SHAPES, program
+from tests.world import run_world
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("num_ranks", [4, 8])
+@pytest.mark.parametrize("island", [1, 2, 4])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "parts", [(Identity(), Quantized()), (Cast(), Quantized(Absmax(4, block=8))), (Quantized(), Identity())], ids=str
+)
+def test_mean_of_what_was_sent_is_the_mean(parts, shape, island, num_ranks):
+    compressor = Hierarchical(island, *parts)
+    results = run_world(num_ranks, lambda comm: program(comm, compressor, shape))
+    exact = torch.stack([x for x, _, _ in results]).mean(0)
+    sent = torch.stack([sent for _, sent, _ in results]).mean(0)
+    for x, _, mean in results:
+        assert digest([mean]) == digest([results[0][2]]), "ranks differ"
+        assert torch.allclose(sent, mean, rtol=1e-12, atol=1e-12)
+        assert mean.shape == x.shape
+        assert x.numel() == 0 or (mean - exact).abs().max() < 0.4
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_the_simulator_computes_what_threads_compute(name):
+    threads = run_world(4, lambda comm: program(comm, COMPRESSORS[name], (33,)))
+    simulated = simulate(*[lambda comm, clock: program(comm, COMPRESSORS[name], (33,))] * 4, isolate_torch=True)
+    assert [digest(result) for result in simulated] == [digest(result) for result in threads]
+
+
+def test_gloo_computes_what_threads_compute(tmp_path):
+    """Bitwise, as no sum has more than two terms; several rounds, so that views are used again."""
+    done = subprocess.run(
+        [*(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4")]
+        + ["tests/unit/islands.py", str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, compressor in COMPRESSORS.items():
+        threads = run_world(4, lambda comm: program(comm, compressor, (33,)))  # noqa: B023
+        for rank in range(4):
+            assert digest(torch.load(tmp_path / f"{name}{rank}.pt")) == digest(threads[rank])
+
+
+@pytest.mark.parametrize("island", [1, 2, 4, 8])
+@pytest.mark.parametrize("num", [1, 64, 100])
+def test_bytes_are_those_of_the_closed_form(num, island):
+    compressor, meter = Hierarchical(island, Cast(), Quantized()), Meter()
+    x = torch.empty(num, device="meta")
+    Task(compressor.mean(x, compressor.init(x), MeteredComm(EchoComm(8), meter))).result()
+    assert meter.bytes_sent == compressor.sent_bytes((num,), 4, 8)
+
+
+def test_slow_links_carry_each_slice_once():
+    """Islands of 4 send a quarter of what 8 ranks side by side would, with fewer to send it to."""
+    flat, islands = Quantized(), Hierarchical(4, Identity(), Quantized())
+    num = 2**16
+    assert islands.slow_bytes((num,), 4, 8) < 0.25 * flat.sent_bytes((num,), 4, 8)
+
+
+def test_wrong_islands_are_refused():
+    compressor = Hierarchical(4)
+    x = torch.ones(10)
+    with pytest.raises(ValueError, match="6 members"):
+        Task(compressor.mean(x, compressor.init(x), EchoComm(6))).result()
+    with pytest.raises(ValueError, match="island=0"):
+        Hierarchical(0)
+    with pytest.raises(ValueError, match="PowerSGD"):
+        Hierarchical(2, outer=PowerSGD())
