@@ -15,6 +15,7 @@ from lowcomm.compress.identity import Identity
 from lowcomm.engine.base import Engine
 from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.feedback.none import NoFeedback
+from lowcomm.hooks import DDPHook, FSDPHook, ddp_hook, fsdp_hook
 from lowcomm.outer.nesterov import Nesterov
 from lowcomm.outer.sgd import SGD
 from lowcomm.reduce import Reducer
@@ -26,11 +27,13 @@ __all__ = [
     "Algorithm",
     "Cast",
     "Comm",
+    "DDPHook",
     "DataParallel",
     "DiLoCo",
     "DistributedComm",
     "DroppedRounds",
     "Engine",
+    "FSDPHook",
     "Identity",
     "Late",
     "LocalSGD",
@@ -47,5 +50,7 @@ __all__ = [
     "Work",
     "attach",
     "connect",
+    "ddp_hook",
     "disconnect",
+    "fsdp_hook",
 ]

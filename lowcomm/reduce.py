@@ -6,6 +6,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowcomm.comm.base import Comm, Task, Work
@@ -13,7 +14,20 @@ from lowcomm.compress.base import Compressor
 from lowcomm.compress.identity import Identity
 from lowcomm.feedback.base import Feedback
 from lowcomm.feedback.none import NoFeedback
+from lowcomm.joined import JoinedComm
 from lowcomm.tensors import buckets, flatten, unflatten
+
+
+class NonFinite(Exception):
+    """A rank brought an infinity or NaN to a compressor that cannot carry it; raised on all ranks alike.
+
+    Attributes:
+        ranks: who brought one.
+    """
+
+    def __init__(self, ranks: Sequence[int]) -> None:
+        super().__init__(f"ranks {list(ranks)} brought infinite or NaN values to a compressed round")
+        self.ranks = tuple(ranks)
 
 
 @dataclass
@@ -39,7 +53,8 @@ class Reducer:
         compressor: what is sent of each bucket.
         feedback: what becomes of the rest.
         bucket_bytes: tensors are joined in vectors of at most this size (a larger tensor stands alone), so that large
-            lists need few messages and the first is under way while the next is packed.
+            lists need few messages and the first is under way while the next is packed. For compressors that look at
+            shapes, tensors of one shape are stacked up to this size.
     """
 
     compressor: Compressor = Identity()
@@ -60,23 +75,44 @@ class Reducer:
 
         ``xs`` is read before this returns and neither it nor ``state`` is modified: a round that fails costs nothing.
         Means are equal on all ranks, bit for bit.
+
+        Raises:
+            NonFinite: from the Task, on all ranks, when a rank's values are not finite and the compressor could not
+                carry that; nothing of such values was sent.
         """
         return Task(self._mean(xs, state, comm))
+
+    def resync(self, state: ReducerState, comm: Comm) -> Task[ReducerState]:
+        """The state to go on with among new members: what members share is made anew from what each has.
+
+        All members call it, those that came fresh with `init`'s state. Compressors' states are rank ``members[0]``'s.
+        """
+        return Task(self._resync(state, comm))
 
     def _mean(
         self, xs: Sequence[Tensor], state: ReducerState, comm: Comm
     ) -> Generator[Work[Any], Any, tuple[list[Tensor], ReducerState]]:
         groups = self._groups(xs)
         assert len(groups) == len(state.buckets), "the state was made for another list of tensors"
-        tasks = [
-            Task(self._bucket(self._pack([xs[i] for i in group]), bucket, comm))
-            for group, bucket in zip(groups, state.buckets, strict=True)
-        ]
+        packed = [self._pack([xs[i] for i in group]) for group in groups]
+        joined, flags = JoinedComm(comm, self.bucket_bytes), None
+        if packed and not self.compressor.passes_nonfinite:
+            bad = torch.stack([~x.isfinite().all() for x in packed]).any()
+            packed = [torch.where(bad, torch.zeros_like(x), x) for x in packed]
+            flags = joined.all_sum(_one_hot(bad, packed[0].dtype, comm))
+        tasks = [Task(self._bucket(x, bucket, joined)) for x, bucket in zip(packed, state.buckets, strict=True)]
+        joined.flush()
+        if flags is not None and not (total := (yield flags)).is_meta and total.any():
+            for task in tasks:  # what is under way must come to its end
+                if task.pending is not None:
+                    yield task.pending
+            raise NonFinite([rank for rank, flag in zip(comm.members, total.tolist(), strict=True) if flag])
         # Round robin in a fixed order: while one bucket waits for its second message the others' first are under way.
         while unfinished := [task for task in tasks if task.pending is not None]:
             for task in unfinished:
                 assert task.pending is not None
                 task.resume((yield task.pending))
+            joined.flush()
         means: list[Tensor] = list(xs)
         for group, task in zip(groups, tasks, strict=True):
             mean, _ = task.result()
@@ -87,15 +123,42 @@ class Reducer:
     def _bucket(
         self, x: Tensor, state: BucketState, comm: Comm
     ) -> Generator[Work[Any], Any, tuple[Tensor, BucketState]]:
-        corrected = self.feedback.before(x, state.feedback)
-        sent, mean, compressor = yield from self.compressor.mean(corrected, state.compressor, comm)
+        corrected, compressor = self.feedback.before(x, state.feedback), state.compressor
+        if self.feedback.is_dense(state.feedback):
+            sent, mean, _ = yield from Identity().mean(corrected, None, comm)
+        else:
+            sent, mean, compressor = yield from self.compressor.mean(corrected, compressor, comm)
         mean, feedback = self.feedback.after(x, sent, mean, state.feedback)
         return mean, BucketState(compressor, feedback)
 
+    def _resync(self, state: ReducerState, comm: Comm) -> Generator[Work[Any], Any, ReducerState]:
+        buckets: list[BucketState] = []
+        for bucket in state.buckets:
+            compressor = yield from self.compressor.resync(bucket.compressor, comm)
+            feedback = yield from self.feedback.resync(bucket.feedback, comm)
+            buckets.append(BucketState(compressor, feedback))
+        return ReducerState(buckets)
+
     def _groups(self, xs: Sequence[Tensor]) -> list[list[int]]:
         """Which tensors share a bucket: a function of shapes, dtypes and devices only, so equal on all ranks."""
-        return buckets(xs, self.bucket_bytes) if self.compressor.elementwise else [[i] for i in range(len(xs))]
+        if self.compressor.elementwise:
+            return buckets(xs, self.bucket_bytes)
+        by_shape: dict[torch.Size, list[int]] = {}
+        for i, x in enumerate(xs):
+            by_shape.setdefault(x.shape, []).append(i)
+        return [
+            [alike[i] for i in group]
+            for alike in by_shape.values()
+            for group in buckets([xs[i] for i in alike], self.bucket_bytes)
+        ]
 
     def _pack(self, xs: list[Tensor]) -> Tensor:
         """A copy, since ``xs`` may change while it is under way."""
-        return flatten(xs) if self.compressor.elementwise else xs[0].clone()
+        return flatten(xs) if self.compressor.elementwise else torch.stack(xs)
+
+
+def _one_hot(flag: Tensor, dtype: torch.dtype, comm: Comm) -> Tensor:
+    """A number for each member, 1 at this rank's place if the flag is set; in the dtype of what it travels with."""
+    mine = torch.zeros(len(comm.members), dtype=dtype, device=flag.device)
+    mine[comm.members.index(comm.rank)] = flag.to(dtype)
+    return mine

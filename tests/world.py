@@ -23,6 +23,7 @@ class Board:
     def __init__(self) -> None:
         self.changed = threading.Condition()
         self.posts: dict[Any, dict[int, Any]] = defaultdict(dict)
+        self.num_calls: dict[Any, int] = defaultdict(int)
 
     def post(self, key: Any, rank: int, value: Any) -> None:
         with self.changed:
@@ -45,7 +46,6 @@ class Later:
 class ThreadComm(Comm):
     def __init__(self, board: Board, rank: int, members: Sequence[int]) -> None:
         self.board, self.rank, self.members = board, rank, tuple(members)
-        self.counts: dict[str, int] = defaultdict(int)
 
     def all_sum(self, x: Tensor) -> Work[Tensor]:
         return self._together("sum", x, lambda xs: torch.stack(xs).sum(0) if len(xs) != 2 else xs[0] + xs[1])
@@ -74,8 +74,10 @@ class ThreadComm(Comm):
 
     def _together(self, kind: str, value: Any, combine: Callable[[list[Any]], Any]) -> Later:
         copy = [x.detach().clone() for x in value] if isinstance(value, list) else value.detach().clone()
-        key = (self.members, self.counts["all"])  # a mismatch of kinds shows as a wrong combination
-        self.counts["all"] += 1
+        # by view, however often the same one is made; a mismatch of kinds shows as a wrong combination
+        view = (self.members, self.rank)
+        key = (self.members, self.board.num_calls[view])
+        self.board.num_calls[view] += 1
         self.board.post(key, self.rank, (kind, copy))
 
         def wait() -> Any:

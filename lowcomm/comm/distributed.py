@@ -54,8 +54,14 @@ class DistributedComm(Comm):
     are exact. All members call collectives of one view in the same order.
     """
 
-    def __init__(self, members: Sequence[int], device: torch.device, sender: Sender | None = None) -> None:
-        """The ``sender`` is that of the view which this is a part of; None makes one."""
+    def __init__(
+        self,
+        members: Sequence[int],
+        device: torch.device,
+        sender: Sender | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """The ``sender`` is that of the view which this is a part of; None makes one. See `over` for a ``group``."""
         if not dist.is_initialized():
             raise ValueError("torch.distributed is not initialised; call lowcomm.comm.distributed.connect() first")
         self.rank = dist.get_rank()
@@ -64,10 +70,11 @@ class DistributedComm(Comm):
             raise ValueError(f"members {self.members} must be distinct and hold this rank, {self.rank}")
         if self.members[0] < 0 or self.members[-1] >= dist.get_world_size():
             raise ValueError(f"members {self.members} must lie within the world of {dist.get_world_size()} ranks")
-        self.backend = str(dist.get_backend())
+        self.backend = str(dist.get_backend(group))
         self._wire = torch.device("cpu") if self.backend == "gloo" else device
         self._sender = sender or Sender()
-        self._group: dist.ProcessGroup | None = None
+        self._group = group
+        self._subs: dict[tuple[int, ...], DistributedComm] = {}
 
     def all_sum(self, x: Tensor) -> Work[Tensor]:
         """See `Comm.all_sum`."""
@@ -128,10 +135,16 @@ class DistributedComm(Comm):
         return Pending(dist.irecv(y, source, group=self._ready()), lambda: (source, _typed(y, like)))
 
     def sub(self, members: Sequence[int]) -> Comm:
-        """A smaller view; its process group is made by its members alone, when they first use it."""
+        """A smaller view; its process group is made by its members alone, when they first use it.
+
+        Asked again, it is the same view, as process groups stay until the end.
+        """
         if not set(members) <= set(self.members):
             raise ValueError(f"members {tuple(members)} are not all among {self.members}")
-        return DistributedComm(members, self._wire, self._sender)
+        key = tuple(sorted(members))
+        if key not in self._subs:
+            self._subs[key] = DistributedComm(key, self._wire, self._sender)
+        return self._subs[key]
 
     def now(self) -> float:
         """Seconds of the monotonic clock."""
@@ -197,6 +210,11 @@ def _typed(raw: Tensor, like: Tensor) -> Tensor:
     if raw.storage_offset() % like.element_size():
         raw = raw.clone()  # a view as a wider dtype needs an aligned start
     return raw.view(like.dtype).view(like.shape).to(like.device)
+
+
+def over(group: dist.ProcessGroup, device: torch.device) -> DistributedComm:
+    """A view of the members of a process group that exists already, over that group."""
+    return DistributedComm(dist.get_process_group_ranks(group), device, group=group)
 
 
 def under_torchrun() -> bool:

@@ -10,8 +10,9 @@ Differs from the paper in: OpenDiLoCo lets the transport add in 16 bits; here su
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -33,6 +34,7 @@ class Cast(Compressor[None]):
 
     dtype: Literal["float16", "bfloat16"] = "bfloat16"
     elementwise: ClassVar[bool] = True
+    passes_nonfinite: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
@@ -60,3 +62,7 @@ class Cast(Compressor[None]):
         own = slice(me * chunk, (me + 1) * chunk)
         sent[own] += n * (mean[own] - exact)
         return sent[: x.numel()].view(x.shape), mean[: x.numel()].view(x.shape), state
+
+    def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> int:
+        """See `Compressor.sent_bytes`."""
+        return 2 * (num_members - 1) * -(-prod(shape) // num_members) * 2

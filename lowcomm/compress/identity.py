@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -17,6 +18,7 @@ class Identity(Compressor[None]):
     """The exact mean, by one all-reduce in the dtype of the input."""
 
     elementwise: ClassVar[bool] = True
+    passes_nonfinite: ClassVar[bool] = True
 
     def init(self, like: Tensor) -> None:
         """No state."""
@@ -25,3 +27,7 @@ class Identity(Compressor[None]):
         """The sum over ranks by their number."""
         total = yield comm.all_sum(x)
         return x, total.div_(len(comm.members)), state
+
+    def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> float:
+        """See `Compressor.sent_bytes`."""
+        return 2 * (num_members - 1) / num_members * prod(shape) * element_bytes

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Generic, TypeVar
+from collections.abc import Generator
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
+
+from lowcomm.comm.base import Comm, Work
 
 S = TypeVar("S")
 
 
 class Feedback(ABC, Generic[S]):
-    """A pair of functions around a compressor; what changes between rounds lives in the state ``S``."""
+    """A pair of functions around a compressor; what changes between rounds lives in the state ``S``.
+
+    States are not modified: a round that fails leaves the old one as it was.
+    """
 
     @abstractmethod
     def init(self, like: Tensor) -> S:
         """The state before the first round for tensors shaped like ``like``."""
+
+    def is_dense(self, state: S) -> bool:
+        """Whether the coming round goes uncompressed, the same on all ranks. By default none does."""
+        del state
+        return False
 
     @abstractmethod
     def before(self, x: Tensor, state: S) -> Tensor:
@@ -23,4 +34,17 @@ class Feedback(ABC, Generic[S]):
 
     @abstractmethod
     def after(self, x: Tensor, sent: Tensor, mean: Tensor, state: S) -> tuple[Tensor, S]:
-        """The estimate of the mean of ``x`` over ranks, equal on all of them, and the new state."""
+        """The estimate of the mean of ``x`` over ranks, equal on all of them, and the new state.
+
+        Args:
+            sent, mean: what became of ``before(x, state)``, see `lowcomm.compress.base.Compressor.mean`.
+        """
+
+    def resync(self, state: S, comm: Comm) -> Generator[Work[Any], Any, S]:
+        """The state to go on with among new members, of which each brings its own; a fresh one brings `init`'s.
+
+        Methods that hold a mean over the members must make it anew, uncompressed. By default nothing is shared.
+        """
+        del comm
+        yield from ()
+        return state

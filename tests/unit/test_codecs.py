@@ -205,19 +205,19 @@ def test_contraction_of_bins_is_within_a_factor():
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("codec", "options", "words"),
     [
-        (lambda: Absmax(3), "choose 8 or 4"),
-        (lambda: Absmax(scale="float8"), "float32, bfloat16, float16, e8m0"),
-        (lambda: Absmax(4, block=3), "multiple of 2"),
-        (lambda: Absmax(block=0), "block is 0"),
-        (lambda: Sign(block=12), "multiple of 8"),
-        (lambda: FP8("e3m4"), "e4m3, e5m2"),
-        (lambda: QSGD(200), "1 to 127"),
-        (lambda: Bins(sigmas=0), "above 0"),
-        (lambda: Half("tf32"), "bfloat16 or float16"),
+        (Absmax, {"bits": 3}, "choose 8 or 4"),
+        (Absmax, {"scale": "float8"}, "float32, bfloat16, float16, e8m0"),
+        (Absmax, {"bits": 4, "block": 3}, "multiple of 2"),
+        (Absmax, {"block": 0}, "block is 0"),
+        (Sign, {"block": 12}, "multiple of 8"),
+        (FP8, {"kind": "e3m4"}, "e4m3, e5m2"),
+        (QSGD, {"num_levels": 200}, "1 to 127"),
+        (Bins, {"sigmas": 0}, "above 0"),
+        (Half, {"kind": "tf32"}, "bfloat16 or float16"),
     ],
 )
-def test_wrong_options_are_refused(make, words):
+def test_wrong_options_are_refused(codec, options, words):
     with pytest.raises(ValueError, match=words):
-        make()
+        codec(**options)

@@ -52,9 +52,9 @@ def test_the_simulator_computes_what_threads_compute(name):
 
 def test_gloo_computes_what_threads_compute(tmp_path):
     """Bitwise, as no sum has more than two terms; several rounds, so that views are used again."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
     done = subprocess.run(
-        [*(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4")]
-        + ["tests/unit/islands.py", str(tmp_path)],
+        [*command, "tests/unit/islands.py", str(tmp_path)],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,

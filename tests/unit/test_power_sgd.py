@@ -172,8 +172,10 @@ def test_a_newcomer_gets_the_factors(alternate):
 
 @pytest.mark.parametrize(
     "options",
-    [{"rank": 0}, {"num_iterations": 0}, {"min_compression": 0.5}, {"error": "both"}]
-    + [{"alternate": True, "warm_start": False}],
+    [
+        *({"rank": 0}, {"num_iterations": 0}, {"min_compression": 0.5}, {"error": "both"}),
+        {"alternate": True, "warm_start": False},
+    ],
     ids=str,
 )
 def test_bad_options_are_refused(options):

@@ -113,8 +113,10 @@ def test_rows_of_a_count_sketch_are_balanced_and_collide_at_random():
 
 @pytest.mark.parametrize(
     ("cls", "options"),
-    [(Sketch, {"density": 0.0}), (Sketch, {"density": 1.5}), (Sketch, {"block": 48}), (CountSketch, {"rows": 2})]
-    + [(CountSketch, {"density": 2.0}), (CountSketch, {"keep": 0.05})],
+    [
+        *((Sketch, {"density": 0.0}), (Sketch, {"density": 1.5}), (Sketch, {"block": 48})),
+        *((CountSketch, {"rows": 2}), (CountSketch, {"density": 2.0}), (CountSketch, {"keep": 0.05})),
+    ],
     ids=str,
 )
 def test_bad_options_are_refused(cls, options):

@@ -1,0 +1,223 @@
+"""A language model by DiLoCo with every kind of compressor, with and without feedback, at equal tokens: loss and bytes.
+
+    python -m benchmarks.compressed_language_model --train english_train.txt.xz --validation english_val.txt.xz
+
+Each run is a `lowcomm simulate` of its own: the replicas share one device, only the wire differs. Bytes are those that
+a replica hands to the wire, evaluation left out. Beside the record lie pareto.png and each run's summary line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.language_model import number, text
+from benchmarks.record import ROOT, parser, table, write_record
+from lowcomm.metrics import read, si
+
+Parts = dict[str, Any]
+
+
+def part(name: str, **options: Any) -> Parts:
+    """A class of a config and its options."""
+    return {"class_path": name, "init_args": options} if options else {"class_path": name}
+
+
+def quantized(codec: str, **options: Any) -> Parts:
+    """A two-shot all-reduce of a code."""
+    return part("Quantized", codec=part(codec, **options))
+
+
+EXACT = {"fp32": part("Identity"), "bf16": part("Cast", dtype="bfloat16")}
+LOSSY = {
+    "int8": quantized("Absmax", bits=8, block=256),
+    "nf4": quantized("NF4"),
+    "e3m0": quantized("E3M0"),
+    "2-bit": quantized("Bins"),
+    "top-k 1/64 + 2-bit": part("TopK", density=1 / 64, values=part("SignMagnitude"), indices="elias_fano"),
+    "PowerSGD r=4": part("PowerSGD", rank=4),
+    "PowerSGD r=16": part("PowerSGD", rank=16),
+}
+SPARSE_DECAY = 0.95  # of SparseLoCo's error memory
+
+
+def variants() -> dict[str, Parts]:
+    """What is compared, by name: the arguments of DiLoCo but ``every``, or data parallel."""
+    runs = {"data parallel": {}}
+    runs |= {name: {"reducer": {"compressor": compressor}} for name, compressor in EXACT.items()}
+    for name, compressor in LOSSY.items():
+        decay = SPARSE_DECAY if name.startswith("top-k") else 1.0
+        runs[name] = {"reducer": {"compressor": compressor}}
+        runs[f"{name}, feedback"] = {"reducer": {"compressor": compressor, "feedback": part("EF14", decay=decay)}}
+    sparse = {"compressor": LOSSY["top-k 1/64 + 2-bit"], "feedback": part("EF14", decay=SPARSE_DECAY)}
+    runs["SparseLoCo"] = {"reducer": sparse, "outer": part("SGD", lr=1.0)}
+    return runs
+
+
+def config(given: argparse.Namespace, name: str, options: Parts) -> Parts:
+    """A run of `lowcomm simulate`."""
+    num_steps = -(-given.tokens // (given.batch * given.replicas * given.seq_len))
+    nesterov = part("Nesterov", lr=given.outer_lr, momentum=given.outer_momentum)
+    method = (
+        part("DataParallel")
+        if name == "data parallel"
+        else part("DiLoCo", **{"every": given.every, "outer": nesterov, **options})
+    )
+    return {
+        "model": part("Llama", size=given.size),
+        "data": {
+            "source": text(given.train, given.separator),
+            "validation": text(given.validation, given.separator),
+            "tokenizer": part("Bytes"),
+            "seq_len": given.seq_len,
+        },
+        "algorithm": method,
+        "optimizer": {
+            "path": "torch.optim.AdamW",
+            "args": {"lr": given.lr, "betas": [0.9, 0.95], "weight_decay": 0.1},
+        },
+        "schedule": part("Cosine", num_warmup_steps=round(0.05 * num_steps), final=0.1),
+        "batch": {"size": given.batch, "per": "replica"},
+        "evaluation": {"every": 0, "num_tokens": given.eval_tokens, "batch_size": 32},
+        "checkpoint": {"every": 0},
+        "log": {"every": 10},
+        "num_steps": num_steps,
+        "precision": given.precision,
+        "device": given.device,
+        "seed": given.seed,
+    }
+
+
+def simulate(given: argparse.Namespace, name: str, options: Parts, folder: Path) -> dict[str, Any]:
+    """The summary line of one run.
+
+    Raises:
+        RuntimeError: with the end of its output, when it fails.
+    """
+    out = folder / "".join(c if c.isalnum() else "_" for c in name)
+    path = out.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(config(given, name, options), sort_keys=False), encoding="utf-8")
+    command = [sys.executable, "-m", "lowcomm", "simulate", "--config", str(path), "--out", str(out)]
+    cluster = ["--cluster", "Uniform", "--cluster.num_hosts", str(given.replicas)]
+    done = subprocess.run([*command, *cluster], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{name}: {done.stdout[-500:]} {done.stderr[-2000:]}")
+    summary: dict[str, Any] = read(out / "metrics.jsonl")[-1]
+    evaluation = summary["traffic"].get("evaluation", {"bytes_sent": 0})["bytes_sent"]
+    summary["wire_bytes"] = summary["bytes_sent"] - evaluation
+    print(f"{name}: {summary['val_bits_per_byte']:.4f} bits/byte, {si(summary['wire_bytes'], 'B')}", flush=True)
+    return summary
+
+
+def save(given: argparse.Namespace, runs: dict[str, dict[str, Any]]) -> Path:
+    """Write the record and the picture of the runs that have ended."""
+    baseline = runs.get("fp32")
+    rows = []
+    for name, x in runs.items():
+        beside = "–" if baseline is None else f"{x['val_loss'] / baseline['val_loss'] - 1:+.2%}"
+        fewer = "–" if baseline is None else f"{baseline['wire_bytes'] / x['wire_bytes']:,.1f}"
+        bits = 8 * x["wire_bytes"] / (max(1, x["round"]) * x["num_parameters"])
+        losses = [f"{x['val_loss']:.4f}", f"{x['val_bits_per_byte']:.4f}", beside]
+        rows.append([name, *losses, si(x["wire_bytes"], "B"), fewer, f"{bits:.3g}"])
+    columns = [
+        "run",
+        "val loss (nats)",
+        "bits/byte",
+        "against fp32",
+        "sent per replica",
+        "times fewer",
+        "bits / param / round",
+    ]
+    first = next(iter(runs.values()))
+    about = (
+        f"Llama {given.size} ({first['num_parameters']:,} parameters), {given.replicas} replicas simulated on one "
+        f"device, {given.batch} x {given.seq_len} tokens a step and replica, {first['tokens']:,} byte tokens in all, "
+        f"DiLoCo(every={given.every}, outer Nesterov({given.outer_lr}, {given.outer_momentum})), {given.precision}, "
+        f"one seed. Feedback is EF14, with decay {SPARSE_DECAY} for top-k and 1 elsewhere; SparseLoCo is that with "
+        "outer SGD(1)."
+    )
+    lines = [about, "", table(columns, rows), "", "![loss against bytes](pareto.png)"]
+    kept = ("num_parameters", "members", "t", "round", "tokens", "loss", "val_loss", "val_bits_per_byte", "wire_bytes")
+    record = write_record(
+        given, {name: {key: x.get(key) for key in kept} for name, x in runs.items()}, "\n".join(lines)
+    )
+    draw(runs, record / "pareto.png")
+    return record
+
+
+def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
+    """Loss against bytes; the line joins the runs that no other beats in both."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    ax = figure.subplots()
+    points = {name: (x["wire_bytes"], x["val_bits_per_byte"]) for name, x in runs.items()}
+    best: list[tuple[float, float]] = []
+    for point in sorted(points.values()):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    ax.plot(*zip(*best, strict=True), color="#999999", linewidth=1, zorder=0)
+    for name, (sent, loss) in points.items():
+        kept = "feedback" in name or name == "SparseLoCo"
+        ax.scatter([sent], [loss], s=24, color="#4878a8" if kept else "#d8a24a", marker="o" if kept else "s")
+        ax.annotate(name, (sent, loss), textcoords="offset points", xytext=(4, 3), fontsize=7)
+    ax.set_xscale("log")
+    ax.set_xlabel("bytes sent by a replica")
+    ax.set_ylabel("validation loss (bits per byte)")
+    ax.grid(linewidth=0.4)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Simulate, print, record; what is done so far is recorded as runs end."""
+    flags = parser(__doc__, "compressed_language_model")
+    flags.add_argument("--train", type=Path, required=True, help=".txt, .jsonl (both also .gz, .xz) or .parquet")
+    flags.add_argument("--validation", type=Path, required=True)
+    flags.add_argument("--separator", default="\0", help="between documents of a text file; a zero byte by default")
+    flags.add_argument("--only", nargs="+", default=None, help="names of runs; all by default")
+    flags.add_argument("--size", default="10m", help="of the Llama")
+    flags.add_argument("--tokens", type=number, default="20M", help="of all replicas, rounded up to whole steps")
+    flags.add_argument("--replicas", type=int, default=4)
+    flags.add_argument("--seq_len", type=int, default=512)
+    flags.add_argument("--batch", type=int, default=8, help="sequences of a replica's step")
+    flags.add_argument("--lr", type=float, default=1.5e-3)
+    flags.add_argument("--every", type=int, default=30, help="steps of a round")
+    flags.add_argument("--outer_lr", type=float, default=1.0)
+    flags.add_argument("--outer_momentum", type=float, default=0.5)
+    flags.add_argument("--eval_tokens", type=number, default="1M")
+    flags.add_argument("--precision", choices=["fp32", "bf16_mixed", "bf16"], default="bf16_mixed")
+    flags.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    flags.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    flags.add_argument("--seed", type=int, default=0)
+    given = flags.parse_args()
+    known = variants()
+    if unknown := set(given.only or []) - set(known):
+        flags.error(f"--only {sorted(unknown)} are unknown; there are {list(known)}")
+    chosen = {name: options for name, options in known.items() if given.only is None or name in given.only}
+    ended: dict[str, dict[str, Any]] = {}
+    failed: list[str] = []
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(given.jobs) as pool:
+        futures = {name: pool.submit(simulate, given, name, options, Path(folder)) for name, options in chosen.items()}
+        for name, future in futures.items():
+            try:
+                ended[name] = future.result()
+                record = save(given, ended)
+            except RuntimeError as error:
+                failed.append(str(error))
+                print(f"failed: {error}", file=sys.stderr, flush=True)
+    if ended:
+        print((record / "summary.md").read_text(encoding="utf-8"))
+        print(f"record: {record}")
+    if failed:
+        sys.exit(f"{len(failed)} of {len(chosen)} runs failed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Rounding to the nearest of a few levels: how codes do it, how they read it back, and the most that is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from math import floor
+
+import torch
+from torch import Tensor
+
+from lowcomm.codecs.packing import unpack
+from lowcomm.codecs.scales import SCALE_GROWTH, ScaleFormat
+
+CELLS = 2**14  # their table fits into the fastest cache
+# float32 arithmetic itself misses by parts in 2^24; no bound is sharper than its square, with room to spare
+ROUNDING = 1e-12
+
+
+def nearest_level(levels: Sequence[float], reach: float, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """A function from float32 in [-reach, reach] to the place of the nearest level, uint8; beyond counts as the end.
+
+    ``levels`` ascend and hold 0. The answer is looked up for one of at most 2^14 cells, by the end of the cell that is
+    next to zero: within a cell of the middle of two levels the smaller magnitude may be taken.
+    """
+    cell = cell_size(reach)
+    num_cells = int(2 * reach / cell) + 1
+    # the first cell that belongs to the upper of two levels
+    first = [floor(((low + high) / 2 + reach) / cell) + (low >= 0) for low, high in pairwise(levels)]
+    counts = [end - start for start, end in pairwise([0, *first, num_cells])]
+    table = torch.cat([torch.full((count,), i, dtype=torch.uint8) for i, count in enumerate(counts)]).to(device)
+
+    def nearest(x: Tensor) -> Tensor:
+        cells = torch.add(x, reach).mul_(1 / cell).to(torch.int32).clamp_(0, num_cells - 1)
+        return table.index_select(0, cells.view(-1)).view(x.shape)
+
+    return nearest
+
+
+def round_to_bytes(x: Tensor) -> Tensor:
+    """The nearest integers of float32 values in [-128, 255] as uint8, modulo 256; ``x`` is used up.
+
+    Beside 1.5 2^23 the unit in the last place is 1: the sum rounds, ties to even, and its lowest byte is the integer.
+    torch's own rounding wakes all threads on CPUs, however few values there are.
+    """
+    return x.add_(1.5 * 2**23).view(torch.int32).to(torch.uint8)
+
+
+def cell_size(reach: float) -> float:
+    """The power of two that cuts [-reach, reach] into at most `CELLS` cells."""
+    cell = 1.0
+    while 2 * reach / cell > CELLS:
+        cell *= 2
+    while 4 * reach / cell <= CELLS:
+        cell /= 2
+    return cell
+
+
+def lookup(levels: Sequence[float], bits: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """A function from packed codes ``[num, bytes]`` to the levels that they name, float32 ``[num, 8 / bits * bytes]``.
+
+    All numbers of a byte are looked up at once.
+    """
+    per_byte = 8 // bits
+    each = torch.tensor([*levels] + [0.0] * (2**bits - len(levels)))
+    table = each[unpack(torch.arange(256, dtype=torch.uint8)[:, None], per_byte, bits).long()].to(device)
+    wide = {1: torch.float32, 2: torch.float64, 4: torch.complex128}.get(per_byte)
+    entries = table if wide is None else table.view(wide).view(-1)  # one element for all numbers of a byte
+
+    def look(packed: Tensor) -> Tensor:
+        found = entries.index_select(0, packed.reshape(-1).to(torch.int32))
+        return found.view(torch.float32).view(packed.shape[0], -1)
+
+    return look
+
+
+def contraction_of_nearest(
+    levels: Sequence[float], width: int, reach: float, scale: ScaleFormat, inexact: float = 0.0
+) -> float:
+    """The sharp delta of ``width`` values that are scaled to at most ``reach`` and rounded to the nearest level.
+
+    With the loss lambda = 1 - delta, no block may have sum(e^2 - lambda v^2) > 0. For a single value the maximum of
+    that stands in the middle of two levels, for the largest it may also stand at either end of where the largest can
+    lie: [reach / growth of the scale's format, reach]. So lambda is found by bisection.
+
+    Args:
+        levels: ascending, with 0.
+        inexact: how far beyond the middle of two levels the lower magnitude may still be taken.
+    """
+    low, high = reach / SCALE_GROWTH[scale], reach
+    worst = [(max(abs(a), abs(b)) - (b - a) / 2 + inexact, (b - a) / 2 + inexact) for a, b in pairwise(levels)]
+    worst += [(high, high - end) for end in (levels[-1], -levels[0]) if high > end]
+    ends = [(v, max(_distance(levels, v), _distance(levels, -v))) for v in (low, high)]
+    largest = ends + [(v, e) for v, e in worst if low <= v <= high]
+
+    def excess(loss: float) -> float:
+        others = max(0.0, *(e * e - loss * v * v for v, e in worst))
+        return max(e * e - loss * v * v for v, e in largest) + (width - 1) * others
+
+    below, above = 0.0, 1.0
+    for _ in range(50):
+        middle = (below + above) / 2
+        below, above = (middle, above) if excess(middle) > 0 else (below, middle)
+    return 1 - max(above, ROUNDING)
+
+
+def _distance(levels: Sequence[float], value: float) -> float:
+    return min(abs(value - level) for level in levels)

@@ -1,0 +1,134 @@
+"""Send either my vector or its change, whichever loses less (EF21+, arXiv:2106.05203).
+
+All members know a vector g of each. A member with x has two candidates for its next g, C(x) and g + C(x - g), takes
+the one nearer to x and sends its code with a byte that says which; the mean is that of all new g. Good with large step
+sizes, where x changes so much that its change is no easier to send than x itself.
+
+As C(x) takes the place of g, others must know what it replaces: every rank holds g of all n members, n times the
+memory of the vector. It is meant for small problems.
+
+Differs from the paper in: nothing; ``dense_first`` chooses between its two starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lowcomm.comm.base import Comm, Work
+from lowcomm.compress.base import Compressor
+from lowcomm.compress.gathered import Gathered
+from lowcomm.compress.top_k import TopK
+
+_FLAG_BYTES = 1
+
+
+@dataclass
+class EF21PlusState:
+    """What all know of each other.
+
+    Attributes:
+        known: g of each member in members' order, ``[n, *shape]``, equal on all ranks; before the first round there
+            are no rows.
+        mine: this rank's row of it.
+    """
+
+    known: Tensor
+    mine: Tensor
+
+
+@dataclass(frozen=True)
+class EF21Plus(Compressor[EF21PlusState]):
+    """EF21 that may start afresh in any round; it brings its own memory, so it wants no feedback around it.
+
+    Attributes:
+        inner: what codes the candidates: `TopK` or `Gathered`, without random rounding.
+        dense_first: start from the exact x of the first round, which goes uncompressed (and is not what `sent_bytes`
+            counts); otherwise from zero.
+    """
+
+    inner: Compressor = TopK()
+    dense_first: bool = False
+    elementwise: ClassVar[bool] = True
+    passes_nonfinite: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner, (TopK, Gathered)):
+            raise ValueError(
+                f"EF21Plus(inner={self.inner}): ranks must be able to decode each other's messages one by one; choose "
+                "TopK or Gathered"
+            )
+        codec = self.inner.values if isinstance(self.inner, TopK) else self.inner.codec
+        if getattr(codec, "stochastic", False):
+            raise ValueError(f"EF21Plus(inner={self.inner}): a code that rounds at random has no better candidate")
+        if isinstance(self.inner, TopK) and self.inner.divide_by != "all":
+            raise ValueError(f"EF21Plus(inner={self.inner}): the mean is over all ranks; take divide_by='all'")
+
+    def init(self, like: Tensor) -> EF21PlusState:
+        """Nobody knows anybody."""
+        return EF21PlusState(like.new_zeros((0, *like.shape)), torch.zeros_like(like))
+
+    def mean(
+        self, x: Tensor, state: EF21PlusState, comm: Comm
+    ) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, EF21PlusState]]:
+        """One all-gather of a flag and a code."""
+        if self.dense_first and len(state.known) == 0:
+            return _round((yield comm.all_gather(x)), comm)
+        flat, mine = x.reshape(-1), state.mine.reshape(-1)
+        whole, change = self._encode(flat), self._encode(flat - mine)
+        is_whole = self._error(whole, flat) < self._error(change, flat - mine)
+        code = torch.where(is_whole, whole, change)
+        gathered = yield comm.all_gather(torch.cat([is_whole.to(torch.uint8).view(1), code]))
+        known = state.known if len(state.known) else x.new_zeros((len(comm.members), *x.shape))
+        messages = torch.stack(gathered)
+        heard = self._decode(messages[:, _FLAG_BYTES:], flat).view(known.shape)
+        is_whole = (messages[:, 0] == 1).view(-1, *[1] * x.dim())
+        return _round(list(torch.where(is_whole, heard, known + heard)), comm)
+
+    def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> int:
+        """See `Compressor.sent_bytes`."""
+        return (num_members - 1) * (_FLAG_BYTES + self._num_bytes(prod(shape)))
+
+    def resync(self, state: EF21PlusState, comm: Comm) -> Generator[Work[Any], Any, EF21PlusState]:
+        """Everybody tells its g, uncompressed; a fresh member has g = 0."""
+        is_new = state.mine.new_full((1,), 1.0 if len(state.known) == 0 else 0.0)
+        gathered = yield comm.all_gather(torch.cat([state.mine.reshape(-1), is_new]))
+        rows = torch.stack(gathered)
+        if not rows.is_meta and rows[:, -1].all():  # before the first round
+            return state
+        return EF21PlusState(rows[:, :-1].reshape(len(rows), *state.mine.shape), state.mine)
+
+    def _error(self, code: Tensor, x: Tensor) -> Tensor:
+        return (x - self._decode(code[None], x)[0]).square().sum()
+
+    def _num_bytes(self, num: int) -> int:
+        assert isinstance(self.inner, (TopK, Gathered))
+        return self.inner.num_bytes(num) if isinstance(self.inner, TopK) else self.inner.codec.num_bytes(num)
+
+    def _encode(self, x: Tensor) -> Tensor:
+        assert isinstance(self.inner, (TopK, Gathered))
+        if x.numel() == 0:
+            return x.new_empty(0, dtype=torch.uint8)
+        return self.inner.encode(x) if isinstance(self.inner, TopK) else self.inner.codec.encode(x[None])[0]
+
+    def _decode(self, codes: Tensor, like: Tensor) -> Tensor:
+        """Rows of the length and dtype of ``like`` from rows of codes."""
+        assert isinstance(self.inner, (TopK, Gathered))
+        if like.numel() == 0:
+            return like.expand(len(codes), 0)
+        if isinstance(self.inner, Gathered):
+            return self.inner.codec.decode(codes.contiguous(), len(like)).to(like.dtype)
+        pairs = [self.inner.decode(code, len(like)) for code in codes]
+        return torch.stack([torch.zeros_like(like).index_copy_(0, at, v.to(like.dtype)) for at, v in pairs])
+
+
+def _round(known: list[Tensor], comm: Comm) -> tuple[Tensor, Tensor, EF21PlusState]:
+    """``sent``, the mean and the state when members' vectors have become ``known``."""
+    rows = torch.stack(known)
+    mine = known[comm.members.index(comm.rank)].clone()
+    return mine, rows.sum(0).div_(len(known)), EF21PlusState(rows, mine)

@@ -1,0 +1,130 @@
+"""Islands: one precision where links are fast, a smaller one where they are slow.
+
+Members stand in islands of equal size, consecutive in rank, such as the GPUs of one machine. Each island averages
+(``inner``); then its j-th member averages the j-th slice of the island's mean with the j-th members of the other
+islands (``outer``), so a slow link carries each slice once; then islands put the slices together, exactly. ZeRO++
+(arXiv:2306.10209) and most collective libraries cut collectives like this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lowcomm.comm.base import Comm, Work
+from lowcomm.compress.base import Compressor
+from lowcomm.compress.identity import Identity
+from lowcomm.compress.quantized import Quantized
+
+
+@dataclass(frozen=True)
+class HierarchicalState:
+    """The states of the two."""
+
+    inner: Any
+    outer: Any
+
+
+@dataclass(frozen=True)
+class Hierarchical(Compressor[HierarchicalState]):
+    """The mean of means.
+
+    Attributes:
+        island: members in each; it divides the number of members.
+        inner: averages within an island.
+        outer: averages between islands.
+    """
+
+    island: int = 1
+    inner: Compressor = Identity()
+    outer: Compressor = Quantized()
+    elementwise: ClassVar[bool] = True
+    passes_nonfinite: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.island < 1:
+            raise ValueError(f"Hierarchical(island={self.island}): it must be at least 1")
+        for part in (self.inner, self.outer):
+            if not part.elementwise:
+                raise ValueError(
+                    f"Hierarchical averages slices of vectors, and {part} needs whole tensors; choose another, such "
+                    "as Quantized"
+                )
+
+    def init(self, like: Tensor) -> HierarchicalState:
+        """Both at their start."""
+        return HierarchicalState(self.inner.init(like), self.outer.init(like.new_zeros(self._slice(like.numel()))))
+
+    def mean(
+        self, x: Tensor, state: HierarchicalState, comm: Comm
+    ) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, HierarchicalState]]:
+        """Within the island, between islands, and together.
+
+        Raises:
+            ValueError: when the members do not fill whole islands.
+        """
+        near, far, j = self._views(comm)
+        sent, island_mean, inner = yield from self.inner.mean(x, state.inner, near)
+        if self.island == len(comm.members) or x.numel() == 0:
+            return sent, island_mean, HierarchicalState(inner, state.outer)
+
+        size = self._slice(x.numel())
+        padded = x.new_zeros(self.island * size)
+        padded[: x.numel()] = island_mean.reshape(-1)
+        mine = padded[j * size : (j + 1) * size]
+        outer_sent, outer_mean, outer = yield from self.outer.mean(mine, state.outer, far)
+        slices = [outer_mean]
+        if self.island > 1:
+            slices = yield near.all_gather(outer_mean)
+
+        # What the outer average lost of a slice is known to its owner alone, who answers for the whole island.
+        all_sent = x.new_zeros(self.island * size)
+        all_sent[: x.numel()] = sent.reshape(-1)
+        all_sent[j * size : (j + 1) * size] += self.island * (outer_sent - mine)
+        mean = torch.cat(slices)
+        return (
+            all_sent[: x.numel()].view(x.shape),
+            mean[: x.numel()].view(x.shape),
+            HierarchicalState(inner, outer),
+        )
+
+    def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> float:
+        """See `Compressor.sent_bytes`; that is over fast and slow links together, see `slow_bytes`."""
+        num = prod(shape)
+        within = self.inner.sent_bytes(shape, element_bytes, self.island)
+        if self.island == num_members or num == 0:
+            return within
+        together = (self.island - 1) * self._slice(num) * element_bytes
+        return within + self.slow_bytes(shape, element_bytes, num_members) + together
+
+    def slow_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> float:
+        """The part of `sent_bytes` that leaves the island."""
+        num_islands = num_members // self.island
+        return self.outer.sent_bytes((self._slice(prod(shape)),), element_bytes, num_islands)
+
+    def resync(self, state: HierarchicalState, comm: Comm) -> Generator[Work[Any], Any, HierarchicalState]:
+        """Both resync among those that they talk to."""
+        near, far, _ = self._views(comm)
+        inner = yield from self.inner.resync(state.inner, near)
+        outer = yield from self.outer.resync(state.outer, far)
+        return HierarchicalState(inner, outer)
+
+    def _slice(self, num: int) -> int:
+        return -(-num // self.island)
+
+    def _views(self, comm: Comm) -> tuple[Comm, Comm, int]:
+        """This rank's island, its counterparts, and its place in the island."""
+        members = comm.members
+        if len(members) % self.island:
+            raise ValueError(
+                f"Hierarchical(island={self.island}) met {len(members)} members, which do not fill whole islands; "
+                f"choose an island size that divides {len(members)}"
+            )
+        island, j = divmod(members.index(comm.rank), self.island)
+        near = members[island * self.island : (island + 1) * self.island]
+        return comm.sub(near), comm.sub(members[j :: self.island]), j

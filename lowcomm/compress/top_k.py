@@ -1,0 +1,176 @@
+"""Send the largest coordinates of each chunk, with their places (Stich et al. 2018, arXiv:1809.07599, "top_k"; in
+chunks of 4,096 and with 2-bit values SparseLoCo, arXiv:2508.15706, section 3).
+
+    C(x) = the k entries of each chunk with the largest |x_j|, through a code Q, zero elsewhere
+    |x - C(x)|^2 <= (1 - delta k / d) |x|^2         delta: the contraction of Q; exact values have 1
+    mean = 1/n sum_i C(x_i), or at each place the mean over those ranks that sent it
+
+The vector is cut into flat chunks, whatever the shapes in it, so a fixed k per chunk gives every message one size. A
+round is one all-gather of one payload: coded values, then coded places. Decoded vectors are added one rank after the
+other, so sums are the same in every world.
+
+Differs from the paper in: chunks are flat, not 64 x 64, so odd shapes do not grow; places are sorted and coded; two
+magnitudes for each sign rather than four bins (values=SignMagnitude()).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lowcomm.codecs.base import Codec
+from lowcomm.codecs.float32 import Float32
+from lowcomm.codecs.indices import INDEX_CODES, IndexCode, decode_indices, encode_indices, index_bytes
+from lowcomm.codecs.packing import as_bytes, from_bytes
+from lowcomm.comm.base import Comm, Work
+from lowcomm.compress.base import Compressor
+from lowcomm.tensors import rng
+
+_FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Chunks of one length: ``rows`` of them from place ``start`` of the vector, of each of which ``kept`` go."""
+
+    start: int
+    rows: int
+    length: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class TopK(Compressor[int]):
+    """The mean of every rank's largest values.
+
+    A message never outgrows the vector in float32: where it would, as for tiny vectors, all values go as float32.
+
+    Attributes:
+        density: the share of each chunk that is kept; rounded to a whole number, at least 1.
+        num: how many of each chunk are kept, in place of ``density``. A shorter chunk, the last, keeps its part of
+            that, rounded up.
+        chunk: values of a chunk; None takes the whole bucket as one chunk.
+        values: code of the kept values, which are one vector in order of their places; its blocks need not be chunks.
+        indices: code of the places, see `lowcomm.codecs.indices`; Elias-Fano is the smaller one.
+        divide_by: "all" averages over all ranks. "present" averages at each place over those ranks that sent it, as
+            the programs of DeMo and SparseLoCo do: up to n times larger where few did. ``sent`` is what this rank sent
+            either way, so with "present" the law of `Compressor.mean` reads ``mean(sent) * n / count == mean`` with the
+            ``count`` of ranks that sent a place. Feedbacks that keep a mean of what was sent, such as EF21, need "all".
+        seed: of random rounding, where ``values`` wants it; each rank and round has its own numbers.
+    """
+
+    density: float = 1 / 64
+    num: int | None = None
+    chunk: int | None = 4096
+    values: Codec = Float32()
+    indices: IndexCode = "elias_fano"
+    divide_by: Literal["all", "present"] = "all"
+    seed: int = 0
+    elementwise: ClassVar[bool] = True
+    passes_nonfinite: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1:
+            raise ValueError(f"TopK(density={self.density}): it is the share that is sent, above 0 and at most 1")
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"TopK(chunk={self.chunk}): a chunk has at least 1 value; None is the whole bucket")
+        if self.num is not None and not 1 <= self.num <= (self.chunk or self.num):
+            raise ValueError(f"TopK(num={self.num}): choose 1 to {self.chunk} of each chunk of {self.chunk} values")
+        if self.indices not in INDEX_CODES:
+            raise ValueError(f"TopK(indices={self.indices!r}): choose one of {', '.join(INDEX_CODES)}")
+        if self.divide_by not in ("all", "present"):
+            raise ValueError(f"TopK(divide_by={self.divide_by!r}): choose all or present")
+
+    def init(self, like: Tensor) -> int:
+        """The number of rounds so far."""
+        return 0
+
+    def mean(self, x: Tensor, state: int, comm: Comm) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, int]]:
+        """One all-gather; ranks are decoded and added one at a time, in members' order."""
+        num = x.numel()
+        if num == 0:
+            return x, x.clone(), state + 1
+        random = rng(self.seed, "rounding", comm.rank, state + 1, device="cpu" if x.is_meta else x.device)
+        payload = self.encode(x.reshape(-1), random)
+        under_way = comm.all_gather(payload)
+        where, values = self.decode(payload, num)
+        sent = torch.zeros(num, dtype=x.dtype, device=x.device).index_copy_(0, where, values.to(x.dtype))
+
+        total = torch.zeros_like(sent)
+        count = torch.zeros_like(sent) if self.divide_by == "present" else None
+        for received in (yield under_way):
+            where, values = self.decode(received, num)  # no place twice, so the order of additions is fixed
+            total.index_add_(0, where, values.to(x.dtype))
+            if count is not None:
+                count.index_add_(0, where, torch.ones_like(values, dtype=x.dtype))
+        mean = total / (len(comm.members) if count is None else count.clamp(min=1))
+        return sent.view(x.shape), mean.view(x.shape), state + 1
+
+    def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> int:
+        """See `Compressor.sent_bytes`."""
+        return (num_members - 1) * self.num_bytes(prod(shape))
+
+    def contraction(self, num: int) -> float:
+        """The delta of ``|x - sent|^2 <= (1 - delta) |x|^2`` for every x of ``num`` values."""
+        if num == 0 or self._goes_whole(num):
+            return 1.0
+        pieces = self._pieces(num)
+        kept = sum(piece.rows * piece.kept for piece in pieces)
+        return min(piece.kept / piece.length for piece in pieces) * self.values.contraction(kept)
+
+    def num_bytes(self, num: int) -> int:
+        """Exact size of a message for ``num`` values."""
+        return min(self._coded_bytes(num), _FLOAT32_BYTES * num)
+
+    def encode(self, x: Tensor, random: torch.Generator | None = None) -> Tensor:
+        """A vector as a message, uint8 ``[num_bytes(num)]``."""
+        if self._goes_whole(len(x)):
+            return as_bytes(x.float())
+        kept: list[Tensor] = []
+        places: list[Tensor] = []
+        for piece in self._pieces(len(x)):
+            rows = x[piece.start : piece.start + piece.rows * piece.length].view(piece.rows, piece.length)
+            where = rows.abs().topk(piece.kept, sorted=False).indices.sort(1).values
+            kept.append(rows.gather(1, where).reshape(-1))
+            places.append(encode_indices(where, piece.length, self.indices).reshape(-1))
+        values = self.values.encode(torch.cat(kept)[None].float(), random)
+        return torch.cat([values[0], *places])
+
+    def decode(self, payload: Tensor, num: int) -> tuple[Tensor, Tensor]:
+        """The places (int64, rising) and float32 values of a message of `encode` for ``num`` values."""
+        if self._goes_whole(num):
+            return torch.arange(num, device=payload.device), from_bytes(payload, torch.float32)
+        pieces = self._pieces(num)
+        num_kept = sum(piece.rows * piece.kept for piece in pieces)
+        at = self.values.num_bytes(num_kept)
+        values = self.values.decode(payload[None, :at], num_kept)[0]
+        places: list[Tensor] = []
+        for piece in pieces:
+            size = index_bytes(piece.length, piece.kept, self.indices)
+            raw = payload[at : at + piece.rows * size].view(piece.rows, size)
+            where = decode_indices(raw, piece.length, piece.kept, self.indices)
+            first = piece.start + piece.length * torch.arange(piece.rows, device=payload.device)
+            places.append((where + first[:, None]).reshape(-1))
+            at += piece.rows * size
+        return torch.cat(places), values
+
+    def _pieces(self, num: int) -> list[_Piece]:
+        """The full chunks, then what is left."""
+        chunk = self.chunk or max(num, 1)
+        kept = min(chunk, self.num or max(1, round(chunk * self.density)))
+        rows, rest = divmod(num, chunk)
+        pieces = [_Piece(0, rows, chunk, kept), _Piece(rows * chunk, 1, rest, -(-kept * rest // chunk))]
+        return [piece for piece in pieces if piece.rows * piece.length]
+
+    def _coded_bytes(self, num: int) -> int:
+        pieces = self._pieces(num)
+        places = sum(piece.rows * index_bytes(piece.length, piece.kept, self.indices) for piece in pieces)
+        return self.values.num_bytes(sum(piece.rows * piece.kept for piece in pieces)) + places
+
+    def _goes_whole(self, num: int) -> bool:
+        return self._coded_bytes(num) > _FLOAT32_BYTES * num

@@ -1,0 +1,91 @@
+"""EF21 that also feeds a little of its error back (EControl, arXiv:2311.05645).
+
+Each member keeps h, which it moves by what it sent, and the sum e of what it failed to send. It compresses
+``x - h + eta e``. ``eta = 0`` is EF21; the contraction delta of the compressor (k / d for top-k) is a good eta and
+keeps large step sizes stable, while one far above it makes the error itself grow. The theory's delta / 400 is in
+practice EF21.
+
+Differs from the paper in: eta may be taken from what the compressor lets through, round by round; and ``dense_first``
+chooses between the paper's starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowcomm.comm.base import Comm, Work
+from lowcomm.feedback.base import Feedback
+from lowcomm.feedback.tracked import Tracked, moved, resynced, tracked
+
+
+@dataclass
+class EControlState:
+    """What each member keeps.
+
+    Attributes:
+        error: e, all that it failed to send.
+        known: h, and its mean over members.
+        eta: for the next round, without dimensions.
+    """
+
+    error: Tensor
+    known: Tracked
+    eta: Tensor
+
+
+@dataclass(frozen=True)
+class EControl(Feedback[EControlState]):
+    """EF21 with a controlled share of EF14.
+
+    Attributes:
+        eta: how much of the error is fed back in a round, in [0, 1]; at best the compressor's contraction delta. None:
+            what got through in this member's last round, the lesser of its share of the values that are not zero and
+            its share of the energy: k / d for top-k, near 1 for a code that hardly errs.
+        dense_first: start from the exact x of the first round, which goes uncompressed; otherwise from zero.
+    """
+
+    eta: float | None = None
+    dense_first: bool = True
+
+    def __post_init__(self) -> None:
+        if self.eta is not None and not 0.0 <= self.eta <= 1.0:
+            raise ValueError(
+                f"EControl(eta={self.eta}): it must lie within [0, 1]; take the compressor's contraction, k / d for "
+                "top-k, or None to have it measured"
+            )
+
+    def init(self, like: Tensor) -> EControlState:
+        """Nothing was sent, nothing missed."""
+        return EControlState(torch.zeros_like(like), tracked(like), like.new_full((), self.eta or 0.0))
+
+    def is_dense(self, state: EControlState) -> bool:
+        """The first round, if so wanted."""
+        return self.dense_first and state.known.is_new
+
+    def before(self, x: Tensor, state: EControlState) -> Tensor:
+        """What is new in ``x`` and some of the error."""
+        return (x - state.known.mine).add_(state.eta * state.error)
+
+    def after(self, x: Tensor, sent: Tensor, mean: Tensor, state: EControlState) -> tuple[Tensor, EControlState]:
+        """The mean of all h."""
+        error = state.error + (x - state.known.mine) - sent
+        eta = state.eta.clone() if self.eta is not None else _share(sent, self.before(x, state))
+        known = moved(state.known, sent, mean)
+        return known.ours.clone(), EControlState(error, known, eta)
+
+    def resync(self, state: EControlState, comm: Comm) -> Generator[Work[Any], Any, EControlState]:
+        """The mean anew; a fresh member has h = e = 0."""
+        return replace(state, known=(yield from resynced(state.known, comm)))
+
+
+def _share(sent: Tensor, wanted: Tensor) -> Tensor:
+    """How much of ``wanted`` got through as ``sent``, in [0, 1]; 0 where nothing was wanted."""
+    values = sent.count_nonzero().to(sent.dtype) / max(sent.numel(), 1)
+    energy = wanted.square().sum()
+    left = (wanted - sent).square().sum() / torch.where(energy > 0, energy, torch.ones_like(energy))
+    return torch.where(energy > 0, torch.minimum(values, 1 - left).clamp(0, 1), torch.zeros_like(energy))

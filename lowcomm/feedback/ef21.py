@@ -1,0 +1,55 @@
+"""Compress the change since what the others know of me (EF21, arXiv:2106.05203).
+
+Each member keeps g, which the others could know: all that it has sent, added up. It compresses ``x - g``; the
+estimate is the mean of all g. Where x settles down the differences vanish, and their errors with them, however much
+the members differ.
+
+EF21-W (arXiv:2402.10774) is this method with a larger step size, see `lowcomm.feedback.step_size`, as long as the
+compressor commutes with positive factors; for others see `lowcomm.feedback.step_size.ef21_w_weights`.
+
+Differs from the paper in: nothing; ``dense_first`` chooses between its two starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lowcomm.comm.base import Comm, Work
+from lowcomm.feedback.base import Feedback
+from lowcomm.feedback.tracked import Tracked, moved, resynced, tracked
+
+
+@dataclass(frozen=True)
+class EF21(Feedback[Tracked]):
+    """Differences of ``x`` from round to round.
+
+    Attributes:
+        dense_first: start from the exact x of the first round, which goes uncompressed; otherwise from zero.
+    """
+
+    dense_first: bool = True
+
+    def init(self, like: Tensor) -> Tracked:
+        """Nobody knows anything."""
+        return tracked(like)
+
+    def is_dense(self, state: Tracked) -> bool:
+        """The first round, if so wanted."""
+        return self.dense_first and state.is_new
+
+    def before(self, x: Tensor, state: Tracked) -> Tensor:
+        """What is new in ``x``."""
+        return x - state.mine
+
+    def after(self, x: Tensor, sent: Tensor, mean: Tensor, state: Tracked) -> tuple[Tensor, Tracked]:
+        """The mean of all g."""
+        state = moved(state, sent, mean)
+        return state.ours.clone(), state
+
+    def resync(self, state: Tracked, comm: Comm) -> Generator[Work[Any], Any, Tracked]:
+        """The mean anew; a fresh member has g = 0."""
+        return (yield from resynced(state, comm))

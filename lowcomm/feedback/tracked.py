@@ -1,0 +1,52 @@
+"""A vector of each member that it moves by what it sent, and the mean over members, which all can follow.
+
+Methods that compress differences from such a vector share this state. The mean is right only as long as the members
+stay the same: hence `resynced`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowcomm.comm.base import Comm, Work
+
+
+@dataclass
+class Tracked:
+    """What a member and all members think of it.
+
+    Attributes:
+        mine: this member's vector.
+        ours: the mean of ``mine`` over members, equal on all of them.
+        is_new: whether no round has been yet; equal on all of them.
+    """
+
+    mine: Tensor
+    ours: Tensor
+    is_new: bool
+
+
+def tracked(like: Tensor) -> Tracked:
+    """Zeros shaped like ``like``, before the first round."""
+    return Tracked(torch.zeros_like(like), torch.zeros_like(like), True)
+
+
+def moved(state: Tracked, sent: Tensor, mean: Tensor, by: float = 1.0) -> Tracked:
+    """Both vectors after a round in which this member sent ``sent`` and all together ``mean``, times ``by``."""
+    return Tracked(state.mine.add(sent, alpha=by), state.ours.add(mean, alpha=by), False)
+
+
+def resynced(state: Tracked, comm: Comm) -> Generator[Work[Any], Any, Tracked]:
+    """The state among these members: ``mine`` stays, ``ours`` becomes its mean again, by one uncompressed sum.
+
+    The first round is over for all as soon as it is for one of them.
+    """
+    is_old = state.mine.new_full((1,), 0.0 if state.is_new else 1.0)
+    total = yield comm.all_sum(torch.cat([state.mine.reshape(-1), is_old]))
+    ours = total[:-1].div(len(comm.members)).view_as(state.mine)
+    return Tracked(state.mine, ours, state.is_new if total.is_meta else not total[-1])

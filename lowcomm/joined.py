@@ -1,0 +1,93 @@
+"""Sums of many small tensors as few messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lowcomm.comm.base import Comm, Work, check_summable
+from lowcomm.tensors import flatten, num_bytes, unflatten
+
+
+class _Batch:
+    """Tensors of one dtype and device that are summed together."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self._work: Work[Tensor] | None = None
+        self._totals: list[Tensor] | None = None
+
+    def issue(self, comm: Comm) -> None:
+        self._work = comm.all_sum(self.tensors[0] if len(self.tensors) == 1 else flatten(self.tensors))
+
+    def total(self, i: int) -> Tensor:
+        if self._totals is None:
+            assert self._work is not None, "flush before waiting"
+            self._totals = unflatten(self._work.wait().reshape(-1), self.tensors)
+        return self._totals[i]
+
+
+class _Piece:
+    def __init__(self, batch: _Batch, i: int) -> None:
+        self._batch, self._i = batch, i
+
+    def wait(self) -> Tensor:
+        return self._batch.total(self._i)
+
+
+class JoinedComm(Comm):
+    """Another Comm whose `all_sum` waits for company: what was asked for until `flush` goes as one message.
+
+    Totals are as exact as the inner Comm's. A batch of ``limit_bytes`` or more does not wait.
+    """
+
+    def __init__(self, inner: Comm, limit_bytes: int) -> None:
+        self.rank, self.members = inner.rank, inner.members
+        self._inner, self._limit_bytes = inner, limit_bytes
+        self._open: dict[tuple[torch.dtype, torch.device], _Batch] = {}
+
+    def flush(self) -> None:
+        """Send what waits, in the order in which it was first asked for."""
+        for batch in self._open.values():
+            batch.issue(self._inner)
+        self._open.clear()
+
+    def all_sum(self, x: Tensor) -> Work[Tensor]:
+        """See `Comm.all_sum`; ``flush`` before waiting. ``x`` must not change until then."""
+        check_summable(x)
+        key = (x.dtype, x.device)
+        batch = self._open.setdefault(key, _Batch())
+        batch.tensors.append(x)
+        if num_bytes(batch.tensors) >= self._limit_bytes:
+            self._open.pop(key).issue(self._inner)
+        return _Piece(batch, len(batch.tensors) - 1)
+
+    def all_gather(self, x: Tensor) -> Work[list[Tensor]]:
+        """The inner one's, as all that follow."""
+        return self._inner.all_gather(x)
+
+    def all_to_all(self, xs: list[Tensor]) -> Work[list[Tensor]]:
+        """See `Comm.all_to_all`."""
+        return self._inner.all_to_all(xs)
+
+    def broadcast(self, x: Tensor, source: int) -> Work[Tensor]:
+        """See `Comm.broadcast`."""
+        return self._inner.broadcast(x, source)
+
+    def send(self, x: Tensor, to: int) -> Work[None]:
+        """See `Comm.send`."""
+        return self._inner.send(x, to)
+
+    def recv(self, like: Tensor, source: int | None = None) -> Work[tuple[int, Tensor]]:
+        """See `Comm.recv`."""
+        return self._inner.recv(like, source)
+
+    def sub(self, members: Sequence[int]) -> Comm:
+        """A view that joins nothing."""
+        return self._inner.sub(members)
+
+    def now(self) -> float:
+        """See `Comm.now`."""
+        return self._inner.now()

@@ -1,0 +1,100 @@
+"""The laws of every code."""
+
+import pytest
+import torch
+
+from lowcomm.tensors import digest, rng
+from tests.compressors import all_codecs
+from tests.conformance.test_compressors import KINDS, draw
+
+SHAPES = [(1, 1), (1, 17), (3, 257), (2, 64), (4, 1000), (2, 0), (0, 5)]
+NUM_DRAWS = 1000
+
+
+def stochastic(codec):
+    return getattr(codec, "stochastic", False)
+
+
+@pytest.fixture(params=all_codecs(), ids=str)
+def codec(request):
+    return request.param
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_comes_back_is_near(codec, kind, shape):
+    x = draw(kind, shape, 1).float()
+    before = digest([x])
+    num = shape[1]
+    payload = codec.encode(x, rng(0, "rounding"))
+    assert digest([x]) == before, "the input was modified"
+    assert payload.dtype == torch.uint8 and payload.shape == (shape[0], codec.num_bytes(num))
+    y = codec.decode(payload, num)
+    assert y.shape == x.shape and y.dtype == torch.float32 and y.isfinite().all()
+    delta = codec.contraction(num)
+    assert 0 < delta <= 1 or (delta == 0 and stochastic(codec))
+    if num:
+        missed, size = (y - x).double().square().sum(1), x.double().square().sum(1)
+        if not stochastic(codec):
+            assert (missed <= (1 - delta) * size * (1 + 1e-5) + 1e-30).all()
+        assert (y[size == 0] == 0).all(), "zero must stay zero"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rows_are_coded_alone(codec, shape):
+    x = draw("rows", shape, 0).float()
+    together = codec.encode(x, rng(0, "rounding"))
+    if not stochastic(codec):
+        for row, payload in zip(x, together, strict=True):
+            assert torch.equal(codec.encode(row[None])[0], payload)
+    both = torch.cat([together, together])
+    assert torch.equal(codec.decode(both, shape[1])[: shape[0]], codec.decode(together, shape[1]))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_runs_without_values(codec, shape):
+    payload = codec.encode(torch.empty(shape, device="meta"), rng(0, "rounding"))
+    assert payload.shape == (shape[0], codec.num_bytes(shape[1]))
+    assert codec.decode(payload, shape[1]).shape == shape
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e6, 1e30])
+def test_magnitudes_far_from_one(codec, scale):
+    x = draw("normal", (2, 300), 0).float() * scale
+    y = codec.decode(codec.encode(x, rng(0, "rounding")), 300)
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("codec", [codec for codec in all_codecs() if stochastic(codec)], ids=str)
+def test_random_rounding_is_right_on_average(codec, kind):
+    """The mean is x itself, and the contraction holds for the mean of squared errors."""
+    num = 97
+    x = draw(kind, (1, num), 1).float().expand(NUM_DRAWS, num)
+    y = codec.decode(codec.encode(x, rng(0, "rounding")), num).double()
+    x = x.double()
+    spread = (y - x).square().mean(0).sqrt().max()  # of one value it cannot be told if it is seldom rounded up
+    # six standard deviations of a mean; float32 rounds what the largest values are scaled by
+    assert ((y.mean(0) - x[0]).abs() <= 6 * spread / NUM_DRAWS**0.5 + 1e-6 * x.abs().max()).all()
+    if (delta := codec.contraction(num)) > 0:
+        missed, size = (y - x).square().sum(1), x[0].square().sum()
+        assert missed.mean() <= (1 - delta) * size + 6 * missed.std() / NUM_DRAWS**0.5 + 1e-12 * size
+
+
+def test_float64_comes_as_float32_would(codec):
+    x = draw("heavy", (2, 300), 0)
+    assert torch.equal(codec.encode(x, rng(0, "rounding")), codec.encode(x.float(), rng(0, "rounding")))
+
+
+def test_long_rows_are_coded_like_short_ones(codec):
+    """Rows longer than what is coded at a time, with a last block that is not full."""
+    if stochastic(codec):
+        pytest.skip("numbers are drawn in another order")
+    num = 40_009
+    x = draw("rows", (3, num), 0).float()
+    payload = codec.encode(x)
+    for row, alone in zip(x, payload, strict=True):
+        assert torch.equal(codec.encode(row[None])[0], alone)
+    y = codec.decode(payload, num)
+    missed, size = (y - x).double().square().sum(1), x.double().square().sum(1)
+    assert (missed <= (1 - codec.contraction(num)) * size * (1 + 1e-5)).all()

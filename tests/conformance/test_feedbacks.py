@@ -1,0 +1,110 @@
+"""The laws of every feedback, around every compressor."""
+
+import copy
+
+import pytest
+import torch
+
+from lowcomm.comm.echo import EchoComm
+from lowcomm.compress.cast import Cast
+from lowcomm.compress.identity import Identity
+from lowcomm.compress.quantized import Quantized
+from lowcomm.compress.top_k import TopK
+from lowcomm.reduce import Reducer
+from lowcomm.state import restore, state_tree
+from lowcomm.tensors import digest, rng
+from tests.compressors import all_compressors, all_feedbacks
+from tests.world import run_world
+
+SHAPES = [(3, 4), (0,), (), (37,), (3, 4)]
+FEW = [Identity(), Cast("bfloat16"), Quantized(), TopK(num=2, chunk=16)]
+
+
+def tensors(rank, round, scale=1.0):
+    generator = rng(1, "feedback", rank, round)
+    return [scale * torch.randn(shape, generator=generator) for shape in SHAPES]
+
+
+def rounds(reducer, state, comm, numbers):
+    """The means of each round and the last state."""
+    found = []
+    for number in numbers:
+        means, state = reducer.mean(tensors(comm.rank, number), state, comm).result()
+        found.append(digest(means))
+    return found, state
+
+
+def leaves(tree):
+    """The tensors in a `state_tree`."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    values = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else []
+    return [leaf for value in values for leaf in leaves(value)]
+
+
+@pytest.fixture(params=all_feedbacks(), ids=str)
+def feedback(request):
+    return request.param
+
+
+@pytest.mark.parametrize("compressor", all_compressors(), ids=str)
+def test_ranks_agree_bit_for_bit(feedback, compressor):
+    reducer = Reducer(compressor, feedback)
+    results = run_world(3, lambda comm: rounds(reducer, reducer.init(tensors(0, 0)), comm, range(1, 5))[0])
+    assert results[0] == results[1] == results[2]
+    assert len(set(results[0])) == 4, "what differs from round to round has the same mean"
+
+
+@pytest.mark.parametrize("compressor", all_compressors(), ids=str)
+def test_shapes_without_values_pass(feedback, compressor):
+    """As when traffic is predicted; also after the round that may be dense."""
+    reducer, xs = Reducer(compressor, feedback), [torch.empty(shape, device="meta") for shape in SHAPES]
+    state = reducer.init(xs)
+    for _ in range(2):
+        means, state = reducer.mean(xs, state, EchoComm(3)).result()
+        assert [(m.shape, m.dtype, m.is_meta) for m in means] == [(x.shape, x.dtype, True) for x in xs]
+    reducer.resync(state, EchoComm(3)).result()
+
+
+@pytest.mark.parametrize("compressor", FEW, ids=str)
+def test_states_are_not_modified_and_share_nothing_with_the_means(feedback, compressor):
+    reducer, comm = Reducer(compressor, feedback), EchoComm(2)
+    state = reducer.init(tensors(0, 0))
+    for number in range(1, 4):
+        before = digest(leaves(state_tree(state)))
+        means, after = reducer.mean(tensors(0, number), state, comm).result()
+        again, _ = reducer.mean(tensors(0, number), state, comm).result()
+        reducer.resync(state, comm).result()
+        assert digest(means) == digest(again), "a round that failed would start again from another state"
+        assert digest(leaves(state_tree(state))) == before
+        kept = digest(leaves(state_tree(after)))
+        for mean in means:
+            mean.fill_(7.0)
+        assert digest(leaves(state_tree(after))) == kept, "a mean is the caller's, the state is not"
+        state = after
+
+
+@pytest.mark.parametrize("compressor", FEW, ids=str)
+def test_zeros_stay_zero(feedback, compressor):
+    reducer, xs = Reducer(compressor, feedback), tensors(0, 0, scale=0.0)
+    state = reducer.init(xs)
+    for _ in range(3):
+        means, state = reducer.mean(xs, state, EchoComm(2)).result()
+        assert all(mean.count_nonzero() == 0 for mean in means)
+
+
+@pytest.mark.parametrize("compressor", FEW, ids=str)
+@pytest.mark.parametrize("stop", [1, 3])
+def test_a_state_restored_in_the_middle_goes_on_bitwise(feedback, compressor, stop):
+    reducer = Reducer(compressor, feedback)
+
+    def program(comm):
+        whole, _ = rounds(reducer, reducer.init(tensors(0, 0)), comm, range(1, 7))
+        first, state = rounds(reducer, reducer.init(tensors(0, 0)), comm, range(1, stop + 1))
+        tree = copy.deepcopy(state_tree(state))
+        rounds(reducer, state, comm, range(8, 10))  # what happens later to the state that was saved is no matter
+        second, _ = rounds(reducer, restore(reducer.init(tensors(0, 0)), tree), comm, range(stop + 1, 7))
+        return whole, first + second
+
+    for whole, parts in run_world(2, program):
+        assert whole == parts

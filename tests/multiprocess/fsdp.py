@@ -1,0 +1,78 @@
+"""Trains a small model with FSDP2 in two islands of two ranks, lowcomm's hook between them; for test_fsdp_hook.
+
+Usage: torchrun --nproc_per_node=4 ... tests/multiprocess/fsdp.py OUT
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import lowcomm
+from lowcomm.compress.quantized import Quantized
+from lowcomm.feedback.ef14 import EF14
+from lowcomm.tensors import rng
+
+STEPS = 6
+REDUCERS = {"exact": lowcomm.Reducer(), "quantized": lowcomm.Reducer(Quantized(), EF14())}
+
+
+def plain():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 5)).double()
+
+
+def sharded(mesh, hook, start=None):
+    model = plain()
+    if start is not None:
+        model.load_state_dict(start)
+    for module in (model[0], model):
+        fully_shard(module, mesh=mesh["shard"])
+    hook.register(model)
+    return model
+
+
+def loss(model, rank, t):
+    return model(torch.randn(8, 12, generator=rng(0, "x", rank, t), dtype=torch.float64)).square().mean()
+
+
+def train(model, rank, steps):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for t in steps:
+        optimizer.zero_grad()
+        loss(model, rank, t).backward()
+        optimizer.step()
+    return {name: p.detach().full_tensor() for name, p in model.named_parameters()}
+
+
+def one_process(num_ranks):
+    """The parameters of large batches."""
+    model = plain()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for t in range(1, STEPS + 1):
+        optimizer.zero_grad()
+        (sum(loss(model, rank, t) for rank in range(num_ranks)) / num_ranks).backward()
+        optimizer.step()
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    comm = lowcomm.connect("gloo", timeout_s=60)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("island", "shard"))
+    replicas = comm.sub(range(comm.rank % 2, 4, 2))
+    results = {}
+    for name, reducer in REDUCERS.items():
+        results[name] = train(sharded(mesh, lowcomm.fsdp_hook(reducer, replicas)), comm.rank, range(1, STEPS + 1))
+        hook = lowcomm.fsdp_hook(reducer, replicas)
+        half = train(sharded(mesh, hook), comm.rank, range(1, 4))
+        path = Path(sys.argv[1]) / f"half{comm.rank}.pt"
+        torch.save(hook.state_dict(), path)
+        hook = lowcomm.fsdp_hook(reducer, replicas)
+        hook.load_state_dict(torch.load(path))
+        results[f"{name} resumed"] = train(sharded(mesh, hook, half), comm.rank, range(4, STEPS + 1))
+    torch.save(results, Path(sys.argv[1]) / f"rank{comm.rank}.pt")
+    lowcomm.disconnect()

@@ -1,0 +1,59 @@
+"""lowcomm's hook between islands of FSDP2, on four gloo processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import lowcomm
+from lowcomm.compress.power_sgd import PowerSGD
+from tests.multiprocess.fsdp import REDUCERS, one_process, plain
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Each rank's parameters after the last step, by case."""
+    out = tmp_path_factory.mktemp("fsdp")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
+    done = subprocess.run(
+        [*command, "tests/multiprocess/fsdp.py", str(out)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(out / f"rank{rank}.pt") for rank in range(4)]
+
+
+def equal(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("name", REDUCERS)
+def test_ranks_stay_equal_and_resume_bitwise(results, name):
+    for result in results:
+        assert equal(result[name], results[0][name])
+        assert equal(result[name], result[f"{name} resumed"])
+
+
+def test_the_mean_is_that_of_all_ranks(results):
+    expected, start = one_process(4), dict(plain().named_parameters())
+    for name, x in expected.items():
+        assert torch.allclose(results[0]["exact"][name], x, rtol=1e-10, atol=1e-12)
+        apart = (results[0]["quantized"][name] - x).norm()
+        assert 0 < apart < 0.1 * (x - start[name]).norm()
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="whole tensors"):
+        lowcomm.fsdp_hook(lowcomm.Reducer(PowerSGD()), lowcomm.SoloComm())
+    with pytest.raises(ValueError, match="fully_shard"):
+        lowcomm.fsdp_hook(lowcomm.Reducer(), lowcomm.SoloComm()).register(nn.Linear(2, 2))
