@@ -3,12 +3,14 @@
     python -m benchmarks.compressed_language_model --train english_train.txt.xz --validation english_val.txt.xz
 
 Each run is a `lowcomm simulate` of its own: the replicas share one device, only the wire differs. Bytes are those that
-a replica hands to the wire, evaluation left out. Beside the record lie pareto.png and each run's summary line.
+a replica hands to the wire, evaluation left out. Beside the record lies pareto.png. With --go_on the runs that stand in
+the record of the same name, made with the same arguments, are kept and the others added.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -23,6 +25,8 @@ from benchmarks.record import ROOT, parser, table, write_record
 from lowcomm.metrics import read, si
 
 Parts = dict[str, Any]
+# that a run may be added to a record with others of: everything else must be equal
+FREE = ("only", "jobs", "go_on")
 
 
 def part(name: str, **options: Any) -> Parts:
@@ -152,6 +156,24 @@ def save(given: argparse.Namespace, runs: dict[str, dict[str, Any]]) -> Path:
     return record
 
 
+def kept_runs(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The runs of the record of this name.
+
+    Raises:
+        ValueError: when there is none, or it was made with other arguments.
+    """
+    path = given.out / given.name / "record.json"
+    if not path.exists():
+        raise ValueError(f"there is no {path} to go on with")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    now = {key: value.name if isinstance(value, Path) else value for key, value in vars(given).items()}
+    other = [key for key, value in record["arguments"].items() if key not in FREE and now[key] != value]
+    if other:
+        raise ValueError(f"{path} was made with other {other}; give the same, or another --name")
+    results: dict[str, dict[str, Any]] = record["results"]
+    return results
+
+
 def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
     """Loss against bytes; the line joins the runs that no other beats in both."""
     from matplotlib.figure import Figure
@@ -196,23 +218,25 @@ def main() -> None:
     flags.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     flags.add_argument("--jobs", type=int, default=1, help="runs at a time")
     flags.add_argument("--seed", type=int, default=0)
+    flags.add_argument("--go_on", action="store_true", help="keep the runs of the record that is there")
     given = flags.parse_args()
     known = variants()
     if unknown := set(given.only or []) - set(known):
         flags.error(f"--only {sorted(unknown)} are unknown; there are {list(known)}")
-    chosen = {name: options for name, options in known.items() if given.only is None or name in given.only}
-    ended: dict[str, dict[str, Any]] = {}
+    ended = kept_runs(given) if given.go_on else {}
+    wanted = [name for name in known if name not in ended and (given.only is None or name in given.only)]
+    chosen = {name: known[name] for name in wanted}
     failed: list[str] = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(given.jobs) as pool:
         futures = {name: pool.submit(simulate, given, name, options, Path(folder)) for name, options in chosen.items()}
         for name, future in futures.items():
             try:
                 ended[name] = future.result()
-                record = save(given, ended)
+                record = save(given, {name: ended[name] for name in known if name in ended})
             except RuntimeError as error:
                 failed.append(str(error))
                 print(f"failed: {error}", file=sys.stderr, flush=True)
-    if ended:
+    if len(failed) < len(chosen):
         print((record / "summary.md").read_text(encoding="utf-8"))
         print(f"record: {record}")
     if failed:

@@ -89,9 +89,9 @@ class Absmax(BlockCodec):
         """See `BlockCodec.decoder`."""
         look = lookup(range(-self._limit, self._limit + 1), 4, device) if self.bits == 4 else None
 
-        def decode(header: Tensor, codes: Tensor, width: int) -> Tensor:
-            values = look(codes)[:, :width] if look else codes.view(torch.int8).to(torch.float32)
-            return values.mul_(scale_from_bytes(header, self.scale))
+        def decode(header: Tensor, codes: Tensor, out: Tensor) -> None:
+            values = look(codes)[:, : out.shape[1]] if look else codes.view(torch.int8).to(torch.float32)
+            torch.mul(values, scale_from_bytes(header, self.scale), out=out)
 
         return decode
 

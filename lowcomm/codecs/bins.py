@@ -81,12 +81,12 @@ class Bins(BlockCodec):
         """See `BlockCodec.decoder`."""
         each = unpack(torch.arange(256, dtype=torch.uint8)[:, None], 4, 2).to(torch.int32).view(-1).to(device)
 
-        def decode(header: Tensor, codes: Tensor, width: int) -> Tensor:
+        def decode(header: Tensor, codes: Tensor, out: Tensor) -> None:
             # for each block a table of what a whole byte stands for, so that four values are looked up at once
             tables = from_bytes(header, torch.float32).index_select(1, each)
             offset = torch.arange(0, 256 * header.shape[0], 256, dtype=torch.int32, device=device)[:, None]
             entries = tables.view(-1, 4).view(torch.complex128).view(-1)
             found = entries.index_select(0, (codes.to(torch.int32) + offset).view(-1))
-            return found.view(torch.float32).view(codes.shape[0], -1)[:, :width]
+            out.copy_(found.view(torch.float32).view(codes.shape[0], -1)[:, : out.shape[1]])
 
         return decode

@@ -5,7 +5,7 @@ A payload is the headers of all blocks, then the codes of all blocks. The last b
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -15,14 +15,15 @@ from torch import Tensor
 from lowcomm.codecs.base import Codec
 from lowcomm.codecs.packing import pack, packed_bytes
 
-# On CPUs this many values at a time: what one pass over them leaves in the cache the next one finds there, and torch
-# runs most operations on fewer than 32768 elements in the calling thread. (Not round, floor, sqrt and aminmax: on busy
-# cores these cost a hundred times as much, so codes do without.)
-CPU_SLICE = 32767
-OTHER_SLICE = 2**26  # elsewhere only memory counts
+# On CPUs this many values at a time: what one pass over them leaves in the cache the next one finds there. Where torch
+# has several threads it still runs most operations on fewer than 32768 elements in the calling one; on busy cores others
+# cost a hundred times as much. (Not round, floor, sqrt and aminmax, which always share: codes do without.)
+SHARED_CPU_SLICE = 32767
+CPU_SLICE = 2**17
+OTHER_SLICE = 2**24  # elsewhere only memory counts
 
 BlockEncoder = Callable[[Tensor], tuple[Tensor, Tensor]]
-BlockDecoder = Callable[[Tensor, Tensor, int], Tensor]
+BlockDecoder = Callable[[Tensor, Tensor, Tensor], object]
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Layout:
             )
 
 
-class BlockCodec(Codec):
+class BlockCodec(Codec, ABC):
     """A code of blocks: says how one is coded; rows, payloads and speed are seen to here."""
 
     @abstractmethod
@@ -68,7 +69,10 @@ class BlockCodec(Codec):
 
     @abstractmethod
     def decoder(self, device: torch.device) -> BlockDecoder:
-        """A function from headers, packed codes and a width to float32 ``[num, width]``."""
+        """A function that takes headers and packed codes and writes values to its third argument.
+
+        That is float32 ``[num, width]``, contiguous: the result itself where possible, which spares a copy.
+        """
 
     def num_bytes(self, num: int) -> int:
         """Headers and codes."""
@@ -102,7 +106,13 @@ class BlockCodec(Codec):
         for part in _parts(x, num, layout):
             header = payload[part.rows, part.headers].reshape(-1, layout.header_bytes)
             codes = payload[part.rows, part.codes].reshape(-1, packed_bytes(part.width, layout.bits))
-            x[part.rows, part.values] = decode(header, codes, part.width).reshape(part.rows.stop - part.rows.start, -1)
+            target = x[part.rows, part.values]
+            if target.is_contiguous():
+                decode(header, codes, target.view(-1, part.width))
+            else:
+                values = torch.empty(codes.shape[0], part.width, device=x.device)
+                decode(header, codes, values)
+                target.copy_(values.view(target.shape))
         return x
 
 
@@ -119,7 +129,9 @@ class _Part:
 
 def _parts(like: Tensor, num: int, layout: Layout) -> Iterator[_Part]:
     """All blocks of ``like``, ``[rows, num]``, in an order that depends on shapes only."""
-    limit = CPU_SLICE if like.device.type == "cpu" else OTHER_SLICE
+    limit = OTHER_SLICE
+    if like.device.type == "cpu":
+        limit = CPU_SLICE if torch.get_num_threads() == 1 else SHARED_CPU_SLICE
     block, num_rows = layout.block, like.shape[0]
     num_whole, rest = divmod(num, block)
     first_code = (num_whole + (rest > 0)) * layout.header_bytes

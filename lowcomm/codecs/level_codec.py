@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,7 @@ class Levels:
     scale: ScaleFormat
 
 
-class LevelCodec(BlockCodec):
+class LevelCodec(BlockCodec, ABC):
     """The nearest level of each value, in the linear domain."""
 
     @abstractmethod
@@ -63,7 +63,7 @@ class LevelCodec(BlockCodec):
         levels = self.levels()
         look = lookup(levels.values, 4, device)
 
-        def decode(header: Tensor, codes: Tensor, width: int) -> Tensor:
-            return look(codes)[:, :width].mul_(scale_from_bytes(header, levels.scale))
+        def decode(header: Tensor, codes: Tensor, out: Tensor) -> None:
+            torch.mul(look(codes)[:, : out.shape[1]], scale_from_bytes(header, levels.scale), out=out)
 
         return decode

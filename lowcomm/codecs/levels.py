@@ -12,7 +12,7 @@ from torch import Tensor
 from lowcomm.codecs.packing import unpack
 from lowcomm.codecs.scales import SCALE_GROWTH, ScaleFormat
 
-CELLS = 2**14  # their table fits into the fastest cache
+CELLS = 2**16
 # float32 arithmetic itself misses by parts in 2^24; no bound is sharper than its square, with room to spare
 ROUNDING = 1e-12
 
@@ -20,7 +20,7 @@ ROUNDING = 1e-12
 def nearest_level(levels: Sequence[float], reach: float, device: torch.device) -> Callable[[Tensor], Tensor]:
     """A function from float32 in [-reach, reach] to the place of the nearest level, uint8; beyond counts as the end.
 
-    ``levels`` ascend and hold 0. The answer is looked up for one of at most 2^14 cells, by the end of the cell that is
+    ``levels`` ascend and hold 0. The answer is looked up for one of at most 2^16 cells, by the end of the cell that is
     next to zero: within a cell of the middle of two levels the smaller magnitude may be taken.
     """
     cell = cell_size(reach)

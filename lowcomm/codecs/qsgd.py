@@ -74,7 +74,7 @@ class QSGD(BlockCodec):
         s = self.num_levels
         look = lookup([level / s for level in range(-s, s + 1)], self.layout().bits, device)
 
-        def decode(header: Tensor, codes: Tensor, width: int) -> Tensor:
-            return look(codes)[:, :width].mul_(from_bytes(header, torch.float32))
+        def decode(header: Tensor, codes: Tensor, out: Tensor) -> None:
+            torch.mul(look(codes)[:, : out.shape[1]], from_bytes(header, torch.float32), out=out)
 
         return decode

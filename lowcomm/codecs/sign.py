@@ -51,7 +51,7 @@ class Sign(BlockCodec):
         """See `BlockCodec.decoder`."""
         look = lookup((-1.0, 1.0), 1, device)
 
-        def decode(header: Tensor, codes: Tensor, width: int) -> Tensor:
-            return look(codes)[:, :width].mul_(from_bytes(header, torch.float32))
+        def decode(header: Tensor, codes: Tensor, out: Tensor) -> None:
+            torch.mul(look(codes)[:, : out.shape[1]], from_bytes(header, torch.float32), out=out)
 
         return decode

@@ -70,11 +70,11 @@ class SignMagnitude(BlockCodec):
     def decoder(self, device: torch.device) -> BlockDecoder:
         """See `BlockCodec.decoder`."""
 
-        def decode(header: Tensor, codes: Tensor, width: int) -> Tensor:
+        def decode(header: Tensor, codes: Tensor, out: Tensor) -> None:
             small, large = from_bytes(header, torch.bfloat16).float().split(1, 1)
-            each = unpack(codes, width, 2)
+            each = unpack(codes, out.shape[1], 2)
             magnitude = torch.where((each & 1).bool(), large, small)
-            return torch.where((each & 2).bool(), -magnitude, magnitude)
+            torch.where((each & 2).bool(), -magnitude, magnitude, out=out)
 
         return decode
 

@@ -33,12 +33,11 @@ class EF21PlusState:
     """What all know of each other.
 
     Attributes:
-        known: g of each member in members' order, ``[n, *shape]``, equal on all ranks; before the first round there
-            are no rows.
+        known: g of each member in members' order, ``[n, *shape]``, equal on all ranks; None before the first round.
         mine: this rank's row of it.
     """
 
-    known: Tensor
+    known: Tensor | None
     mine: Tensor
 
 
@@ -71,20 +70,20 @@ class EF21Plus(Compressor[EF21PlusState]):
 
     def init(self, like: Tensor) -> EF21PlusState:
         """Nobody knows anybody."""
-        return EF21PlusState(like.new_zeros((0, *like.shape)), torch.zeros_like(like))
+        return EF21PlusState(None, torch.zeros_like(like))
 
     def mean(
         self, x: Tensor, state: EF21PlusState, comm: Comm
     ) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, EF21PlusState]]:
         """One all-gather of a flag and a code."""
-        if self.dense_first and len(state.known) == 0:
+        if self.dense_first and state.known is None:
             return _round((yield comm.all_gather(x)), comm)
         flat, mine = x.reshape(-1), state.mine.reshape(-1)
         whole, change = self._encode(flat), self._encode(flat - mine)
         is_whole = self._error(whole, flat) < self._error(change, flat - mine)
         code = torch.where(is_whole, whole, change)
         gathered = yield comm.all_gather(torch.cat([is_whole.to(torch.uint8).view(1), code]))
-        known = state.known if len(state.known) else x.new_zeros((len(comm.members), *x.shape))
+        known = x.new_zeros((len(comm.members), *x.shape)) if state.known is None else state.known
         messages = torch.stack(gathered)
         heard = self._decode(messages[:, _FLAG_BYTES:], flat).view(known.shape)
         is_whole = (messages[:, 0] == 1).view(-1, *[1] * x.dim())
@@ -96,7 +95,7 @@ class EF21Plus(Compressor[EF21PlusState]):
 
     def resync(self, state: EF21PlusState, comm: Comm) -> Generator[Work[Any], Any, EF21PlusState]:
         """Everybody tells its g, uncompressed; a fresh member has g = 0."""
-        is_new = state.mine.new_full((1,), 1.0 if len(state.known) == 0 else 0.0)
+        is_new = state.mine.new_full((1,), 1.0 if state.known is None else 0.0)
         gathered = yield comm.all_gather(torch.cat([state.mine.reshape(-1), is_new]))
         rows = torch.stack(gathered)
         if not rows.is_meta and rows[:, -1].all():  # before the first round

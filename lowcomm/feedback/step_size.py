@@ -22,7 +22,11 @@ def dense(smoothness: float) -> float:
 
 
 def ef21(smoothness: float, local: Sequence[float], contraction: float) -> float:
-    """EF21: 1 / (L + xi(delta) times the quadratic mean of the L_i)."""
+    """EF21: 1 / (L + xi(delta) times the quadratic mean of the L_i).
+
+    EControl, which is EF21 where its eta is 0, is compared at multiples of this too: its own guarantee is for eta =
+    delta / 400.
+    """
     _check(smoothness, local)
     return 1.0 / (smoothness + sqrt(fsum(x * x for x in local) / len(local)) * _xi(contraction))
 

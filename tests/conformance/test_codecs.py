@@ -98,3 +98,15 @@ def test_long_rows_are_coded_like_short_ones(codec):
     y = codec.decode(payload, num)
     missed, size = (y - x).double().square().sum(1), x.double().square().sum(1)
     assert (missed <= (1 - codec.contraction(num)) * size * (1 + 1e-5)).all()
+
+
+def test_payloads_do_not_depend_on_the_number_of_threads(codec):
+    x = draw("heavy", (2, 140_001), 0).float()
+    threads, payloads = torch.get_num_threads(), []
+    try:
+        for num_threads in (1, 2):
+            torch.set_num_threads(num_threads)
+            payloads.append(codec.encode(x, rng(0, "rounding")))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*payloads)

@@ -7,6 +7,7 @@ import torch
 
 from lowcomm.comm.echo import EchoComm
 from lowcomm.compress.cast import Cast
+from lowcomm.compress.ef21_plus import EF21Plus
 from lowcomm.compress.identity import Identity
 from lowcomm.compress.quantized import Quantized
 from lowcomm.compress.top_k import TopK
@@ -17,7 +18,7 @@ from tests.compressors import all_compressors, all_feedbacks
 from tests.world import run_world
 
 SHAPES = [(3, 4), (0,), (), (37,), (3, 4)]
-FEW = [Identity(), Cast("bfloat16"), Quantized(), TopK(num=2, chunk=16)]
+FEW = [Identity(), Cast("bfloat16"), Quantized(), TopK(num=2, chunk=16), EF21Plus()]
 
 
 def tensors(rank, round, scale=1.0):
