@@ -9,6 +9,8 @@ ROOT = Path(__file__).parent
 
 HF = ["transformers>=4.57", "datasets>=4.0", "tokenizers>=0.22", "pyarrow>=18"]
 REPORT = ["matplotlib>=3.9", "jinja2>=3.1"]
+# what benchmarks set beside lowcomm or read data with
+BENCH = ["bitsandbytes>=0.50", "torchao>=0.18", "simpy>=4.1", "scikit-learn>=1.6"]
 DEV = [
     "pytest>=8.4",
     "pytest-timeout>=2.3",
@@ -18,10 +20,6 @@ DEV = [
     "mypy>=1.18",
     "types-PyYAML>=6.0",
     "types-greenlet>=3.1",
-    "simpy>=4.1",
-    "scikit-learn>=1.6",
-    "bitsandbytes>=0.50",
-    "torchao>=0.18",
     *HF,
     *REPORT,
     "tensorboard>=2.18",
@@ -63,6 +61,7 @@ setup(
         "hf": HF,
         "report": REPORT,
         "dev": DEV,
+        "bench": BENCH,
     },
     entry_points={"console_scripts": ["lowcomm = lowcomm.cli:main"]},
 )

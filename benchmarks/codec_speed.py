@@ -3,17 +3,20 @@
     python -m benchmarks.codec_speed
 
 In every repetition each code takes its turn, so that all see the same machine. Rates are bytes of float32 values over
-time, medians with the quartiles. Needs bitsandbytes and torchao: pip install 'lowcomm[dev]'.
-Libraries share their work among threads and so slow down on busy cores: leave the machine alone meanwhile.
+time, medians with the quartiles. Needs bitsandbytes and torchao: pip install 'lowcomm[bench]'.
+Libraries share their work among threads and so slow down on busy cores: leave the machine alone meanwhile. The record
+says how far that was so (on Linux).
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,8 +100,8 @@ def ours(num: int) -> Iterator[Coder]:
 
 def theirs() -> Iterator[Coder]:
     """The same formats in other libraries, with the nearest that each has; torchao does not pack 4 bits."""
-    bnb = require("bitsandbytes.functional", "lowcomm[dev]")
-    ao = require("torchao.quantization.quant_primitives", "lowcomm[dev]")
+    bnb = require("bitsandbytes.functional", "lowcomm[bench]")
+    ao = require("torchao.quantization.quant_primitives", "lowcomm[bench]")
     yield Coder(
         "int8, blocks of 256",
         "bitsandbytes quantize_blockwise (dynamic)",
@@ -188,6 +191,12 @@ def _passed(coder: Coder, x: Tensor) -> tuple[float, float]:
     return middle - start, time.perf_counter() - middle
 
 
+def busy_s() -> float:
+    """Seconds that all cores together have worked since the machine started."""
+    user, nice, system = Path("/proc/stat").read_text(encoding="utf-8").split()[1:4]
+    return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 def ratios(rows: list[Row]) -> dict[str, dict[str, float]]:
     """By format that a library has too: our median rate over the best of theirs, encoding and decoding."""
     found: dict[str, dict[str, float]] = {}
@@ -201,7 +210,7 @@ def ratios(rows: list[Row]) -> dict[str, dict[str, float]]:
     return found
 
 
-def summary(rows: list[Row], given: argparse.Namespace) -> str:
+def summary(rows: list[Row], given: argparse.Namespace, others: float) -> str:
     """Both tables, and what they say about the bar."""
     formats = list(dict.fromkeys(row.format for row in rows))
     ordered = sorted(rows, key=lambda row: (formats.index(row.format), row.name != "lowcomm"))
@@ -218,8 +227,10 @@ def summary(rows: list[Row], given: argparse.Namespace) -> str:
     verdict = "none is" if least >= ENOUGH else "NOT all are within the bar: at least one is"
     return "\n\n".join(
         [
-            f"{given.num:,} normal values, {given.repetitions} repetitions by turns, threads: {torch.get_num_threads()} "
-            f"(lowcomm's codes with blocks use one). Rates in GB/s of float32 values, medians with the quartiles.",
+            f"{given.num:,} normal values, {given.repetitions} repetitions by turns, threads: "
+            f"{torch.get_num_threads()} (lowcomm's codes with blocks use one). "
+            f"Rates in GB/s of float32 values, medians with the quartiles. Other processes took {others:.0%} of the "
+            f"cores' time.",
             table(["format", "code", "error", "encode", "decode"], cells),
             "Our median rate over the best library's:",
             table(
@@ -242,9 +253,13 @@ def main() -> None:
     if given.threads is not None:
         torch.set_num_threads(given.threads)
     x = torch.randn(given.num, generator=rng(0, "values"))
-    rows = measure([*ours(given.num), *theirs()], x, given.repetitions)
-    results = {"rows": [asdict(row) for row in rows], "ratios": ratios(rows)}
-    print(write_record(given, results, summary(rows, given)))
+    coders = [*ours(given.num), *theirs()]
+    start, all_before, own_before = time.perf_counter(), busy_s(), time.process_time()
+    rows = measure(coders, x, given.repetitions)
+    work_s = (time.perf_counter() - start) * (os.cpu_count() or 1)
+    others = max(0.0, busy_s() - all_before - (time.process_time() - own_before)) / work_s
+    results = {"rows": [asdict(row) for row in rows], "ratios": ratios(rows), "share_of_others": others}
+    print(write_record(given, results, summary(rows, given, others)))
 
 
 if __name__ == "__main__":

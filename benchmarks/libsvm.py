@@ -14,6 +14,8 @@ The table counts rounds until the squared norm of the full gradient is at most 1
 implementation's figures for the same problem. The pictures show that norm against what a worker has sent: by the
 custom of these papers, 32 bits for a value and nothing else, and in the bits of its real messages with places, scales,
 flags and the first, uncompressed round.
+
+Needs scikit-learn: pip install 'lowcomm[bench]'.
 """
 
 from __future__ import annotations

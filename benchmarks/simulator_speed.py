@@ -14,6 +14,8 @@ real     Replicas of a Llama take the steps and the round of the quick start's D
          loop over the same engines, batches and algorithm, where each rank hears its own echo. In turns.
 
 Seconds are the process's CPU time, as the machine may be shared; those of the wall are recorded beside them.
+
+Needs SimPy: pip install 'lowcomm[bench]'.
 """
 
 from __future__ import annotations

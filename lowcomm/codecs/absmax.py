@@ -90,8 +90,11 @@ class Absmax(BlockCodec):
         look = lookup(range(-self._limit, self._limit + 1), 4, device) if self.bits == 4 else None
 
         def decode(header: Tensor, codes: Tensor, out: Tensor) -> None:
-            values = look(codes)[:, : out.shape[1]] if look else codes.view(torch.int8).to(torch.float32)
-            torch.mul(values, scale_from_bytes(header, self.scale), out=out)
+            if look:
+                look(codes, out)
+            else:
+                out.copy_(codes.view(torch.int8))
+            out.mul_(scale_from_bytes(header, self.scale))
 
         return decode
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lowcomm.codecs.blocks import BlockCodec, BlockDecoder, BlockEncoder, Layout
+from lowcomm.codecs.levels import look_up_bytes
 from lowcomm.codecs.packing import as_bytes, from_bytes, unpack
 
 
@@ -85,8 +86,6 @@ class Bins(BlockCodec):
             # for each block a table of what a whole byte stands for, so that four values are looked up at once
             tables = from_bytes(header, torch.float32).index_select(1, each)
             offset = torch.arange(0, 256 * header.shape[0], 256, dtype=torch.int32, device=device)[:, None]
-            entries = tables.view(-1, 4).view(torch.complex128).view(-1)
-            found = entries.index_select(0, (codes.to(torch.int32) + offset).view(-1))
-            out.copy_(found.view(torch.float32).view(codes.shape[0], -1)[:, : out.shape[1]])
+            look_up_bytes(tables.view(-1, 4), (codes.to(torch.int32) + offset).view(-1), out)
 
         return decode

@@ -16,8 +16,8 @@ from lowcomm.codecs.base import Codec
 from lowcomm.codecs.packing import pack, packed_bytes
 
 # On CPUs this many values at a time: what one pass over them leaves in the cache the next one finds there. Where torch
-# has several threads it still runs most operations on fewer than 32768 elements in the calling one; on busy cores others
-# cost a hundred times as much. (Not round, floor, sqrt and aminmax, which always share: codes do without.)
+# has several threads it still runs most operations on fewer than 32768 elements in the calling one; on busy cores
+# others cost a hundred times as much. (Not round, floor, sqrt and aminmax, which always share: codes do without.)
 SHARED_CPU_SLICE = 32767
 CPU_SLICE = 2**17
 OTHER_SLICE = 2**24  # elsewhere only memory counts
@@ -89,12 +89,10 @@ class BlockCodec(Codec, ABC):
         if x.is_meta or x.numel() == 0:
             return payload
         layout, encode = self.layout(), self.encoder(x.device, random)
-        for part in _parts(x, x.shape[1], layout):
-            cut = x[part.rows, part.values].to(torch.float32).reshape(-1, part.width)
-            header, codes = encode(cut)
-            num_rows = part.rows.stop - part.rows.start
-            payload[part.rows, part.headers] = header.view(num_rows, -1)
-            payload[part.rows, part.codes] = pack(codes, layout.bits).view(num_rows, -1)
+        for values, headers, codes, width in _parts(x, payload, layout):
+            header, code = encode(values.to(torch.float32).reshape(-1, width))
+            headers.copy_(header.view(headers.shape))
+            codes.copy_(pack(code, layout.bits).view(codes.shape))
         return payload
 
     def decode(self, payload: Tensor, num: int) -> Tensor:
@@ -103,54 +101,44 @@ class BlockCodec(Codec, ABC):
         if payload.is_meta or x.numel() == 0:
             return x
         layout, decode = self.layout(), self.decoder(payload.device)
-        for part in _parts(x, num, layout):
-            header = payload[part.rows, part.headers].reshape(-1, layout.header_bytes)
-            codes = payload[part.rows, part.codes].reshape(-1, packed_bytes(part.width, layout.bits))
-            target = x[part.rows, part.values]
-            if target.is_contiguous():
-                decode(header, codes, target.view(-1, part.width))
-            else:
-                values = torch.empty(codes.shape[0], part.width, device=x.device)
-                decode(header, codes, values)
-                target.copy_(values.view(target.shape))
+        for values, headers, codes, width in _parts(x, payload, layout):
+            whole = values.is_contiguous()
+            out = (values if whole else torch.empty(values.shape, device=x.device)).view(-1, width)
+            header = headers.reshape(-1, layout.header_bytes)
+            decode(header, codes.reshape(-1, packed_bytes(width, layout.bits)), out)
+            if not whole:
+                values.copy_(out.view(values.shape))
         return x
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Blocks of one width that are coded together, and where they lie in rows and payloads."""
+def _parts(x: Tensor, payload: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
+    """Values, headers and codes of blocks that are coded together, as views, and the width of these blocks.
 
-    rows: slice
-    values: slice
-    headers: slice
-    codes: slice
-    width: int
-
-
-def _parts(like: Tensor, num: int, layout: Layout) -> Iterator[_Part]:
-    """All blocks of ``like``, ``[rows, num]``, in an order that depends on shapes only."""
+    In an order that depends on shapes only: whole blocks row by row, then the last ones of all rows.
+    """
     limit = OTHER_SLICE
-    if like.device.type == "cpu":
+    if x.device.type == "cpu":
         limit = CPU_SLICE if torch.get_num_threads() == 1 else SHARED_CPU_SLICE
-    block, num_rows = layout.block, like.shape[0]
+    (num_rows, num), block = x.shape, layout.block
     num_whole, rest = divmod(num, block)
-    first_code = (num_whole + (rest > 0)) * layout.header_bytes
-
-    def part(row: int, row_end: int, start: int, end: int, width: int) -> _Part:  # blocks [start, end)
-        values = slice(start * block, min(end * block, num))
-        codes = slice(
-            first_code + start * packed_bytes(block, layout.bits), first_code + packed_bytes(values.stop, layout.bits)
-        )
-        headers = slice(start * layout.header_bytes, end * layout.header_bytes)
-        return _Part(slice(row, row_end), values, headers, codes, width)
+    end, last = num_whole * block, num_whole * layout.header_bytes
+    headers, codes = payload.split([last + (rest > 0) * layout.header_bytes, packed_bytes(num, layout.bits)], 1)
+    code_bytes = packed_bytes(block, layout.bits)
 
     if num_whole:
         at_once = max(1, limit // block)  # blocks
         rows_at_once = max(1, at_once // num_whole)
         for row in range(0, num_rows, rows_at_once):
-            for start in range(0, num_whole, at_once):
-                yield part(row, min(row + rows_at_once, num_rows), start, min(start + at_once, num_whole), block)
+            rows = slice(row, row + rows_at_once)
+            for part in zip(
+                x[rows, :end].split(at_once * block, 1),
+                headers[rows, :last].split(at_once * layout.header_bytes, 1),
+                codes[rows, : num_whole * code_bytes].split(at_once * code_bytes, 1),
+                strict=True,
+            ):
+                yield *part, block
     if rest:
         rows_at_once = max(1, limit // rest)
         for row in range(0, num_rows, rows_at_once):
-            yield part(row, min(row + rows_at_once, num_rows), num_whole, num_whole + 1, rest)
+            rows = slice(row, row + rows_at_once)
+            yield x[rows, end:], headers[rows, last:], codes[rows, num_whole * code_bytes :], rest

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowcomm.codecs.blocks import BlockCodec, BlockDecoder, BlockEncoder, Layout
-from lowcomm.codecs.levels import contraction_of_nearest, lookup
+from lowcomm.codecs.levels import contraction_of_nearest
 from lowcomm.codecs.scales import SCALE_BYTES, ScaleFormat, check_scale, scale_from_bytes, scale_to_bytes
 
 DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -60,10 +60,15 @@ class FP8(BlockCodec):
 
     def decoder(self, device: torch.device) -> BlockDecoder:
         """See `BlockCodec.decoder`."""
-        look = lookup(self._values(), 8, device)  # several times as fast on CPUs as a cast
+        e4m3 = self.kind == "e4m3"
 
         def decode(header: Tensor, codes: Tensor, out: Tensor) -> None:
-            torch.mul(look(codes), scale_from_bytes(header, self.scale), out=out)
+            # On CPUs several times as fast as a cast: the bits stand in a float16 as they do here, those of e5m2 with
+            # the same exponent, those of e4m3 with one that is 8 less. Neither code holds infinities or NaNs.
+            half = codes.view(torch.int8).to(torch.int16)
+            half = (half << 7) & ~0x4000 if e4m3 else half << 8
+            step = scale_from_bytes(header, self.scale)
+            out.copy_(half.view(torch.float16)).mul_(step * 256 if e4m3 else step)
 
         return decode
 

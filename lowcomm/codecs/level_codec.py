@@ -64,6 +64,7 @@ class LevelCodec(BlockCodec, ABC):
         look = lookup(levels.values, 4, device)
 
         def decode(header: Tensor, codes: Tensor, out: Tensor) -> None:
-            torch.mul(look(codes)[:, : out.shape[1]], scale_from_bytes(header, levels.scale), out=out)
+            look(codes, out)
+            out.mul_(scale_from_bytes(header, levels.scale))
 
         return decode

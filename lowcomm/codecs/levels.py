@@ -56,22 +56,35 @@ def cell_size(reach: float) -> float:
     return cell
 
 
-def lookup(levels: Sequence[float], bits: int, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """A function from packed codes ``[num, bytes]`` to the levels that they name, float32 ``[num, 8 / bits * bytes]``.
+def lookup(levels: Sequence[float], bits: int, device: torch.device) -> Callable[[Tensor, Tensor], object]:
+    """A function that takes packed codes ``[num, bytes]`` and writes the levels that they name.
 
-    All numbers of a byte are looked up at once.
+    To its second argument, float32 ``[num, width]`` and contiguous.
     """
     per_byte = 8 // bits
     each = torch.tensor([*levels] + [0.0] * (2**bits - len(levels)))
     table = each[unpack(torch.arange(256, dtype=torch.uint8)[:, None], per_byte, bits).long()].to(device)
+    return lambda packed, out: look_up_bytes(table, packed.reshape(-1).to(torch.int32), out)
+
+
+def look_up_bytes(table: Tensor, places: Tensor, out: Tensor) -> None:
+    """Write to ``out``, float32 ``[num, width]``, the rows of ``table`` at ``places``: all values of a byte at once.
+
+    Args:
+        table: float32, a row for what each byte stands for.
+        places: int32, of the bytes of all ``num`` rows; the last byte of a row may be used in part.
+    """
+    per_byte = table.shape[1]
+    if out.shape[1] % per_byte or out.storage_offset() % per_byte:  # not whole bytes, or not aligned for wide elements
+        whole = torch.empty(out.shape[0], -(-out.shape[1] // per_byte) * per_byte, device=out.device)
+        look_up_bytes(table, places, whole)
+        out.copy_(whole[:, : out.shape[1]])
+        return
     wide = {1: torch.float32, 2: torch.float64, 4: torch.complex128}.get(per_byte)
-    entries = table if wide is None else table.view(wide).view(-1)  # one element for all numbers of a byte
-
-    def look(packed: Tensor) -> Tensor:
-        found = entries.index_select(0, packed.reshape(-1).to(torch.int32))
-        return found.view(torch.float32).view(packed.shape[0], -1)
-
-    return look
+    if wide is None:
+        torch.index_select(table, 0, places, out=out.view(-1, per_byte))
+    else:  # a row as one element
+        torch.index_select(table.view(wide).view(-1), 0, places, out=out.view(-1).view(wide))
 
 
 def contraction_of_nearest(

@@ -75,6 +75,7 @@ class QSGD(BlockCodec):
         look = lookup([level / s for level in range(-s, s + 1)], self.layout().bits, device)
 
         def decode(header: Tensor, codes: Tensor, out: Tensor) -> None:
-            torch.mul(look(codes)[:, : out.shape[1]], from_bytes(header, torch.float32), out=out)
+            look(codes, out)
+            out.mul_(from_bytes(header, torch.float32))
 
         return decode

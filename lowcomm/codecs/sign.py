@@ -52,6 +52,7 @@ class Sign(BlockCodec):
         look = lookup((-1.0, 1.0), 1, device)
 
         def decode(header: Tensor, codes: Tensor, out: Tensor) -> None:
-            torch.mul(look(codes)[:, : out.shape[1]], from_bytes(header, torch.float32), out=out)
+            look(codes, out)
+            out.mul_(from_bytes(header, torch.float32))
 
         return decode

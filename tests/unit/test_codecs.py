@@ -135,6 +135,15 @@ def test_e3m0_rounds_in_the_linear_domain():
     assert y.tolist() == [[1.0, 1.0, 0.5, 0.5, 0.25, 2**-6, 0.0, -1.0, 0.0]]
 
 
+@pytest.mark.parametrize(("kind", "dtype"), [("e4m3", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2)])
+def test_all_floats_of_8_bits_are_read_as_torch_reads_them(kind, dtype):
+    codes = torch.arange(256, dtype=torch.uint8)
+    values = codes.view(dtype).float()
+    codes, values = codes[values.isfinite()], values[values.isfinite()]
+    payload = torch.cat([torch.tensor([1.0]).view(torch.uint8), codes])
+    assert torch.equal(FP8(kind).decode(payload[None], len(codes))[0], values)
+
+
 @pytest.mark.parametrize("num", [1, 100, 4096, 5000])
 def test_bins_keep_constants_and_zeros(num):
     x = torch.tensor([[0.0], [0.1], [-1e-20], [3e37]]).expand(4, num)
