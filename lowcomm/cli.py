@@ -93,6 +93,7 @@ def parse_simulation(argv: Sequence[str]) -> tuple[Run, Cluster, argparse.Namesp
     parser.add_argument(
         "--num_resident", type=int, default=None, help="replicas on the device at once, others moved out"
     )
+    parser.add_argument("--stacked", type=bool, default=False, help="true: compute many replicas' gradients at once")
     parts = _parse(parser, argv)
     if "cluster" not in parts:
         raise ValueError("--cluster is missing; give a YAML file or a preset such as Uniform")
@@ -101,6 +102,7 @@ def parse_simulation(argv: Sequence[str]) -> tuple[Run, Cluster, argparse.Namesp
         out=Path(parts.pop("out", _OUT)),
         timing_only=parts.pop("timing_only", False),
         num_resident=parts.pop("num_resident", None),
+        stacked=parts.pop("stacked", False),
     )
     return Run(**parts), cluster, own
 
@@ -151,7 +153,7 @@ def _train(argv: list[str]) -> int:
 def _simulate(argv: list[str]) -> int:
     run, cluster, own = parse_simulation(argv)
     try:
-        simulate(run, cluster, own.out, own.timing_only, own.num_resident)
+        simulate(run, cluster, own.out, own.timing_only, own.num_resident, own.stacked)
     except Diverged as error:
         return _say(f"error: {error}, so the simulation stopped. A lower learning rate or clip_norm may help.", 1)
     except (PeerLost, Late, Deadlock) as error:

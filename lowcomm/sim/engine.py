@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -23,15 +23,22 @@ class SimEngine(Engine):
     Args:
         inner: who computes.
         pace: lets the time of this rank's steps pass.
+        announce: told each batch when its step begins, where its arithmetic may come any time before the step's end;
+            None: it comes at the beginning.
     """
 
-    def __init__(self, inner: Engine, pace: Pace) -> None:
-        self._inner, self._pace = inner, pace
+    def __init__(self, inner: Engine, pace: Pace, announce: Callable[[Any], None] | None = None) -> None:
+        self._inner, self._pace, self._announce = inner, pace, announce
         self._t = 0
 
     def backward(self, batch: Any, ready: Ready | None = None) -> Tensor:
-        """See `Engine.backward`; the arithmetic comes first, then the time."""
+        """See `Engine.backward`; the arithmetic comes first, then the time, or the time first if it is announced."""
         self._t += 1
+        if self._announce is not None:
+            self._announce(batch)
+            self._pace.begin(self._t)
+            self._pace.go_on(1.0)
+            return self._inner.backward(batch, ready)
         finished: list[tuple[int, Tensor]] = []
         loss = self._inner.backward(batch, None if ready is None else lambda i, x: finished.append((i, x)))
         self._pace.begin(self._t)

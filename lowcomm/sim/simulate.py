@@ -23,6 +23,7 @@ from lowcomm.checkpoint import Checkpoints
 from lowcomm.comm.metered import Meter, MeteredComm
 from lowcomm.config import Run, describe
 from lowcomm.engine.base import Engine
+from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.metrics import Metrics, ProgressSink, Sink
 from lowcomm.sim.calibrate import measured_step_s
 from lowcomm.sim.clock import Clock
@@ -35,6 +36,7 @@ from lowcomm.sim.log import EVENTS, Log, LoggedComm
 from lowcomm.sim.memory import Residence
 from lowcomm.sim.network import Network
 from lowcomm.sim.pace import Pace
+from lowcomm.sim.stacked import Stack, require_stackable
 from lowcomm.sim.timing import assemble_shapes, explained, shapes_of
 from lowcomm.sim.trace import Trace, write_chrome_trace
 from lowcomm.state import state_tree
@@ -42,7 +44,12 @@ from lowcomm.train import train
 
 
 def simulate(
-    run: Run, cluster: Cluster, out: Path, timing_only: bool = False, num_resident: int | None = None
+    run: Run,
+    cluster: Cluster,
+    out: Path,
+    timing_only: bool = False,
+    num_resident: int | None = None,
+    stacked: bool = False,
 ) -> dict[str, Any]:
     """Train one replica on each host of the cluster and return rank 0's summary line; times are virtual.
 
@@ -53,6 +60,7 @@ def simulate(
     Args:
         timing_only: train shapes without values: no text is read, and there are no losses and no final parameters.
         num_resident: how many replicas are on the device at once, the others moved out (see `Residence`); None: all.
+        stacked: compute the gradients of many replicas at once (see `Stack`).
 
     Raises:
         ValueError: for anything wrong with the config, the data, the directory or the cluster, before training; with
@@ -76,10 +84,13 @@ def simulate(
 
     if timing_only and num_resident is not None:
         raise ValueError(f"num_resident is {num_resident}, but timing alone has no states to move; leave it out")
+    if stacked:
+        require_stackable(run, timing_only, num_resident)
 
     run.steps(num_ranks)  # refuse what cannot run before reading data
     device = torch.device("cpu") if timing_only else place(run).device
     residence = Residence(device, num_resident, out)
+    stack = Stack(torch.bfloat16 if run.precision == "bf16_mixed" else None) if stacked else None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.cuda.init()  # before the clock notes what state torch is in
@@ -112,7 +123,11 @@ def simulate(
 
         def around(engine: Engine) -> Engine:
             residence.own(rank, engine.slots)
-            return SimEngine(engine, pace)
+            if stack is None:
+                return SimEngine(engine, pace)
+            assert isinstance(engine, TorchEngine), "refused by `require_stackable`"
+            joined = stack.join(rank, engine)
+            return SimEngine(joined, pace, joined.announce)
 
         try:
             assembled = build(comm, metrics.write, around)
@@ -124,6 +139,8 @@ def simulate(
             return assembled.summary()
         finally:
             residence.leave(rank)
+            if stack is not None:
+                stack.leave(rank)
             metrics.close()
 
     for rank in members:
@@ -137,6 +154,8 @@ def simulate(
     seen = json.loads((out / "environment.json").read_text(encoding="utf-8"))
     (out / "environment.json").write_text(json.dumps({**seen, "memory": residence.measured()}, indent=1), "utf-8")
     print(residence.line())
+    if stack is not None:
+        print(stack.line())
     first: dict[str, Any] = summaries[0]
     return first
 

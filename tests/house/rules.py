@@ -283,7 +283,9 @@ def docstrings(sources: Sequence[Source]) -> Iterator[str]:
 def says_what_differs(sources: Sequence[Source]) -> Iterator[str]:
     """A file of a published method says where it departs from the paper."""
     for source in in_package(sources):
-        in_method_room = source.room in PURE - {"reduce", "codecs", "joined"} and not source.path.endswith(("/__init__.py", "/base.py"))
+        in_method_room = source.room in PURE - {"reduce", "codecs", "joined"} and not source.path.endswith(
+            ("/__init__.py", "/base.py")
+        )
         is_method = in_method_room and source.path not in NOT_A_METHOD
         if is_method and "Differs from the paper in" not in (ast.get_docstring(source.tree) or ""):
             yield f'{source.path}:1: its docstring lacks "Differs from the paper in: ..." (or "nothing")'

@@ -186,7 +186,8 @@ def test_the_command_line_is_frozen(capsys):
         *("evaluation", "checkpoint", "log", "num_steps", "num_tokens", "precision", "compile", "clip_norm"),
         *("seed", "device", "backend", "timeout_s"),
     }
-    assert flags_of(capsys, "simulate") == (train - {"resume", "dry_run"}) | {"cluster", "timing_only", "num_resident"}
+    own = {"cluster", "timing_only", "num_resident", "stacked"}
+    assert flags_of(capsys, "simulate") == (train - {"resume", "dry_run"}) | own
     assert flags_of(capsys, "retime") == {"cluster", "out"}
     assert flags_of(capsys, "data") == {"source", "tokenizer", "out", "shard_tokens", "train_bpe"}
     assert flags_of(capsys, "report") == {"out"}

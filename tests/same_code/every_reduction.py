@@ -1,0 +1,102 @@
+"""Every compressor with every feedback under every method, a few rounds each; all ranks must agree after each round.
+
+Usage: torchrun ... tests/same_code/every_reduction.py OUT
+"""
+
+import json
+import sys
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import lowcomm
+from lowcomm.algorithms.base import Algorithm
+from lowcomm.algorithms.data_parallel import DataParallel
+from lowcomm.algorithms.diloco import DiLoCo
+from lowcomm.algorithms.local_sgd import LocalSGD
+from lowcomm.comm.base import Comm
+from lowcomm.compress.hierarchical import Hierarchical
+from lowcomm.engine.torch_engine import TorchEngine
+from lowcomm.feedback.base import Feedback
+from lowcomm.reduce import Reducer
+from lowcomm.tensors import digest
+from tests.compressors import all_compressors
+from tests.replicas import make_batch, make_model, mse
+from tests.roles import players
+
+NUM_ROUNDS = 3
+
+
+class Odd(nn.Module):
+    """The small model with tensors of odd shapes: an empty one, one of no dimension, a vector, a stack of matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = make_model(torch.float32)
+        self.empty = nn.Parameter(torch.empty(0, 3))
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.vector = nn.Parameter(torch.linspace(-1, 1, 7))
+        self.cube = nn.Parameter(torch.linspace(-1, 1, 30).view(2, 5, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the inner model, moved by all the others."""
+        return self.inner(x) * self.scale + self.vector.sum() * 0.1 + self.cube.square().mean() + self.empty.sum()
+
+
+def methods(reducer: Reducer) -> dict[str, tuple[Algorithm, int]]:
+    """Each method and its steps a round."""
+    return {
+        "DataParallel": (DataParallel(reducer), 1),
+        "LocalSGD": (LocalSGD(every=2, reducer=reducer), 2),
+        "DiLoCo": (DiLoCo(every=2, reducer=reducer), 2),
+    }
+
+
+def combinations(num_ranks: int) -> dict[str, tuple[Algorithm, int]]:
+    """All of them, by name."""
+    compressors = [*all_compressors(), *([Hierarchical(2)] if num_ranks % 2 == 0 else [])]
+    feedbacks = [cls() for cls in players(Feedback, "feedback")]
+    return {
+        f"{name}, {compressor}, {feedback}": method
+        for compressor, feedback in product(compressors, feedbacks)
+        for name, method in methods(Reducer(compressor, feedback, bucket_bytes=256)).items()
+    }
+
+
+def run(algorithm: Algorithm, every: int, comm: Comm) -> list[str]:
+    """A digest of the parameters after each round; all ranks have the same one."""
+    model = Odd()
+    engine = TorchEngine(model, torch.optim.SGD(model.parameters(), lr=0.05), loss=mse, clip_norm=None)
+    state = algorithm.init(engine, comm)
+    found = []
+    for t in range(1, NUM_ROUNDS * every + 1):
+        engine.backward(make_batch(comm.rank, t, torch.float32, size=2))
+        algorithm.before_update(t, engine, state, comm)
+        engine.update()
+        algorithm.after_update(t, engine, state, comm)
+        if t % every == 0:
+            found.append(digest(engine.slots()["param"]))
+            mine = torch.tensor(list(bytes.fromhex(found[-1])), dtype=torch.uint8)
+            assert all(torch.equal(x, mine) for x in comm.all_gather(mine).wait()), f"ranks differ after step {t}"
+    return found
+
+
+def run_all(comm: Comm) -> dict[str, list[str]]:
+    """Every combination's digests."""
+    found = {}
+    for name, (algorithm, every) in combinations(len(comm.members)).items():
+        try:
+            found[name] = run(algorithm, every, comm)
+        except Exception as error:
+            raise AssertionError(f"{name}: {error!r}") from error
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    gloo = lowcomm.connect("gloo", timeout_s=60)
+    digests = run_all(gloo)
+    Path(sys.argv[1], f"rank{gloo.rank}.json").write_text(json.dumps(digests))
+    lowcomm.disconnect()
