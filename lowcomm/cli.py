@@ -27,6 +27,7 @@ from lowcomm.data import Source, Tokenizer, train_bpe, write_shards
 from lowcomm.ledger import Diverged
 from lowcomm.metrics import summary_table
 from lowcomm.predict import predict
+from lowcomm.reduce import NonFinite
 from lowcomm.report import load_runs, write_report
 from lowcomm.sim.clock import Deadlock
 from lowcomm.sim.cluster import Cluster
@@ -145,7 +146,7 @@ def _train(argv: list[str]) -> int:
         kept = sorted((own.out / "checkpoints").glob("t*[0-9]"))
         last = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was saved before it"
         return _say(f"error: {error}, so training stopped; {last}. A lower learning rate or clip_norm may help.", 1)
-    except (PeerLost, Late) as error:
+    except (PeerLost, Late, NonFinite) as error:
         return _say(f"error: {error}; {go_on}", 1)
     return 0
 
@@ -156,7 +157,7 @@ def _simulate(argv: list[str]) -> int:
         simulate(run, cluster, own.out, own.timing_only, own.num_resident, own.stacked)
     except Diverged as error:
         return _say(f"error: {error}, so the simulation stopped. A lower learning rate or clip_norm may help.", 1)
-    except (PeerLost, Late, Deadlock) as error:
+    except (PeerLost, Late, NonFinite, Deadlock) as error:
         return _say("; ".join([f"error: {error}", *getattr(error, "__notes__", [])]), 1)
     return 0
 

@@ -25,6 +25,7 @@ def simulated(num_ranks: int) -> dict[str, list[str]]:
     return clock.run()[0]
 
 
+@pytest.mark.timeout(500)  # about 50 s each on two idle cores
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_all_ranks_agree_after_each_round(num_ranks, tmp_path):
     """On two ranks, where a sum has one order only, gloo also computes bit for bit what the simulator does."""

@@ -1,0 +1,67 @@
+"""A round of values that a compressor cannot carry is refused on all ranks alike, and costs nothing."""
+
+import pytest
+import torch
+
+from lowcomm.codecs.absmax import Absmax
+from lowcomm.compress.identity import Identity
+from lowcomm.compress.power_sgd import PowerSGD
+from lowcomm.compress.quantized import Quantized
+from lowcomm.compress.top_k import TopK
+from lowcomm.feedback.ef14 import EF14
+from lowcomm.reduce import NonFinite, Reducer
+from lowcomm.state import state_tree
+from lowcomm.tensors import digest, rng
+from tests.world import run_world
+
+SHAPES = [(4, 6), (9,), (3,)]
+
+
+def tensors(rank, round):
+    return [torch.randn(shape, generator=rng(0, rank, round)) for shape in SHAPES]
+
+
+def stated(state):
+    return [digest([x]) for bucket in state_tree(state)["buckets"] for x in leaves(bucket)]
+
+
+def leaves(tree):
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    values = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else []
+    return [leaf for value in values for leaf in leaves(value)]
+
+
+@pytest.mark.parametrize("compressor", [Quantized(Absmax(8)), TopK(0.3), PowerSGD(2, min_compression=1)], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("guilty", [(0,), (1, 2)])
+def test_all_ranks_refuse_and_go_on(compressor, value, guilty):
+    def program(comm):
+        reducer = Reducer(compressor, EF14(), bucket_bytes=64)  # several buckets, of which one has the value
+        _, state = reducer.mean(tensors(comm.rank, 1), reducer.init(tensors(0, 0)), comm).result()
+        before = stated(state)
+        bad = tensors(comm.rank, 2)
+        if comm.rank in guilty:
+            bad[1][4] = value
+        with pytest.raises(NonFinite) as caught:
+            reducer.mean(bad, state, comm).result()
+        assert caught.value.ranks == guilty
+        assert stated(state) == before
+        means, _ = reducer.mean(tensors(comm.rank, 3), state, comm).result()
+        return digest(means)
+
+    def untroubled(comm):
+        reducer = Reducer(compressor, EF14(), bucket_bytes=64)
+        _, state = reducer.mean(tensors(comm.rank, 1), reducer.init(tensors(0, 0)), comm).result()
+        return digest(reducer.mean(tensors(comm.rank, 3), state, comm).result()[0])
+
+    assert run_world(3, program) == run_world(3, untroubled)
+
+
+def test_exact_means_carry_it():
+    def program(comm):
+        x = torch.full((2,), float("nan") if comm.rank == 1 else 1.0)
+        (mean,), _ = Reducer(Identity()).mean([x], Reducer(Identity()).init([x]), comm).result()
+        return mean
+
+    assert all(mean.isnan().all() for mean in run_world(2, program))
