@@ -61,6 +61,7 @@ COMPRESSORS: list[Compressor] = [
     TopK(num=3, chunk=None, values=Absmax(4, stochastic=True)),
     DCT(TopK(0.1, chunk=64), tile=8),
     DCT(Quantized(), tile=5),
+    DCT(RandomK(0.3), tile=8),
     PowerSGD(2, num_iterations=2, warm_start=False, min_compression=1),
     PowerSGD(2, alternate=True, min_compression=1),
     PowerSGD(2, error="global", min_compression=1),

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from lowcomm.comm.base import Comm, Work
@@ -54,3 +55,9 @@ class Compressor(ABC, Generic[S]):
         del comm
         yield from ()
         return state
+
+
+def first_count(count: int, comm: Comm) -> Generator[Work[Any], Any, int]:
+    """The count of ``members[0]``, on which shared random numbers may depend; for `Compressor.resync`."""
+    counted = yield comm.broadcast(torch.tensor(count), comm.members[0])
+    return int(counted)

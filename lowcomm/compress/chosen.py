@@ -1,16 +1,19 @@
-"""The mean of a few coordinates that all ranks know without being told."""
+"""Averages of a few coordinates that all ranks know without being told: they follow from a seed and the round."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from math import prod
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lowcomm.comm.base import Comm, Work
-from lowcomm.compress.base import Compressor
+from lowcomm.compress.base import Compressor, first_count
+from lowcomm.compress.identity import Identity
 
 
 @dataclass
@@ -26,35 +29,67 @@ class ChosenState:
     values: Any
 
 
-def check_chosen(name: str, density: float, values: Compressor) -> None:
-    """Refuse a density that is none, and values that are averaged by looking at shapes.
+@dataclass(frozen=True)
+class Chosen(Compressor[ChosenState], ABC):
+    """The mean at chosen coordinates, zero elsewhere.
 
-    Raises:
-        ValueError: with the value, the limit and the remedy.
+    Attributes:
+        density: k / d, the share that is sent.
+        values: how the chosen values are averaged; elementwise, such as `Quantized`.
+        seed: of the coordinates; equal on all ranks.
     """
-    if not 0 < density <= 1:
-        raise ValueError(f"{name}(density={density}): it is the share that is sent, above 0 and at most 1")
-    if not values.elementwise:
-        raise ValueError(f"{name}(values={values}): what was chosen has no shape; take an elementwise compressor")
 
+    density: float = 0.01
+    values: Compressor = Identity()
+    seed: int = 0
+    elementwise: ClassVar[bool] = True
+    passes_nonfinite: ClassVar[bool] = False  # it vanishes where it is not chosen
 
-def num_chosen(num: int, density: float) -> int:
-    """How many of ``num`` coordinates go: at least 1, if there is any."""
-    return min(num, max(1, round(num * density)))
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if not 0 < self.density <= 1:
+            raise ValueError(f"{name}(density={self.density}): it is the share that is sent, above 0 and at most 1")
+        if not self.values.elementwise:
+            raise ValueError(
+                f"{name}(values={self.values}): what was chosen has no shape; take an elementwise compressor"
+            )
 
+    @abstractmethod
+    def places(self, num: int, kept: int, round: int, device: torch.device) -> Tensor:
+        """Which ``kept`` of ``num`` coordinates go in a round: int64 ``[kept]``, distinct, equal on all ranks."""
 
-def mean_of_chosen(
-    x: Tensor, where: Tensor, values: Compressor, state: ChosenState, comm: Comm, factor: float
-) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, ChosenState]]:
-    """`Compressor.mean` on the coordinates ``where`` (int64, distinct, equal on all ranks), zero elsewhere.
+    def factor(self, num: int, kept: int) -> float:
+        """What both ``sent`` and ``mean`` are multiplied by; 1 by default."""
+        del num, kept
+        return 1.0
 
-    Both ``sent`` and ``mean`` are multiplied by ``factor``.
-    """
-    chosen = x.reshape(-1).index_select(0, where)
-    sent, mean, inner = yield from values.mean(chosen, state.values, comm)
+    def num_kept(self, num: int) -> int:
+        """How many of ``num`` coordinates go: at least 1, if there is any."""
+        return min(num, max(1, round(num * self.density)))
 
-    def spread(picked: Tensor) -> Tensor:
-        whole = torch.zeros(x.numel(), dtype=x.dtype, device=x.device)
-        return whole.index_copy_(0, where, picked if factor == 1 else picked * factor).view(x.shape)
+    def init(self, like: Tensor) -> ChosenState:
+        """Round 0."""
+        return ChosenState(0, self.values.init(like.new_empty(self.num_kept(like.numel()))))
 
-    return spread(sent), spread(mean), ChosenState(state.round + 1, inner)
+    def mean(
+        self, x: Tensor, state: ChosenState, comm: Comm
+    ) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, ChosenState]]:
+        """What ``values`` needs for k values."""
+        num, kept = x.numel(), self.num_kept(x.numel())
+        where, factor = self.places(num, kept, state.round + 1, x.device), self.factor(num, kept)
+        sent, mean, inner = yield from self.values.mean(x.reshape(-1).index_select(0, where), state.values, comm)
+
+        def spread(picked: Tensor) -> Tensor:
+            whole = torch.zeros(num, dtype=x.dtype, device=x.device)
+            return whole.index_copy_(0, where, picked if factor == 1 else picked * factor).view(x.shape)
+
+        return spread(sent), spread(mean), ChosenState(state.round + 1, inner)
+
+    def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> float:
+        """See `Compressor.sent_bytes`."""
+        return self.values.sent_bytes([self.num_kept(prod(shape))], element_bytes, num_members)
+
+    def resync(self, state: ChosenState, comm: Comm) -> Generator[Work[Any], Any, ChosenState]:
+        """The first member's count of rounds, on which the coordinates depend."""
+        count = yield from first_count(state.round, comm)
+        return ChosenState(count, (yield from self.values.resync(state.values, comm)))

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from lowcomm.comm.base import Comm, Work
-from lowcomm.compress.base import Compressor
+from lowcomm.compress.base import Compressor, first_count
 from lowcomm.tensors import rng
 
 
@@ -114,8 +114,7 @@ class CountSketch(Compressor[int]):
 
     def resync(self, state: int, comm: Comm) -> Generator[Work[Any], Any, int]:
         """The first member's count of rounds, on which the random numbers depend."""
-        count = yield comm.broadcast(torch.tensor(state), comm.members[0])
-        return int(count)
+        return (yield from first_count(state, comm))
 
     def _sizes(self, num: int) -> tuple[int, int, int]:
         """Columns of the table, the length of the vector when padded to a multiple of them, and the entries kept."""

@@ -65,6 +65,10 @@ class DCT(Compressor[Any]):
         """See `Compressor.sent_bytes`."""
         return self.inner.sent_bytes([self.num_coefficients(shape)], element_bytes, num_members)
 
+    def resync(self, state: Any, comm: Comm) -> Generator[Work[Any], Any, Any]:
+        """That of ``inner``."""
+        return (yield from self.inner.resync(state, comm))
+
     def num_coefficients(self, shape: Sequence[int]) -> int:
         """How many coefficients a stack ``[num, *shape]`` has: as many as values, and a few for the filling."""
         num, *sides = _as_matrices(shape)

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from lowcomm.comm.base import Comm, Work
-from lowcomm.compress.base import Compressor
+from lowcomm.compress.base import Compressor, first_count
 from lowcomm.compress.identity import Identity
 from lowcomm.tensors import rng
 
@@ -130,13 +130,13 @@ class PowerSGD(Compressor[PowerSGDState]):
     def resync(self, state: PowerSGDState, comm: Comm) -> Generator[Work[Any], Any, PowerSGDState]:
         """The factors of the first member, and its count of rounds."""
         source = comm.members[0]
-        count = yield comm.broadcast(torch.tensor(state.round), source)
+        count = yield from first_count(state.round, comm)
         p, q = state.p, state.q
         if p is not None:
             p = yield comm.broadcast(p, source)
         if q is not None:
             q = yield comm.broadcast(q, source)
-        return PowerSGDState(int(count), p, q)
+        return PowerSGDState(count, p, q)
 
     def _steps(
         self, x: Tensor, state: PowerSGDState, comm: Comm

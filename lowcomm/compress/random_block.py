@@ -11,55 +11,23 @@ Differs from the paper in: one block of the whole bucket rather than of each ten
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from math import prod
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lowcomm.comm.base import Comm, Work
-from lowcomm.compress.base import Compressor
-from lowcomm.compress.chosen import ChosenState, check_chosen, mean_of_chosen, num_chosen
-from lowcomm.compress.identity import Identity
+from lowcomm.compress.chosen import Chosen
 from lowcomm.tensors import rng
 
 
 @dataclass(frozen=True)
-class RandomBlock(Compressor[ChosenState]):
-    """The mean of a randomly placed block, zero elsewhere.
+class RandomBlock(Chosen):
+    """The mean of a randomly placed block, zero elsewhere; its options are those of `Chosen`."""
 
-    Attributes:
-        density: k / d, the share that is sent.
-        values: how the chosen values are averaged; elementwise, such as `Quantized`.
-        seed: of the places; equal on all ranks.
-    """
-
-    density: float = 0.01
-    values: Compressor = Identity()
-    seed: int = 0
-    elementwise: ClassVar[bool] = True
-    passes_nonfinite: ClassVar[bool] = False  # it vanishes where it is not chosen
-
-    def __post_init__(self) -> None:
-        check_chosen("RandomBlock", self.density, self.values)
-
-    def init(self, like: Tensor) -> ChosenState:
-        """Round 0."""
-        return ChosenState(0, self.values.init(like.new_empty(num_chosen(like.numel(), self.density))))
-
-    def mean(
-        self, x: Tensor, state: ChosenState, comm: Comm
-    ) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, ChosenState]]:
-        """What ``values`` needs for k values."""
-        num = x.numel()
-        where = torch.arange(num_chosen(num, self.density), device=x.device)
+    def places(self, num: int, kept: int, round: int, device: torch.device) -> Tensor:
+        """Neighbours from a random start."""
+        where = torch.arange(kept, device=device)
         if num:
-            start = torch.randint(num, (), generator=rng(self.seed, "random_block", state.round + 1)).to(x.device)
+            start = torch.randint(num, (), generator=rng(self.seed, "random_block", round)).to(device)
             where = (where + start) % num
-        return (yield from mean_of_chosen(x, where, self.values, state, comm, 1.0))
-
-    def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> float:
-        """See `Compressor.sent_bytes`."""
-        return self.values.sent_bytes([num_chosen(prod(shape), self.density)], element_bytes, num_members)
+        return where

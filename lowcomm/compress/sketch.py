@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lowcomm.comm.base import Comm, Work
-from lowcomm.compress.base import Compressor
+from lowcomm.compress.base import Compressor, first_count
 from lowcomm.tensors import rng
 
 
@@ -81,8 +81,7 @@ class Sketch(Compressor[int]):
 
     def resync(self, state: int, comm: Comm) -> Generator[Work[Any], Any, int]:
         """The first member's count of rounds, on which the random numbers depend."""
-        count = yield comm.broadcast(torch.tensor(state), comm.members[0])
-        return int(count)
+        return (yield from first_count(state, comm))
 
     def _cut(self, num: int) -> tuple[int, int, int]:
         """How many blocks, their size, and how many values are kept of each."""

@@ -77,3 +77,25 @@ def test_state_is_not_modified(compressor):
     _, first, _ = Task(compressor.mean(x, state, EchoComm(1))).result()
     _, again, _ = Task(compressor.mean(x, state, EchoComm(1))).result()
     assert digest([first]) == digest([again])
+
+
+@pytest.mark.parametrize("shape", [(257,), (24, 40), (0,)], ids=str)
+def test_a_fresh_member_takes_part_after_a_resync(compressor, shape):
+    """Two ranks have come far, a third brings `init`'s state: after the resync the laws hold among the three."""
+
+    def program(comm):
+        x = given(compressor, draw("normal", shape, comm.rank))
+        state = compressor.init(x)
+        if comm.rank < 2:
+            early = comm.sub([0, 1])
+            for _ in range(3):
+                _, _, state = Task(compressor.mean(x, state, early)).result()
+        state = Task(compressor.resync(state, comm)).result()
+        for _ in range(2):
+            sent, mean, state = Task(compressor.mean(x, state, comm)).result()
+        return sent, mean
+
+    results = run_world(3, program)
+    assert len({digest([mean]) for _, mean in results}) == 1, "ranks differ"
+    sent = torch.stack([sent for sent, _ in results]).mean(0)
+    assert torch.allclose(sent, results[0][1], rtol=1e-12, atol=1e-11)
