@@ -1,10 +1,7 @@
 """The same `lowcomm train` on GPUs: one replica on one GPU, one for each of two over NCCL. Skipped without CUDA."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
@@ -13,26 +10,19 @@ from lowcomm.metrics import read
 from tests.multiprocess.launch import write_tiny
 from tests.replicas import adamw, train
 from tests.same_code.cases import CASES, STEPS
+from tests.torchrun import torchrun
 from tests.world import run_world
 
-ROOT = Path(__file__).resolve().parents[2]
 NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300), pytest.mark.skipif(NUM_GPUS < 1, reason="needs CUDA")]
+run = partial(torchrun, timeout_s=280)
 two_gpus = pytest.mark.skipif(NUM_GPUS < 2, reason="needs two CUDA devices")
-
-
-def torchrun(num_ranks, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @two_gpus
 def test_nccl_computes_what_threads_compute(tmp_path):
-    torchrun(2, "tests/same_code/program.py", str(tmp_path), "nccl")
+    run(2, "tests/same_code/program.py", str(tmp_path), "nccl")
     for rank in range(2):
         traces = torch.load(tmp_path / f"rank{rank}.pt")
         for name, algorithm in CASES.items():
@@ -50,7 +40,7 @@ def losses(out):
 )
 def test_a_run_learns_and_resumes(num_replicas, precision, compiles, tmp_path):
     flags = ["--config", str(write_tiny(tmp_path)), "--precision", precision, "--compile", compiles]
-    torchrun(num_replicas, "-m", "lowcomm", "train", *flags, "--out", str(tmp_path / "whole"))
+    run(num_replicas, "-m", "lowcomm", "train", *flags, "--out", str(tmp_path / "whole"))
     whole = losses(tmp_path / "whole")
     assert len(whole) == 40 and all(map(math.isfinite, whole)) and whole[-1] < whole[0] - 0.5
     summary = read(tmp_path / "whole" / "metrics.jsonl")[-1]
@@ -62,12 +52,12 @@ def test_a_run_learns_and_resumes(num_replicas, precision, compiles, tmp_path):
     for file in last.rglob("*"):  # as if the last checkpoint had been cut short
         if file.is_file():
             file.write_bytes(b"")
-    torchrun(num_replicas, "-m", "lowcomm", "train", *flags, "--out", str(tmp_path / "whole"), "--resume")
+    run(num_replicas, "-m", "lowcomm", "train", *flags, "--out", str(tmp_path / "whole"), "--resume")
     # compiled kernels may add in any order, so bit for bit is promised on the CPU only
     assert losses(tmp_path / "whole") == pytest.approx(whole[30:], rel=0.02)
 
 
 def test_two_replicas_share_one_gpu_over_gloo(tmp_path):
     flags = ["--config", str(write_tiny(tmp_path)), "--backend", "gloo", "--precision", "bf16_mixed"]
-    torchrun(2, "-m", "lowcomm", "train", *flags, "--out", str(tmp_path / "out"))
+    run(2, "-m", "lowcomm", "train", *flags, "--out", str(tmp_path / "out"))
     assert losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0] - 0.5

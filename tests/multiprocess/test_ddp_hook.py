@@ -1,33 +1,18 @@
 """lowcomm's hook in torch's DistributedDataParallel, on two gloo processes."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 import lowcomm
 from tests.multiprocess.ddp import REDUCERS
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.torchrun import torchrun
 
 
 @pytest.fixture(scope="module")
 def traces(tmp_path_factory):
     """Each rank's parameters after every step, by case."""
     out = tmp_path_factory.mktemp("ddp")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, "tests/multiprocess/ddp.py", str(out)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=110,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(2, "tests/multiprocess/ddp.py", str(out))
     return [torch.load(out / f"rank{rank}.pt") for rank in range(2)]
 
 

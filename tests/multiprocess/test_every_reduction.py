@@ -1,19 +1,14 @@
 """Every compressor x feedback x method, in the simulator and on gloo processes."""
 
 import json
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 
 from lowcomm.sim.clock import Clock
 from lowcomm.sim.comm import World
 from tests.same_code.every_reduction import run_all
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.torchrun import torchrun
 
 
 def simulated(num_ranks: int) -> dict[str, list[str]]:
@@ -29,16 +24,7 @@ def simulated(num_ranks: int) -> dict[str, list[str]]:
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_all_ranks_agree_after_each_round(num_ranks, tmp_path):
     """On two ranks, where a sum has one order only, gloo also computes bit for bit what the simulator does."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
-    done = subprocess.run(
-        [*command, "tests/same_code/every_reduction.py", str(tmp_path)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(num_ranks, "tests/same_code/every_reduction.py", str(tmp_path), timeout_s=400)
     gloo = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(num_ranks)]
     assert all(digests == gloo[0] for digests in gloo)
     in_simulator = simulated(num_ranks)

@@ -1,10 +1,5 @@
 """lowcomm's hook between islands of FSDP2, on four gloo processes."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -12,24 +7,14 @@ from torch import nn
 import lowcomm
 from lowcomm.compress.power_sgd import PowerSGD
 from tests.multiprocess.fsdp import REDUCERS, one_process, plain
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.torchrun import torchrun
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """Each rank's parameters after the last step, by case."""
     out = tmp_path_factory.mktemp("fsdp")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
-    done = subprocess.run(
-        [*command, "tests/multiprocess/fsdp.py", str(out)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=110,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(4, "tests/multiprocess/fsdp.py", str(out))
     return [torch.load(out / f"rank{rank}.pt") for rank in range(4)]
 
 

@@ -1,34 +1,19 @@
 """The same program in two worlds: threads of one process, and gloo processes under torchrun."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from tests.replicas import adamw, train
 from tests.same_code.cases import CASES, STEPS
+from tests.torchrun import torchrun
 from tests.world import run_world
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module", params=[2, 4])
 def gloo(request, tmp_path_factory):
     """Every rank's traces, by rank."""
     out = tmp_path_factory.mktemp(f"gloo{request.param}")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={request.param}"]
-    done = subprocess.run(
-        [*command, "tests/same_code/program.py", str(out)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=110,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(request.param, "tests/same_code/program.py", str(out))
     return [torch.load(out / f"rank{rank}.pt") for rank in range(request.param)]
 
 

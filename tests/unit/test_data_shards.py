@@ -105,7 +105,6 @@ def test_last_shard_missing_and_no_shard_at_all(folder, tmp_path):
 
 
 def test_other_tokenizer(folder, source, tmp_path):
-    pytest.importorskip("tokenizers")
     bpe = train_bpe(source, 260, str(tmp_path / "bpe.json"))
     with pytest.raises(ValueError, match=r"made by a tokenizer with fingerprint .* not BPE"):
         Shards(str(folder)).read(bpe)

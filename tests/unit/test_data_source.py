@@ -66,7 +66,7 @@ def test_separator_across_chunks(tmp_path, monkeypatch, chunk):
 
 
 def test_parquet(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow
     from pyarrow import parquet
 
     path = tmp_path / "a.parquet"
@@ -144,7 +144,6 @@ def test_missing_library_names_the_extra():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    pytest.importorskip("datasets")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "data").mkdir()
     for shard in range(3):

@@ -146,7 +146,6 @@ def test_packed_stream_deals_documents_in_order(jsonl):
 
 
 def test_packed_stream_resumes_a_local_dataset_at_every_batch(jsonl):
-    pytest.importorskip("datasets")
     source = HuggingFace(str(jsonl))
     arguments = (source, Bytes(), 3, 2, 1, 2, 0.2)
     stream, states, batches = PackedStream(*arguments), [], []

@@ -14,7 +14,6 @@ TEXT = "the cat sat on the mat, the cat äöü 猫 sat on the hat. " * 20
 
 @pytest.fixture(scope="module")
 def bpe(tmp_path_factory):
-    pytest.importorskip("tokenizers")
     folder = tmp_path_factory.mktemp("bpe")
     (folder / "a.txt").write_text(TEXT, encoding="utf-8")
     return train_bpe(Files([str(folder / "a.txt")]), 300, str(folder / "bpe.json"))

@@ -1,10 +1,5 @@
 """Islands: each link carries what it should, in every world, and unlike sizes are refused."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -19,10 +14,9 @@ from lowcomm.compress.power_sgd import PowerSGD
 from lowcomm.compress.quantized import Quantized
 from lowcomm.tensors import digest
 from tests.sim.slow import simulate
+from tests.torchrun import torchrun
 from tests.unit.islands import COMPRESSORS, SHAPES, program
 from tests.world import run_world
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("num_ranks", [4, 8])
@@ -52,16 +46,7 @@ def test_the_simulator_computes_what_threads_compute(name):
 
 def test_gloo_computes_what_threads_compute(tmp_path):
     """Bitwise, as no sum has more than two terms; several rounds, so that views are used again."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
-    done = subprocess.run(
-        [*command, "tests/unit/islands.py", str(tmp_path)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=110,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(4, "tests/unit/islands.py", str(tmp_path))
     for name, compressor in COMPRESSORS.items():
         threads = run_world(4, lambda comm: program(comm, compressor, (33,)))  # noqa: B023
         for rank in range(4):

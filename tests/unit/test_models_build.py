@@ -41,7 +41,8 @@ def _importable_here(monkeypatch):
 
 @pytest.fixture
 def tiny_gpt2(tmp_path):
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = transformers.GPT2Config(vocab_size=40, n_positions=16, n_embd=8, n_layer=1, n_head=2)
     transformers.GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(tmp_path)
     return str(tmp_path)
@@ -77,7 +78,8 @@ def test_an_accelerator_as_default_device_is_refused(monkeypatch):
 
 
 def test_hugging_face_loads_pretrained_weights_as_fp32_in_training_mode(tiny_gpt2):
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     saved = transformers.GPT2LMHeadModel.from_pretrained(tiny_gpt2, dtype=torch.float32)
     model = HuggingFace(tiny_gpt2, pretrained=True).build(40, seed=0)
     assert weights(model) == weights(saved)

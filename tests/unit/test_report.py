@@ -15,9 +15,6 @@ from lowcomm.metrics import SUMMARY_COLUMNS, Metrics
 from lowcomm.report import write_report
 from lowcomm.report.pictures import thin
 
-pytest.importorskip("matplotlib")
-pytest.importorskip("jinja2")
-
 ODD = "<b>odd & 'name'"
 VOID = {"meta", "line"}
 NUM_STEPS = 20

@@ -13,9 +13,6 @@ from lowcomm.report import load_runs, write_report
 from lowcomm.report.timeline import middle_steps, span_of_steps, timeline
 from lowcomm.sim.trace import Span, write_chrome_trace
 
-pytest.importorskip("matplotlib")
-pytest.importorskip("jinja2")
-
 
 def write_simulation(dir: Path, num_ranks: int = 2, num_rounds: int = 10, *, traced: bool = True) -> Path:
     """Rounds of four steps of 1 s, then 2 s of messages; rank 1 begins a quarter of a second after rank 0."""
