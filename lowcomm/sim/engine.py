@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
+from lowcomm.engine.around import Around
 from lowcomm.engine.base import Engine, Ready
 from lowcomm.sim.pace import Pace
 
 _FORWARD = 1 / 3  # of a step: backward multiplies twice as many matrices
 
 
-class SimEngine(Engine):
+class SimEngine(Around):
     """Another engine whose steps take virtual time.
 
     All of a step's time passes in `backward`; an update or an evaluation takes none. Where somebody wants to know when
@@ -28,7 +29,8 @@ class SimEngine(Engine):
     """
 
     def __init__(self, inner: Engine, pace: Pace, announce: Callable[[Any], None] | None = None) -> None:
-        self._inner, self._pace, self._announce = inner, pace, announce
+        super().__init__(inner)
+        self._pace, self._announce = pace, announce
         self._t = 0
 
     def backward(self, batch: Any, ready: Ready | None = None) -> Tensor:
@@ -52,35 +54,11 @@ class SimEngine(Engine):
             self._pace.go_on(1.0)
         return loss
 
-    def update(self) -> None:
-        """See `Engine.update`."""
-        self._inner.update()
-
-    def update_part(self, numbers: Sequence[int]) -> None:
-        """See `Engine.update_part`."""
-        self._inner.update_part(numbers)
-
-    def needs_all_gradients(self) -> str | None:
-        """See `Engine.needs_all_gradients`."""
-        return self._inner.needs_all_gradients()
-
-    def evaluate(self, batch: Any) -> Tensor:
-        """See `Engine.evaluate`."""
-        return self._inner.evaluate(batch)
-
-    def slots(self) -> Mapping[str, list[Tensor]]:
-        """See `Engine.slots`."""
-        return self._inner.slots()
-
-    def lr(self) -> float:
-        """See `Engine.lr`."""
-        return self._inner.lr()
-
     def state_dict(self) -> dict[str, Any]:
         """The inner engine's and the number of steps taken."""
-        return {"inner": self._inner.state_dict(), "t": self._t}
+        return {"inner": super().state_dict(), "t": self._t}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Engine.load_state_dict`."""
-        self._inner.load_state_dict(state["inner"])
+        super().load_state_dict(state["inner"])
         self._t = state["t"]

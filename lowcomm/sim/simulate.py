@@ -68,26 +68,8 @@ def simulate(
         PeerLost: when a rank waits for one that crashed.
         Deadlock: when all ranks wait.
     """
-    if (out / "metrics.jsonl").exists():
-        raise ValueError(f"{out} already holds a run; choose another --out")
-    if run.checkpoint.every:
-        raise ValueError("a simulation is not checkpointed: set checkpoint.every to 0")
+    _refuse(run, cluster, out, timing_only, num_resident, stacked)
     events, num_ranks = cluster.fault_events(), cluster.num_ranks
-    returns = [event for event in events if isinstance(event, Rejoin)]
-    if returns:
-        raise ValueError(
-            f"rank {returns[0].rank} would come back at {returns[0].at_s} s, but no method gives a rank the state that "
-            "it missed; leave out Rejoin and repair_s, and of Availability all but each rank's first interval, from 0"
-        )
-    if timing_only and cluster.compute.needs_calibration():
-        raise ValueError("timing alone takes no real step whose time could be measured; give Measured a step_s")
-
-    if timing_only and num_resident is not None:
-        raise ValueError(f"num_resident is {num_resident}, but timing alone has no states to move; leave it out")
-    if stacked:
-        require_stackable(run, timing_only, num_resident)
-
-    run.steps(num_ranks)  # refuse what cannot run before reading data
     device = torch.device("cpu") if timing_only else place(run).device
     residence = Residence(device, num_resident, out)
     stack = Stack(torch.bfloat16 if run.precision == "bf16_mixed" else None) if stacked else None
@@ -158,6 +140,27 @@ def simulate(
         print(stack.line())
     first: dict[str, Any] = summaries[0]
     return first
+
+
+def _refuse(run: Run, cluster: Cluster, out: Path, timing_only: bool, num_resident: int | None, stacked: bool) -> None:
+    """What cannot be simulated, as far as can be told before anything is read."""
+    if (out / "metrics.jsonl").exists():
+        raise ValueError(f"{out} already holds a run; choose another --out")
+    if run.checkpoint.every:
+        raise ValueError("a simulation is not checkpointed: set checkpoint.every to 0")
+    for event in cluster.fault_events():
+        if isinstance(event, Rejoin):
+            raise ValueError(
+                f"rank {event.rank} would come back at {event.at_s} s, but no method gives a rank the state that it "
+                "missed; leave out Rejoin and repair_s, and of Availability all but each rank's first interval, from 0"
+            )
+    if timing_only and cluster.compute.needs_calibration():
+        raise ValueError("timing alone takes no real step whose time could be measured; give Measured a step_s")
+    if timing_only and num_resident is not None:
+        raise ValueError(f"num_resident is {num_resident}, but timing alone has no states to move; leave it out")
+    if stacked:
+        require_stackable(run, timing_only, num_resident)
+    run.steps(cluster.num_ranks)  # refuses a number of steps that the batch and the replicas do not allow
 
 
 # a rank's replica, given its comm, where its metrics go, and what is put around its engine

@@ -8,7 +8,7 @@ replica's kernels are too small to fill the device: on a GPU, not on a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,7 +18,8 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lowcomm.config import Run
-from lowcomm.engine.base import Engine, Ready
+from lowcomm.engine.around import Around
+from lowcomm.engine.base import Ready
 from lowcomm.engine.torch_engine import TorchEngine, next_token_loss
 
 _CANNOT = (
@@ -135,11 +136,12 @@ class Stack:
         return nullcontext() if self._autocast is None else torch.autocast(device.type, self._autocast)
 
 
-class StackedEngine(Engine):
+class StackedEngine(Around):
     """A replica whose gradients come from a `Stack`; all else is its own engine's."""
 
     def __init__(self, stack: Stack, rank: int, inner: TorchEngine) -> None:
-        self._stack, self._rank, self._inner = stack, rank, inner
+        super().__init__(inner)
+        self._stack, self._rank = stack, rank
         self._parameters = [p for p in inner.model.parameters() if p.requires_grad]
         self._announced: Any = None
 
@@ -160,38 +162,10 @@ class StackedEngine(Engine):
             p.grad = gradient
         return loss
 
-    def update(self) -> None:
-        """See `Engine.update`."""
-        self._inner.update()
-
-    def update_part(self, numbers: Sequence[int]) -> None:
-        """See `Engine.update_part`."""
-        self._inner.update_part(numbers)
-
-    def needs_all_gradients(self) -> str | None:
-        """See `Engine.needs_all_gradients`."""
-        return self._inner.needs_all_gradients()
-
-    def evaluate(self, batch: Any) -> Tensor:
-        """See `Engine.evaluate`."""
-        return self._inner.evaluate(batch)
-
-    def slots(self) -> Mapping[str, list[Tensor]]:
-        """See `Engine.slots`."""
-        return self._inner.slots()
-
-    def lr(self) -> float:
-        """See `Engine.lr`."""
-        return self._inner.lr()
-
-    def state_dict(self) -> dict[str, Any]:
-        """See `Engine.state_dict`."""
-        return self._inner.state_dict()
-
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Engine.load_state_dict`; not while a batch is announced."""
         assert self._announced is None, "its gradients may be computed already"
-        self._inner.load_state_dict(state)
+        super().load_state_dict(state)
 
 
 def require_stackable(run: Run, timing_only: bool, num_resident: int | None) -> None:

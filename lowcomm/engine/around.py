@@ -1,0 +1,58 @@
+"""The part that engines around another engine share: they pass on what they do not change."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lowcomm.engine.base import Engine, Ready
+
+
+class Around(Engine, ABC):
+    """Another engine whose backward is done differently.
+
+    Args:
+        inner: who does everything else.
+    """
+
+    def __init__(self, inner: Engine) -> None:
+        self._inner = inner
+
+    @abstractmethod
+    def backward(self, batch: Any, ready: Ready | None = None) -> Tensor:
+        """See `Engine.backward`."""
+
+    def update(self) -> None:
+        """The inner engine's, as all that follow."""
+        self._inner.update()
+
+    def update_part(self, numbers: Sequence[int]) -> None:
+        """See `Engine.update_part`."""
+        self._inner.update_part(numbers)
+
+    def needs_all_gradients(self) -> str | None:
+        """See `Engine.needs_all_gradients`."""
+        return self._inner.needs_all_gradients()
+
+    def evaluate(self, batch: Any) -> Tensor:
+        """See `Engine.evaluate`."""
+        return self._inner.evaluate(batch)
+
+    def slots(self) -> Mapping[str, list[Tensor]]:
+        """See `Engine.slots`."""
+        return self._inner.slots()
+
+    def lr(self) -> float:
+        """See `Engine.lr`."""
+        return self._inner.lr()
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Engine.state_dict`."""
+        return self._inner.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `Engine.load_state_dict`."""
+        self._inner.load_state_dict(state)
