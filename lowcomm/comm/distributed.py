@@ -6,6 +6,7 @@ but sums travels as bytes, so dtypes that a backend does not know still arrive.
 
 from __future__ import annotations
 
+import importlib
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -249,6 +250,10 @@ def connect(backend: str, timeout_s: float = 600.0) -> DistributedComm:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    # Whoever imports this later, such as torch's optimizers do, has the process group in the default arguments of its
+    # functions for ever: `disconnect` could not end gloo's threads, and one that then frees a tensor while Python ends
+    # aborts the process.
+    importlib.import_module("torch.distributed.nn.functional")
     # No device_id: a group that is bound to its GPU splits its sub-groups off, for which all ranks must call, and the
     # ranks outside of a `sub` know nothing of it.
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))

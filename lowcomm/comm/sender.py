@@ -40,3 +40,4 @@ class Sender:
                 future.set_exception(error)
             else:
                 future.set_result(None)
+            del messages, future  # and the buffers that they hold, until the next batch comes
