@@ -281,6 +281,7 @@ def main() -> None:
     flags.add_argument("--eval_tokens", type=number, default="1M")
     flags.add_argument("--precision", choices=["fp32", "bf16_mixed", "bf16"], default="bf16_mixed")
     flags.add_argument("--compile", action="store_true", help="torch.compile the model")
+    flags.add_argument("--stacked", action="store_true", help="compute the gradients of all replicas of a run at once")
     flags.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     flags.add_argument("--gpus", type=int, default=0, help="that share out the runs; 0: each run chooses")
     flags.add_argument("--jobs", type=int, default=1, help="runs at a time, on each GPU")
@@ -292,7 +293,7 @@ def main() -> None:
     tuned = [name for name in METHODS if given.stage == "rest" or METHODS[name].tuned_as is None]
     names = [name for name in tuned if given.only is None or name in given.only]
     cases = [case for case in STAGES[given.stage](given, names, ended) if case.key not in ended]
-    jobs = [Job(case.key, config(given, case), case.num_replicas) for case in cases]
+    jobs = [Job(case.key, config(given, case), case.num_replicas, given.stacked) for case in cases]
     failed: list[str] = []
     for run in simulate_all(jobs, given.gpus, given.jobs, given.limit_s):
         if run.summary is None:

@@ -73,11 +73,13 @@ class Job:
         name: tells it from the others.
         config: of `lowcomm simulate`.
         num_replicas: on equal hosts.
+        stacked: compute the gradients of all replicas at once.
     """
 
     name: str
     config: Parts
     num_replicas: int
+    stacked: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ def _simulate(job: Job, out: Path, gpu: int | None, until: float | None) -> Ende
     path.write_text(yaml.safe_dump(job.config, sort_keys=False), encoding="utf-8")
     command = [sys.executable, "-m", "lowcomm", "simulate", "--config", str(path), "--out", str(out)]
     cluster = ["--cluster", "Uniform", "--cluster.num_hosts", str(job.num_replicas)]
+    cluster += ["--stacked", str(job.stacked).lower()]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     name = visible.split(",")[gpu] if visible and gpu is not None else str(gpu)
     env = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": name})

@@ -72,7 +72,7 @@ def simulate(
     events, num_ranks = cluster.fault_events(), cluster.num_ranks
     device = torch.device("cpu") if timing_only else place(run).device
     residence = Residence(device, num_resident, out)
-    stack = Stack(torch.bfloat16 if run.precision == "bf16_mixed" else None) if stacked else None
+    stack = _stack(run) if stacked else None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.cuda.init()  # before the clock notes what state torch is in
@@ -140,6 +140,10 @@ def simulate(
         print(stack.line())
     first: dict[str, Any] = summaries[0]
     return first
+
+
+def _stack(run: Run) -> Stack:
+    return Stack(torch.bfloat16 if run.precision == "bf16_mixed" else None, compile=run.compile)
 
 
 def _refuse(run: Run, cluster: Cluster, out: Path, timing_only: bool, num_resident: int | None, stacked: bool) -> None:

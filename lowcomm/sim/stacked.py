@@ -37,6 +37,7 @@ class Stack:
     Args:
         autocast: of every replica, as in `TorchEngine`.
         loss: likewise.
+        compile: run the forward of all replicas together through torch.compile.
 
     Attributes:
         num_calls: how often gradients were computed.
@@ -44,11 +45,15 @@ class Stack:
     """
 
     def __init__(
-        self, autocast: torch.dtype | None = None, loss: Callable[[nn.Module, Any], Tensor] = next_token_loss
+        self,
+        autocast: torch.dtype | None = None,
+        loss: Callable[[nn.Module, Any], Tensor] = next_token_loss,
+        compile: bool = False,
     ) -> None:
         self.num_calls = self.num_gradients = 0
         self._loss, self._autocast = loss, autocast
-        self._first: nn.Module | None = None  # the replicas' code, and what is the same in all of them
+        self._losses = torch.compile(self._each_loss, dynamic=False) if compile else self._each_loss
+        self._first: _Loss | None = None  # the replicas' code, and what is the same in all of them
         self._trained: dict[int, dict[str, nn.Parameter]] = {}
         self._announced: dict[int, Tensor] = {}
         self._found: dict[int, tuple[list[Tensor], Tensor]] = {}  # gradients and loss that nobody has taken yet
@@ -60,8 +65,8 @@ class Stack:
             ValueError: when its buffers or frozen parameters are not those of the replicas before it.
         """
         if self._first is None:
-            self._first = engine.model
-        mine, first = _fixed(engine.model), _fixed(self._first)
+            self._first = _Loss(engine.model, self._loss)
+        mine, first = _fixed(engine.model), _fixed(self._first.model)
         differing = sorted(mine.keys() ^ first.keys()) + [
             name for name in mine.keys() & first.keys() if not torch.equal(mine[name], first[name])
         ]
@@ -104,18 +109,12 @@ class Stack:
         weights = {name: torch.stack([x[name].detach() for x in trained]).requires_grad_() for name in trained[0]}
         batches = torch.stack([self._announced[rank] for rank in ranks])
         assert self._first is not None, "who announces has joined"
-        module, fixed = _Loss(self._first, self._loss), _fixed(self._first)
+        fixed = _fixed(self._first.model)
         versions = {name: x._version for name, x in fixed.items()}
-
-        def loss(weights: dict[str, Tensor], batch: Tensor) -> Tensor:
-            with self._casting(batch.device):
-                value: Tensor = functional_call(module, {f"model.{name}": x for name, x in weights.items()}, (batch,))
-            return value
-
         try:
             # the fused kernels of attention are not batched but called for one replica after the other
             with sdpa_kernel(SDPBackend.MATH):
-                losses = vmap(loss, randomness="error")(weights, batches)
+                losses = self._losses(weights, batches)
         except RuntimeError as error:
             if "vmap" not in str(error):
                 raise
@@ -131,6 +130,19 @@ class Stack:
         for rank, mine, my_loss in zip(ranks, by_rank, losses.detach().float().unbind(), strict=True):
             self._found[rank] = (list(mine), my_loss)
         self._announced.clear()
+
+    def _each_loss(self, weights: dict[str, Tensor], batches: Tensor) -> Tensor:
+        """The loss of every replica, from its own weights and batch; all are stacked along dim 0."""
+        first = self._first
+
+        def loss(weights: dict[str, Tensor], batch: Tensor) -> Tensor:
+            assert first is not None, "who announces has joined"
+            with self._casting(batch.device):
+                value: Tensor = functional_call(first, {f"model.{name}": x for name, x in weights.items()}, (batch,))
+            return value
+
+        losses: Tensor = vmap(loss, randomness="error")(weights, batches)
+        return losses
 
     def _casting(self, device: torch.device) -> AbstractContextManager[object]:
         return nullcontext() if self._autocast is None else torch.autocast(device.type, self._autocast)
@@ -179,7 +191,6 @@ def require_stackable(run: Run, timing_only: bool, num_resident: int | None) -> 
         f"num_resident is {num_resident}, and all replicas must be there at once": num_resident is not None,
         "the algorithm's overlap is on, which sends gradients one after the other": run.algorithm.sends_in_backward(),
         f"batch.num_micro_batches is {run.batch.num_micro_batches}, not 1": run.batch.num_micro_batches > 1,
-        "compile is true": run.compile,
     }
     for reason, holds in reasons.items():
         if holds:

@@ -126,6 +126,23 @@ def test_without_announcing_it_is_an_engine_like_any_other():
     torch.testing.assert_close(engine.evaluate(batch), alone[0].evaluate(batch))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_it_computes_the_same(device):
+    alone, inner = (engines(3, device=device) for _ in range(2))
+    stack = Stack(loss=loss_in_its_dtype, compile=True)
+    together = [stack.join(rank, engine) for rank, engine in enumerate(inner)]
+    for step in batches(3, 3, device):
+        for engine, batch in zip(together, step, strict=True):
+            engine.announce(batch)
+        for x, y, batch in zip(alone, together, step, strict=True):
+            torch.testing.assert_close(y.backward(batch), x.backward(batch), rtol=1e-6, atol=1e-6)
+            for a, b in zip(x.slots()["grad"], y.slots()["grad"], strict=True):
+                torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-12)
+            x.update()
+            y.update()
+    assert stack.num_calls == 3
+
+
 def test_who_has_left_is_computed_no_more():
     stack = Stack(loss=loss_in_its_dtype)
     together = [stack.join(rank, engine) for rank, engine in enumerate(engines(2))]
@@ -137,9 +154,10 @@ def test_who_has_left_is_computed_no_more():
     assert (stack.num_calls, stack.num_gradients) == (1, 1)
 
 
+@pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("extra", [partial(nn.Dropout, 0.5), partial(nn.BatchNorm1d, 7), LooksAtValues, Counts])
-def test_a_model_that_cannot_be_stacked_is_refused(extra):
-    engine = Stack(loss=loss_in_its_dtype).join(0, engines(1, extra=extra())[0])
+def test_a_model_that_cannot_be_stacked_is_refused(extra, compile):
+    engine = Stack(loss=loss_in_its_dtype, compile=compile).join(0, engines(1, extra=extra())[0])
     with pytest.raises(ValueError, match="cannot be computed for several replicas at once.*set stacked to false"):
         engine.backward(batches(1, 1)[0][0])
 
@@ -213,7 +231,6 @@ def test_mixed_precision_and_tied_embeddings(flags, tmp_path):
         (["--num_resident", "2"], "num_resident is 2"),
         (["--algorithm.overlap", "true", "--clip_norm", "null"], "the algorithm's overlap is on"),
         (["--batch.num_micro_batches", "2"], "num_micro_batches is 2"),
-        (["--compile", "true"], "compile is true"),
     ],
 )
 def test_what_cannot_be_stacked_is_refused(more, words, flags, tmp_path, capsys):
