@@ -44,6 +44,7 @@ def predict(run: Run, num_replicas: int, vocab_size: int) -> Prediction:
     comm = MeteredComm(EchoComm(num_replicas), meter)
     state = run.algorithm.init(engine, comm)
     for t in range(1, counted + 1):
+        run.algorithm.consensus(engine, state)  # applies what would wait for a forward, of which there is none
         for p in model.parameters():
             p.grad = torch.empty_like(p)
         run.algorithm.before_update(t, engine, state, comm)

@@ -69,8 +69,9 @@ def train(replica: Replica, plan: Plan, checkpoints: Checkpoints) -> None:
     ledger.start()
     for t in range(ledger.t + 1, plan.num_steps + 1):
         lr = engine.lr()
-        batch = replica.stream.next().to(replica.device)
-        loss = engine.backward(batch, algorithm.during_backward(t, engine, state, comm))
+        wanted = algorithm.during_forward(t, engine, state, comm)
+        ready = algorithm.during_backward(t, engine, state, comm)
+        loss = engine.backward(replica.stream.next().to(replica.device), ready, wanted)
         algorithm.before_update(t, engine, state, comm)
         engine.update()
         algorithm.after_update(t, engine, state, comm)
@@ -92,9 +93,9 @@ def train(replica: Replica, plan: Plan, checkpoints: Checkpoints) -> None:
 def evaluate(replica: Replica, batches: Sequence[Tensor]) -> float:
     """The mean loss of the parameters that stand for the run, batches shared out among the members; equal on all."""
     engine, comm = replica.engine, replica.comm.tagged("evaluation")
-    live = engine.slots()["param"]
+    live, standing = engine.slots()["param"], replica.algorithm.consensus(engine, replica.state)
     kept = [x.clone() for x in live]
-    torch._foreach_copy_(live, replica.algorithm.consensus(engine, replica.state))
+    torch._foreach_copy_(live, standing)
     total = torch.zeros(2, dtype=torch.float64, device=replica.device)  # summed loss, number of targets
     for batch in batches[comm.members.index(comm.rank) :: len(comm.members)]:
         num_targets = batch[:, 1:].numel()
@@ -140,8 +141,7 @@ def resume(replica: Replica, checkpoints: Checkpoints) -> int:
 def newest_common(steps: Sequence[int], comm: MeteredComm) -> int | None:
     """The largest number that every member's ``steps`` hold."""
     longest = max(int(x) for x in comm.all_gather(torch.tensor(len(steps))).wait())
-    padded = torch.full((longest,), -1, dtype=torch.int64)
-    padded[: len(steps)] = torch.tensor(sorted(steps), dtype=torch.int64)
+    padded = torch.tensor([*sorted(steps), *[-1] * (longest - len(steps))], dtype=torch.int64)
     common = set.intersection(*(set(x.tolist()) for x in comm.all_gather(padded).wait())) - {-1}
     return max(common, default=None)
 

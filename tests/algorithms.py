@@ -42,6 +42,7 @@ ALGORITHMS: list[Algorithm] = [
     StreamingDiLoCo(4, 4, blend=0.0, blocks_per_fragment=None, reducer=Reducer(PowerSGD(1), EF14())),
     StreamingDiLoCo(5, 0, blend=0.0, blocks_per_fragment=1, first_round_guard=False),
     StreamingDiLoCo(4, 2, blocks_per_fragment=1, reducer=Reducer(Quantized(), EF14(), bucket_bytes=64), overlap=True),
+    StreamingDiLoCo(3, 0, blocks_per_fragment=1, reducer=Reducer(bucket_bytes=64), overlap=True),
     NoLoCo(4, gamma=0.5),
     NoLoCo(4, gamma=0.5, reducer=Reducer(Quantized(), EF14())),
     NoLoCo(4, gamma=0.5, reducer=Reducer(Cast("float16"), EF21()), anchors=Reducer(Cast(), bucket_bytes=64)),
@@ -52,6 +53,7 @@ ALGORITHMS: list[Algorithm] = [
     SPARTA(fraction=0.3, every=2, delay=5),
     SPARTA(fraction=0.3, delay=1, then=DiLoCo(every=4)),
     SPARTA(fraction=0.3, then=DiLoCo(every=4, overlap=True, reducer=Reducer(bucket_bytes=64))),
+    SPARTA(fraction=0.3, delay=2, then=StreamingDiLoCo(4, 1, reducer=Reducer(bucket_bytes=64), overlap=True)),
 ]
 # The inner optimizer of methods that need one of their own; AdamW for the others.
 INNERS: dict[str, Inner] = {"DESLOC": adamw, "DeMo": sgd, "SAVIC": scaled_sgd}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowcomm.algorithms.base import Algorithm
 from lowcomm.comm.base import Comm
+from lowcomm.engine.base import Engine
 from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.optim.scaled_sgd import ScaledSGD
 from lowcomm.tensors import rng
@@ -48,9 +50,18 @@ def mse(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return nn.functional.mse_loss(model(batch[0]).squeeze(1), batch[1])
 
 
-def make_engine(inner: Inner = sgd, dtype: torch.dtype = torch.float64) -> TorchEngine:
+Loss = Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor]
+
+
+def make_engine(inner: Inner = sgd, dtype: torch.dtype = torch.float64, loss: Loss = mse) -> TorchEngine:
     model = make_model(dtype)
-    return TorchEngine(model, inner(list(model.parameters())), loss=mse, clip_norm=None)
+    return TorchEngine(model, inner(list(model.parameters())), loss=loss, clip_norm=None)
+
+
+def backward(algorithm: Algorithm, t: int, engine: Engine, state: Any, comm: Comm, batch: Any) -> Tensor:
+    """The first lines of the training loop."""
+    wanted = algorithm.during_forward(t, engine, state, comm)
+    return engine.backward(batch, algorithm.during_backward(t, engine, state, comm), wanted)
 
 
 def step_all(models: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer], t: int) -> None:
@@ -68,16 +79,25 @@ def flat(params: list[Tensor]) -> Tensor:
 def train(
     algorithm: Algorithm, comm: Comm, num_steps: int, inner: Inner = sgd, data_rank: int | None = None
 ) -> list[Tensor]:
-    """The training loop in small; this replica's flat parameters after each step, and at last after `finish`."""
-    engine = make_engine(inner)
+    """The training loop in small; this replica's flat parameters after each step, and at last after `finish`.
+
+    After a step they are as the next forward finds them, which may apply something before it uses them.
+    """
+    found = []
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        value = mse(model, batch)
+        found.append(flat(list(model.parameters())))
+        return value
+
+    engine = make_engine(inner, loss=loss)
     state = algorithm.init(engine, comm)
-    trace = []
     for t in range(1, num_steps + 1):
-        batch = make_batch(comm.rank if data_rank is None else data_rank, t)
-        engine.backward(batch, algorithm.during_backward(t, engine, state, comm))
+        backward(algorithm, t, engine, state, comm, make_batch(comm.rank if data_rank is None else data_rank, t))
         algorithm.before_update(t, engine, state, comm)
         engine.update()
         algorithm.after_update(t, engine, state, comm)
-        trace.append(flat(engine.slots()["param"]))
+    algorithm.consensus(engine, state)
+    found.append(flat(engine.slots()["param"]))
     algorithm.finish(num_steps, engine, state, comm)
-    return [*trace, flat(engine.slots()["param"])]
+    return [*found[1:], flat(engine.slots()["param"])]

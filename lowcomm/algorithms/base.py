@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 from torch import Tensor
 
 from lowcomm.comm.base import Comm
-from lowcomm.engine.base import Engine, Ready
+from lowcomm.engine.base import Engine, Ready, Wanted
 
 S = TypeVar("S")
 
@@ -18,12 +18,14 @@ class Algorithm(ABC, Generic[S]):
 
     The training loop is, for t = 1, 2, ...::
 
-        loss = engine.backward(batch, algorithm.during_backward(t, engine, state, comm))
+        wanted = algorithm.during_forward(t, engine, state, comm)
+        ready = algorithm.during_backward(t, engine, state, comm)
+        loss = engine.backward(batch, ready, wanted)
         algorithm.before_update(t, engine, state, comm)
         engine.update()
         algorithm.after_update(t, engine, state, comm)
 
-    and those three calls are the only places that talk.
+    and the last four are the only places that talk: `backward` where it calls what the first two returned.
     """
 
     @abstractmethod
@@ -35,8 +37,20 @@ class Algorithm(ABC, Generic[S]):
         """
 
     def sends_in_backward(self) -> bool:
-        """Whether `during_backward` returns something at some steps; by default at none."""
+        """Whether `during_backward` returns something at some steps; by default at none.
+
+        Where it does not, `during_forward` does not either.
+        """
         return False
+
+    def during_forward(self, t: int, engine: Engine, state: S, comm: Comm) -> Wanted | None:
+        """What forward of step ``t`` tells of each parameter before it uses it; by default nobody.
+
+        This call itself changes nothing. What it returns may wait for what was sent, and change the parameters, as
+        `after_update` of the step before could have done. It sends nothing.
+        """
+        del t, engine, state, comm
+        return None
 
     def during_backward(self, t: int, engine: Engine, state: S, comm: Comm) -> Ready | None:
         """What backward of step ``t`` tells each gradient to as soon as it is final; by default nobody.
@@ -79,5 +93,6 @@ class Algorithm(ABC, Generic[S]):
 
         Where replicas stay apart (gossip), each gives its own, and an evaluation is the mean of their losses, each on
         its share of the batches. In the order of ``engine.slots()["param"]``; may be live tensors, so copy before the
-        next step.
+        next step. What the next `during_forward` would wait for and apply is applied now: all ranks call it after the
+        same step, and it changes no result.
         """

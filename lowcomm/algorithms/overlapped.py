@@ -23,21 +23,26 @@ Values = Callable[[Sequence[int]], list[Tensor]]
 class GroupsState:
     """Attributes:
     reducers: what averaging keeps between rounds, for each group of parameters.
-    under_way: the averages that have set out and were not asked for yet, of the first groups.
+    under_way: the averages that have set out and were not asked for yet, by the number of their group.
     """
 
     reducers: list[ReducerState]
-    under_way: list[UnderWay] = field(default_factory=list)
+    under_way: dict[int, UnderWay] = field(default_factory=dict)
 
     def advance(self) -> None:
         """Let the next messages of all that is under way follow; see `UnderWay.advance`."""
-        for average in self.under_way:
+        for average in self.under_way.values():
             average.advance()
 
     def settle(self) -> None:
         """Wait for what is under way, and hold plain tensors that a checkpoint can take."""
-        for average in self.under_way:
+        for average in self.under_way.values():
             average.settle()
+
+    def arrived(self, k: int) -> list[Tensor]:
+        """The means of the k-th group, waited for; it is under way no more."""
+        means, self.reducers[k] = self.under_way.pop(k).result()
+        return means
 
 
 # Parameters, and what to do once they and those of all turns before are final.
@@ -79,7 +84,7 @@ class Groups:
 
     def init(self, like: Sequence[Tensor]) -> GroupsState:
         """Nothing averaged yet, of tensors shaped like ``like``, one for each parameter."""
-        return GroupsState([self.reducer.init([like[i] for i in group]) for group in self._groups(like)])
+        return GroupsState([self.reducer.init([like[i] for i in group]) for group in self.cut(like)])
 
     def in_turn(self, like: Sequence[Tensor], state: GroupsState, comm: Comm, values: Values) -> Callable[[int], None]:
         """What is told the number of each parameter once, as soon as ``values`` may be asked for it.
@@ -91,7 +96,7 @@ class Groups:
 
     def turns(self, like: Sequence[Tensor], state: GroupsState, comm: Comm, values: Values) -> list[Turn]:
         """Each group in the order in which they must set out, and how it does."""
-        return [(group, partial(self._start, group, state, comm, values)) for group in self._groups(like)]
+        return [(group, partial(self._start, k, group, state, comm, values)) for k, group in enumerate(self.cut(like))]
 
     def start(self, like: Sequence[Tensor], state: GroupsState, comm: Comm, values: Values) -> None:
         """Start the groups that have not set out yet."""
@@ -100,10 +105,10 @@ class Groups:
 
     def arrived(self, like: Sequence[Tensor], state: GroupsState) -> list[Tensor]:
         """The means over replicas of all parameters' values, in order: waits for all groups, which have set out."""
-        under_way, state.under_way = state.under_way, []
-        results = [average.result() for average in under_way]
+        under_way, state.under_way = state.under_way, {}
+        results = [average.result() for average in under_way.values()]
         means = list(like)
-        for group, (group_means, _) in zip(self._groups(like), results, strict=True):
+        for group, (group_means, _) in zip(self.cut(like), results, strict=True):
             for i, mean in zip(group, group_means, strict=True):
                 means[i] = mean
         state.reducers = [reducer for _, reducer in results]
@@ -114,17 +119,18 @@ class Groups:
         self.start(like, state, comm, values)
         return self.arrived(like, state)
 
-    def _start(self, group: list[int], state: GroupsState, comm: Comm, values: Values) -> None:
-        """Send off the next group."""
-        state.under_way.append(send(self.reducer, values(group), state.reducers[len(state.under_way)], comm))
-
-    def _groups(self, like: Sequence[Tensor]) -> list[list[int]]:
-        """The groups in the order in which they set out."""
+    def cut(self, like: Sequence[Tensor]) -> list[list[int]]:
+        """The groups in the order in which they set out, as places in ``like``."""
         if not self.overlap:
             return [list(range(len(like)))]
         last = len(like) - 1
         groups = [[last - i for i in group] for group in buckets(like[::-1], self.reducer.bucket_bytes)]
         return sorted(groups, key=min, reverse=True)  # by who is complete first, where dtypes differ
+
+    def _start(self, k: int, group: list[int], state: GroupsState, comm: Comm, values: Values) -> None:
+        """Send off the k-th group, whose turn it is."""
+        assert k == len(state.under_way), "groups set out in their order, once all of the last average have arrived"
+        state.under_way[k] = send(self.reducer, values(group), state.reducers[k], comm)
 
 
 def average_gradients(groups: Groups, gradients: list[Tensor], state: GroupsState, comm: Comm) -> None:

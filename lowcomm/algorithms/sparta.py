@@ -31,7 +31,7 @@ from lowcomm.algorithms.anchors import anchor_of, delta
 from lowcomm.algorithms.base import Algorithm
 from lowcomm.algorithms.under_way import UnderWay, send
 from lowcomm.comm.base import Comm
-from lowcomm.engine.base import Engine, Ready
+from lowcomm.engine.base import Engine, Ready, Wanted
 from lowcomm.feedback.none import NoFeedback
 from lowcomm.reduce import Reducer, ReducerState
 from lowcomm.tensors import rng
@@ -135,6 +135,10 @@ class SPARTA(Algorithm[SPARTAState]):
         """Where `then` does; what it sends there was not averaged in that step."""
         return self.then is not None and self.then.sends_in_backward()
 
+    def during_forward(self, t: int, engine: Engine, state: SPARTAState, comm: Comm) -> Wanted | None:
+        """That of `then`."""
+        return None if self.then is None else self.then.during_forward(t, engine, state.then, comm)
+
     def during_backward(self, t: int, engine: Engine, state: SPARTAState, comm: Comm) -> Ready | None:
         """That of `then`."""
         return None if self.then is None else self.then.during_backward(t, engine, state.then, comm)
@@ -163,6 +167,7 @@ class SPARTA(Algorithm[SPARTAState]):
 
     def finish(self, t: int, engine: Engine, state: SPARTAState, comm: Comm) -> None:
         """Take in what is under way; then let `then` end the run or average all parameters."""
+        self.consensus(engine, state)  # what `then` has left to another forward would come before what is under way
         while state.under_way:
             self._take_in(engine, state)
         if self.then is not None:

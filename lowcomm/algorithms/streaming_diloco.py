@@ -37,7 +37,7 @@ from lowcomm.algorithms.fragments import Pattern, cut, offsets
 from lowcomm.algorithms.overlapped import Groups, GroupsState, Turn, in_turn
 from lowcomm.algorithms.under_way import num_advances
 from lowcomm.comm.base import Comm
-from lowcomm.engine.base import Engine, Ready
+from lowcomm.engine.base import Engine, Ready, Wanted
 from lowcomm.outer.base import Outer
 from lowcomm.outer.nesterov import Nesterov
 from lowcomm.reduce import Reducer
@@ -49,17 +49,19 @@ class Fragment:
 
     Attributes:
         numbers: which parameters it holds.
-        outer: state of the outer optimizer; equal on all replicas.
+        outers: state of the outer optimizer for each group that travels by itself; equal on all replicas.
         deltas: what averaging keeps between rounds, and the averages that have been sent and not applied.
         sent_t: the inner step of the last delta; None before the first.
         round: averages applied so far.
+        is_due: the delay is over, and the next forward applies what is under way; only with `overlap`.
     """
 
     numbers: list[int]
-    outer: Any
+    outers: list[Any]
     deltas: GroupsState
     sent_t: int | None = None
     round: int = 0
+    is_due: bool = False
 
     def age(self, t: int) -> int:
         """Inner steps since the last delta, or since the beginning."""
@@ -87,7 +89,8 @@ class StreamingDiLoCo(Algorithm[StreamingDiLoCoState]):
 
     Where a compressor sends k messages in a row, the j-th sets out ceil((j - 1) delay / k) steps after the first.
 
-    With `overlap` a fragment has a part of the last backward more: a layer's deltas set out once they are known.
+    With `overlap` a fragment has parts of a backward and of a forward more: a layer's deltas set out once they are
+    known, and forward waits for their mean where it uses the layer.
 
     Attributes:
         every: inner steps between two syncs of a fragment, H.
@@ -103,8 +106,9 @@ class StreamingDiLoCo(Algorithm[StreamingDiLoCoState]):
         reducer: how deltas are averaged. The paper sends E3M0 to all, which is Reducer(Gathered(E3M0())).
         overlap: in the inner step after which a fragment is sent, update its parameters while backward computes the
             gradients of others, and send their deltas at once: in groups from the last parameter to the first, by the
-            reducer's `bucket_bytes`. Gradients cannot be clipped by their norm then, and a delay is below `every`.
-            What is sent at the end of a run does not overlap.
+            reducer's `bucket_bytes`. In the step after the delay, apply each group's mean right before forward uses its
+            parameters, or before what asks for `consensus`. Gradients cannot be clipped by their norm then, and a delay
+            is below `every`. What is sent at the end of a run does not overlap.
     """
 
     every: int = 100
@@ -160,12 +164,30 @@ class StreamingDiLoCo(Algorithm[StreamingDiLoCoState]):
         fragments = []
         for numbers in cut(engine.names(), self.blocks_per_fragment, self.pattern):
             part = [anchor[i] for i in numbers]
-            fragments.append(Fragment(numbers, self.outer.init(part), self._groups().init(part)))
+            outers = [self.outer.init([part[k] for k in group]) for group in self._groups().cut(part)]
+            fragments.append(Fragment(numbers, outers, self._groups().init(part)))
         return StreamingDiLoCoState(anchor, fragments)
 
     def sends_in_backward(self) -> bool:
         """With `overlap`."""
         return self.overlap
+
+    def during_forward(self, t: int, engine: Engine, state: StreamingDiLoCoState, comm: Comm) -> Wanted | None:
+        """With `overlap`, in the step after a delay: apply each group before the first of its parameters is used."""
+        due = [fragment for fragment in state.fragments if fragment.is_due]
+        if not due:
+            return None
+        params = engine.slots()["param"]
+        group_of: dict[int, tuple[Fragment, int]] = {}
+        for fragment in due:
+            for k, numbers in enumerate(self._numbers(fragment, state)):
+                group_of |= dict.fromkeys(numbers, (fragment, k))
+
+        def wanted(i: int) -> None:
+            if i in group_of:
+                self._apply_group(*group_of[i], params, state)
+
+        return wanted
 
     def during_backward(self, t: int, engine: Engine, state: StreamingDiLoCoState, comm: Comm) -> Ready | None:
         """With `overlap`, before a fragment is sent: update and send each of its groups as soon as its turn has come.
@@ -190,7 +212,8 @@ class StreamingDiLoCo(Algorithm[StreamingDiLoCoState]):
         return lambda i, gradient: final(i)
 
     def after_update(self, t: int, engine: Engine, state: StreamingDiLoCoState, comm: Comm) -> None:
-        """Send what is due, then apply what is due."""
+        """Send what is due, then apply what is due, or leave it to the next forward."""
+        assert not any(fragment.is_due for fragment in state.fragments), "forward has asked for all parameters"
         params = engine.slots()["param"]
         for fragment in self._due(t, state):
             self._send(fragment, t, params, state, comm)
@@ -201,7 +224,10 @@ class StreamingDiLoCo(Algorithm[StreamingDiLoCoState]):
                     fragment.deltas.advance()
         for fragment in state.fragments:
             if fragment.deltas.under_way and fragment.age(t) == self._delay(comm):
-                self._apply(fragment, params, state)
+                if self.overlap:
+                    fragment.is_due = True
+                else:
+                    self._apply(fragment, params, state)
 
     def settle(self, state: StreamingDiLoCoState) -> None:
         """Wait for the fragments under way."""
@@ -223,11 +249,14 @@ class StreamingDiLoCo(Algorithm[StreamingDiLoCoState]):
         torch._foreach_copy_(params, state.anchor)
 
     def num_rounds(self, state: StreamingDiLoCoState) -> int:
-        """Averages applied so far, those of all fragments together."""
-        return sum(fragment.round for fragment in state.fragments)
+        """Averages whose delay is over, those of all fragments together."""
+        return sum(fragment.round + fragment.is_due for fragment in state.fragments)
 
     def consensus(self, engine: Engine, state: StreamingDiLoCoState) -> list[Tensor]:
-        """The anchors."""
+        """The anchors, once what the next forward would apply has been."""
+        for fragment in state.fragments:
+            if fragment.is_due:
+                self._apply(fragment, engine.slots()["param"], state)
         return state.anchor
 
     def _due(self, t: int, state: StreamingDiLoCoState) -> list[Fragment]:
@@ -245,12 +274,13 @@ class StreamingDiLoCo(Algorithm[StreamingDiLoCoState]):
         With a delay of a whole round apply the last average after that; in the first round, load the anchor as it is.
         """
         is_late = self._delay(comm) == self.every
-        means = self._arrived(fragment, state) if is_late and fragment.deltas.under_way else None
+        means = fragment.deltas.arrived(0) if is_late and fragment.deltas.under_way else None  # without overlap, of all
         like = _part(state.anchor, fragment)
         self._groups().start(like, fragment.deltas, comm, lambda group: self._delta(fragment, group, params, state))
         fragment.sent_t = t
         if is_late:
-            self._move(fragment, means, params, state)
+            fragment.round += means is not None
+            self._move(fragment, 0, means, params, state)
 
     def _delta(
         self, fragment: Fragment, group: Sequence[int], params: list[Tensor], state: StreamingDiLoCoState
@@ -259,20 +289,30 @@ class StreamingDiLoCo(Algorithm[StreamingDiLoCoState]):
         return delta(state.anchor, params, 1.0, [fragment.numbers[k] for k in group])
 
     def _apply(self, fragment: Fragment, params: list[Tensor], state: StreamingDiLoCoState) -> None:
-        self._move(fragment, self._arrived(fragment, state), params, state)
+        """Wait for what is under way, and apply it."""
+        for k in list(fragment.deltas.under_way):
+            self._apply_group(fragment, k, params, state)
 
-    def _arrived(self, fragment: Fragment, state: StreamingDiLoCoState) -> list[Tensor]:
-        """The mean of what is under way, waited for, which then is no more."""
-        return self._groups().arrived(_part(state.anchor, fragment), fragment.deltas)
+    def _apply_group(self, fragment: Fragment, k: int, params: list[Tensor], state: StreamingDiLoCoState) -> None:
+        """The same for one group, unless that has been done."""
+        if k in fragment.deltas.under_way:
+            self._move(fragment, k, fragment.deltas.arrived(k), params, state)
+            if not fragment.deltas.under_way:
+                fragment.round, fragment.is_due = fragment.round + 1, False
 
     def _move(
-        self, fragment: Fragment, means: list[Tensor] | None, params: list[Tensor], state: StreamingDiLoCoState
+        self,
+        fragment: Fragment,
+        k: int,
+        means: list[Tensor] | None,
+        params: list[Tensor],
+        state: StreamingDiLoCoState,
     ) -> None:
-        """Move the anchor, if something has come, and the replica towards it."""
+        """Move the anchor of the k-th group, if something has come, and the replica towards it."""
+        numbers = self._numbers(fragment, state)[k]
         if means is not None:
-            self.outer.apply(_part(state.anchor, fragment), means, fragment.outer)
-            fragment.round += 1
-        for a, p in ((state.anchor[i], params[i]) for i in fragment.numbers):
+            self.outer.apply([state.anchor[i] for i in numbers], means, fragment.outers[k])
+        for a, p in ((state.anchor[i], params[i]) for i in numbers):
             # to what a replica is loaded with, so that one that stands there already stays
             loaded = a.to(p.dtype).to(a.dtype)
             p.copy_(torch.lerp(p.to(a.dtype), loaded, 1 - self.blend))
@@ -294,6 +334,10 @@ class StreamingDiLoCo(Algorithm[StreamingDiLoCoState]):
     def _groups(self) -> Groups:
         """Of the parameters of one fragment, by their places in it."""
         return Groups(self.reducer, self.overlap)
+
+    def _numbers(self, fragment: Fragment, state: StreamingDiLoCoState) -> list[list[int]]:
+        """The parameters of each of a fragment's groups."""
+        return [[fragment.numbers[k] for k in group] for group in self._groups().cut(_part(state.anchor, fragment))]
 
 
 def _part(xs: list[Tensor], fragment: Fragment) -> list[Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lowcomm.engine.base import Engine, Ready
+from lowcomm.engine.base import Engine, Ready, Wanted
 
 
 class Around(Engine, ABC):
@@ -22,7 +22,7 @@ class Around(Engine, ABC):
         self._inner = inner
 
     @abstractmethod
-    def backward(self, batch: Any, ready: Ready | None = None) -> Tensor:
+    def backward(self, batch: Any, ready: Ready | None = None, wanted: Wanted | None = None) -> Tensor:
         """See `Engine.backward`."""
 
     def update(self) -> None:

@@ -11,6 +11,9 @@ from lowcomm.sim.trace import Trace
 class Pace:
     """Lets the time of inner steps pass, whole or in pieces.
 
+    What a rank waits for between two pieces of a step comes on top of the step's seconds, which were settled when it
+    began.
+
     Args:
         clock: whose time it is.
         compute: how long steps take.
@@ -20,13 +23,14 @@ class Pace:
 
     def __init__(self, clock: Clock, compute: ComputeModel, trace: Trace, rank: int, log: RankLog | None) -> None:
         self._clock, self._compute, self._trace, self._rank, self._log = clock, compute, trace, rank, log
-        self._start_s = self._step_s = 0.0
-        self._is_new = False
+        self._start_s = self._step_s = self._stood_s = 0.0
+        self._is_new, self._span = False, 0
 
     def begin(self, t: int) -> None:
         """Inner step ``t`` starts now."""
-        self._start_s, self._is_new = self._clock.now, True
-        self._step_s = self._compute.seconds(self._rank, t, self._start_s)
+        self._start_s = self._stood_s = self._clock.now
+        self._step_s, self._is_new = self._compute.seconds(self._rank, t, self._start_s), True
+        self._span = len(self._trace.spans)
         self._trace.add(self._rank, "compute", self._start_s, self._start_s + self._step_s, f"step {t}")
 
     def go_on(self, share: float) -> None:
@@ -34,4 +38,9 @@ class Pace:
         if self._log is not None:
             self._log.compute(self._is_new, share)
         self._is_new = False
+        waited_s = self._clock.now - self._stood_s
+        if waited_s > 0:
+            self._start_s += waited_s
+            self._span = self._trace.interrupt(self._span, self._stood_s, self._clock.now)
         self._clock.sleep(max(0.0, self._start_s + self._step_s * share - self._clock.now))
+        self._stood_s = self._clock.now

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,6 +62,16 @@ class Trace:
     def add(self, rank: int, kind: Kind, start_s: float, end_s: float, name: str, num_bytes: float = 0.0) -> None:
         """Record a span."""
         self.spans.append(Span(rank, kind, start_s, end_s, name, num_bytes))
+
+    def interrupt(self, place: int, at_s: float, until_s: float) -> int:
+        """A span, by its place in the list, that was recorded before its end stops for a while.
+
+        Returns the place of its second half.
+        """
+        span = self.spans[place]
+        self.spans[place] = replace(span, end_s=at_s)
+        self.spans.append(replace(span, start_s=until_s, end_s=span.end_s + (until_s - at_s)))
+        return len(self.spans) - 1
 
     def add_flow(self, flow: FlowRecord) -> None:
         """Record a message that arrived or was cancelled; a `Network` calls it as its ``on_flow``."""

@@ -10,7 +10,7 @@ from lowcomm.comm.metered import Meter, MeteredComm
 from lowcomm.comm.solo import SoloComm
 from lowcomm.state import restore, state_tree
 from tests.algorithms import all_algorithms, expected_rounds, inner_of
-from tests.replicas import flat, make_batch, make_engine, train
+from tests.replicas import backward, flat, make_batch, make_engine, train
 from tests.world import run_world
 
 STEPS = 11
@@ -41,7 +41,7 @@ def test_state_restored_in_the_middle_of_a_run_goes_on_bitwise(algorithm, stop):
     def program(comm):
         def steps(engine, state, first, last):
             for t in range(first, last + 1):
-                engine.backward(make_batch(comm.rank, t), algorithm.during_backward(t, engine, state, comm))
+                backward(algorithm, t, engine, state, comm, make_batch(comm.rank, t))
                 algorithm.before_update(t, engine, state, comm)
                 engine.update()
                 algorithm.after_update(t, engine, state, comm)
@@ -79,7 +79,7 @@ def test_rounds_are_counted_and_traffic_is_that_of_an_echo(algorithm):
         engine = make_engine(inner_of(algorithm))
         state = algorithm.init(engine, metered)
         for t in range(1, STEPS + 1):
-            engine.backward(make_batch(comm.rank, t), algorithm.during_backward(t, engine, state, metered))
+            backward(algorithm, t, engine, state, metered, make_batch(comm.rank, t))
             algorithm.before_update(t, engine, state, metered)
             engine.update()
             algorithm.after_update(t, engine, state, metered)

@@ -13,7 +13,7 @@ from lowcomm.sim.comm import World
 from lowcomm.tensors import digest, rng
 from tests.algorithms import all_algorithms, inner_of
 from tests.compressors import all_compressors
-from tests.replicas import flat, make_batch, make_model, mse
+from tests.replicas import backward, flat, make_batch, make_model, mse
 
 pytestmark = [
     pytest.mark.gpu,
@@ -66,7 +66,7 @@ def trained(algorithm, comm, device):
     trace = []
     for t in range(1, STEPS + 1):
         batch = tuple(x.to(device) for x in make_batch(comm.rank, t))
-        engine.backward(batch, algorithm.during_backward(t, engine, state, comm))
+        backward(algorithm, t, engine, state, comm, batch)
         algorithm.before_update(t, engine, state, comm)
         engine.update()
         algorithm.after_update(t, engine, state, comm)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from lowcomm.cli import main
 from lowcomm.metrics import read
 from tests.multiprocess.launch import launch, write_tiny
 
@@ -55,3 +56,20 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(algorithm, tmp_path):
         [r["kind"] for r in read(folder / "metrics.jsonl")].count("summary") for folder in (tmp_path / "whole", out)
     ]
     assert summaries == [1, 1]
+
+
+@pytest.mark.timeout(120)
+def test_what_was_left_to_the_next_forward_is_applied_by_that_of_a_resumed_run(tmp_path):
+    """And all is as if nothing had been left to it, in the simulator too."""
+    flags = ["--config", str(write_tiny(tmp_path)), "--clip_norm", "null", "--num_steps", "12"]
+    flags += ["--evaluation.every", "0", "--algorithm", "StreamingDiLoCo", "--algorithm.every", "5"]
+    flags += ["--algorithm.delay", "0", "--algorithm.blocks_per_fragment", "1", "--algorithm.reducer.bucket_bytes", "1"]
+    out = tmp_path / "broken"
+    run = ["train", *flags, "--checkpoint.every", "5", "--algorithm.overlap", "true", "--out", str(out)]
+    assert launch(run, stop_at="1:step:11:SIGKILL").codes == [1, -signal.SIGKILL]  # goes on from 10
+    last = launch([*run, "--resume"])
+    assert last.codes == [0, 0], last.errors
+    whole = tmp_path / "whole"
+    cluster = ["--cluster", "LAN", "--cluster.num_hosts", "2", "--checkpoint.every", "0", "--out", str(whole)]
+    assert main(["simulate", *flags, *cluster]) == 0
+    assert history(out) == history(whole)

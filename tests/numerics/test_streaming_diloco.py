@@ -247,10 +247,10 @@ def synced(algorithm, num_steps, comm):
         engine.backward(make_batch(comm.rank, t))
         engine.update()
         algorithm.after_update(t, engine, state, comm)
-        parts = [[*(state.anchor[i] for i in f.numbers), *f.outer.buffer] for f in state.fragments]
+        parts = [[*(state.anchor[i] for i in f.numbers), *f.outers[0].buffer] for f in state.fragments]
         found.append([digest(part) for part in parts])
     algorithm.finish(num_steps, engine, state, comm)
-    found.append([digest([*(state.anchor[i] for i in f.numbers), *f.outer.buffer]) for f in state.fragments])
+    found.append([digest([*(state.anchor[i] for i in f.numbers), *f.outers[0].buffer]) for f in state.fragments])
     assert digest(state.anchor) == digest(engine.slots()["param"])
     return found
 

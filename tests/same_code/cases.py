@@ -48,6 +48,9 @@ CASES: dict[str, Algorithm] = {
     "streaming diloco, overlapped, cast": StreamingDiLoCo(
         every=4, delay=1, blocks_per_fragment=1, reducer=_CAST, overlap=True
     ),
+    "streaming diloco, overlapped, without delay": StreamingDiLoCo(
+        every=3, delay=0, blocks_per_fragment=1, reducer=Reducer(bucket_bytes=64), overlap=True
+    ),
     "streaming diloco, a whole round late, cast": StreamingDiLoCo(every=3, delay=3, blend=0.0, reducer=_CAST),
     "eager diloco": EagerDiLoCo(every=4),
     "eager diloco, cast": EagerDiLoCo(every=5, reducer=_CAST),

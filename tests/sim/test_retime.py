@@ -50,6 +50,10 @@ init_args:
 METHODS = {
     "DataParallel": ["--algorithm", "DataParallel"],
     "DataParallel, overlapped": ["--algorithm", "DataParallel", "--algorithm.overlap", "true"],
+    "StreamingDiLoCo, overlapped": [
+        *("--algorithm", "StreamingDiLoCo", "--algorithm.every", "3", "--algorithm.delay", "0"),
+        *("--algorithm.blocks_per_fragment", "1", "--algorithm.overlap", "true", "--clip_norm", "null"),
+    ],
     "LocalSGD": ["--algorithm", "LocalSGD", "--algorithm.every", "3"],
     "DiLoCo": ["--algorithm", "DiLoCo", "--algorithm.every", "4", "--algorithm.start", "2"],
 }
