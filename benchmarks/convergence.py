@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.language_model import number
-from benchmarks.methods import CLAIMS, METHODS, OPTIMIZERS, Outer, Setting
+from benchmarks.methods import CLAIMS, METHODS, OPTIMIZERS, Others, Setting
 from benchmarks.record import parser, table, write_record
 from benchmarks.simulations import Job, Parts, language_run, simulate_all, warmup_of
 from lowcomm.metrics import si
 
 KEPT = ("num_parameters", "members", "t", "round", "tokens", "loss", "val_loss", "val_bits_per_byte", "wire_bytes")
 # what two stages of one record may differ in
-FREE = ("stage", "only", "among", "seeds", "gpus", "jobs", "limit_s")
+FREE = ("stage", "only", "among", "seeds", "gpus", "jobs", "limit_s", "stacked")
 # the first of these is what the others are set beside
 BASELINE = "data parallel"
 
@@ -38,13 +38,13 @@ Results = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Tuned:
-    """What is chosen for a method: the inner learning rate, and the outer one with what goes with it."""
+    """What is chosen for a method: the inner learning rate and what goes with it."""
 
     lr: float
-    outer: Outer
+    others: Others
 
     def __str__(self) -> str:
-        return f"{self.lr:g}" + (f", outer {'/'.join(f'{x:g}' for x in self.outer)}" if self.outer else "")
+        return f"{self.lr:g}" + (f" with {'/'.join(f'{x:g}' for x in self.others)}" if self.others else "")
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,16 @@ def choices(given: argparse.Namespace, name: str) -> list[Tuned]:
     """The grid of a method."""
     method = METHODS[METHODS[name].tuned_as or name]
     rates = [float(f"{method.lr * factor:.4g}") for factor in given.grid]
-    first, *others = method.outers[: 1 if given.one_outer else None]
-    return [Tuned(lr, first) for lr in rates] + [Tuned(rates[len(rates) // 2], outer) for outer in others]
+    first, *more = method.others[: 1 if given.rates_only else None]
+    return [Tuned(lr, first) for lr in rates] + [Tuned(rates[len(rates) // 2], others) for others in more]
 
 
 def config(given: argparse.Namespace, case: Case) -> Parts:
     """A run of `lowcomm simulate`."""
     method = METHODS[case.method]
     num_steps = -(-given.tokens // (given.batch * given.seq_len))
-    setting = Setting(given.every, case.tuned.lr, warmup_of(num_steps), case.tuned.outer)
-    optimizer = OPTIMIZERS[method.optimizer](case.tuned.lr)
+    setting = Setting(given.every, case.tuned.lr, warmup_of(num_steps), case.tuned.others)
+    optimizer = OPTIMIZERS[method.optimizer](case.tuned.lr, case.tuned.others)
     run = language_run(given, method.algorithm(setting), optimizer, num_steps, "run", case.seed)
     return run | {"compile": given.compile}
 
@@ -137,7 +137,7 @@ def kept_runs(given: argparse.Namespace) -> Results:
         return {}
     record = json.loads(path.read_text(encoding="utf-8"))
     now = {key: value.name if isinstance(value, Path) else value for key, value in vars(given).items()}
-    other = [key for key, value in record["arguments"].items() if key not in FREE and now[key] != value]
+    other = [key for key, value in record["arguments"].items() if key not in FREE and now.get(key) != value]
     if other:
         raise ValueError(f"{path} was made with other {other}; give the same, or another --name")
     results: Results = record["results"]
@@ -200,7 +200,7 @@ def save(given: argparse.Namespace, results: Results) -> Path:
         f"Llama {given.size} ({first['num_parameters']:,} parameters), replicas simulated on one device, "
         f"{given.batch} x {given.seq_len} tokens a step shared among them, {first['tokens']:,} byte tokens in all, "
         f"{first['t']:,} steps, {given.every} steps a round, {given.precision}. Learning rates are the best of "
-        f"{' / '.join(f'{x:g}' for x in given.grid)} times each optimizer's own, and outer ones (with momentum) of a "
+        f"{' / '.join(f'{x:g}' for x in given.grid)} times each optimizer's own, and what goes with them of a "
         f"few, at {given.replicas[0]} replicas and one seed: see below. Data "
         "parallel, in the column that names it, is with the same optimizer."
     )
@@ -274,8 +274,10 @@ def main() -> None:
     flags.add_argument("--among", type=int, nargs="+", default=None, help="of those, what `rest` runs; all by default")
     flags.add_argument("--seq_len", type=int, default=512)
     flags.add_argument("--batch", type=int, default=32, help="sequences of a step of all replicas together")
-    flags.add_argument("--grid", type=float, nargs="+", default=[0.5, 1.0, 2.0], help="times each optimizer's own rate")
-    flags.add_argument("--one_outer", action="store_true", help="only each method's first outer learning rate")
+    flags.add_argument("--grid", type=float, nargs="+", default=[0.5, 1.0], help="times each optimizer's own rate")
+    flags.add_argument(
+        "--rates_only", action="store_true", help="only each method's first choice beside the learning rate"
+    )
     flags.add_argument("--seeds", type=int, default=3, help="of the methods that get several")
     flags.add_argument("--every", type=int, default=15, help="steps of a round")
     flags.add_argument("--eval_tokens", type=number, default="1M")

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 
 from benchmarks.simulations import Parts, part
 
-Outer = tuple[float, ...]  # a learning rate, a momentum and a blend, as far as the method has them
+# What is chosen beside the inner learning rate: a learning rate, a momentum and a blend, as far as the outer step has
+# them; of QHADOPT its betas and omega.
+Others = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -17,13 +19,13 @@ class Setting:
     Attributes:
         every: inner steps of a round.
         lr, num_warmup_steps: the inner learning rate and in how many steps it rises.
-        outer: how the replicas' mean is followed; empty where there is no choice.
+        others: how the replicas' mean is followed; empty where there is no choice.
     """
 
     every: int
     lr: float
     num_warmup_steps: int
-    outer: Outer
+    others: Others
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Method:
         algorithm: of the config.
         optimizer: a key of `OPTIMIZERS`.
         lr: in the middle of the grid.
-        outers: the first goes with every learning rate of the grid, the others with that in the middle.
+        others: the first goes with every learning rate of the grid, the others with that in the middle.
         beside: data parallel with the same optimizer.
         is_seeded: whether it is repeated with other seeds.
         tuned_as: the method whose rates it takes; None tunes its own.
@@ -43,7 +45,7 @@ class Method:
     algorithm: Callable[[Setting], Parts]
     optimizer: str = "adamw"
     lr: float = 1.5e-3
-    outers: tuple[Outer, ...] = ((),)
+    others: tuple[Others, ...] = ((),)
     beside: str = "data parallel"
     is_seeded: bool = False
     tuned_as: str | None = None
@@ -60,28 +62,28 @@ class Claim:
     limit: float
 
 
-def _adamw(lr: float) -> Parts:
+def _adamw(lr: float, others: Others) -> Parts:
     return {"path": "torch.optim.AdamW", "args": {"lr": lr, "betas": [0.9, 0.95], "weight_decay": 0.1}}
 
 
-def _adopt(lr: float) -> Parts:
+def _adopt(lr: float, others: Others) -> Parts:
     args = {"lr": lr, "betas": [0.95, 0.99], "omega": 1.0}
     return {"path": "lowcomm.optim.qhadopt.QHADOPT", "args": args}
 
 
-def _qhadopt(lr: float) -> Parts:
-    args = {"lr": lr, "betas": [0.97, 0.999], "omega": 0.7}
+def _qhadopt(lr: float, others: Others) -> Parts:
+    args = {"lr": lr, "betas": list(others[:2]), "omega": others[2]}
     return {"path": "lowcomm.optim.qhadopt.QHADOPT", "args": args}
 
 
-def _muon(lr: float) -> Parts:
+def _muon(lr: float, others: Others) -> Parts:
     return {
         "path": "lowcomm.optim.muon_adamw.MuonAdamW",
         "args": {"lr": lr, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"},
     }
 
 
-OPTIMIZERS: dict[str, Callable[[float], Parts]] = {
+OPTIMIZERS: dict[str, Callable[[float, Others], Parts]] = {
     "adamw": _adamw,
     "adopt": _adopt,
     "qhadopt": _qhadopt,
@@ -96,8 +98,8 @@ _SPARSE = {
 }
 
 
-def _nesterov(outer: Outer) -> Parts:
-    return part("Nesterov", lr=outer[0], momentum=outer[1])
+def _nesterov(others: Others) -> Parts:
+    return part("Nesterov", lr=others[0], momentum=others[1])
 
 
 def _data_parallel(x: Setting) -> Parts:
@@ -109,23 +111,23 @@ def _local_sgd(x: Setting) -> Parts:
 
 
 def _diloco(x: Setting) -> Parts:
-    return part("DiLoCo", every=x.every, outer=_nesterov(x.outer))
+    return part("DiLoCo", every=x.every, outer=_nesterov(x.others))
 
 
 def _streaming(x: Setting) -> Parts:
-    return part("StreamingDiLoCo", every=x.every, outer=_nesterov(x.outer), blend=x.outer[2], reducer=_INT4)
+    return part("StreamingDiLoCo", every=x.every, outer=_nesterov(x.others), blend=x.others[2], reducer=_INT4)
 
 
 def _eager(x: Setting) -> Parts:
-    return part("EagerDiLoCo", every=x.every, outer=_nesterov(x.outer))
+    return part("EagerDiLoCo", every=x.every, outer=_nesterov(x.others))
 
 
 def _noloco(x: Setting) -> Parts:
-    return part("NoLoCo", every=x.every, alpha=x.outer[1], beta=x.outer[0])
+    return part("NoLoCo", every=x.every, alpha=x.others[1], beta=x.others[0])
 
 
 def _gasloc(x: Setting) -> Parts:
-    return part("GASLoC", every=x.every, lr=x.outer[0], momentum=x.outer[1])
+    return part("GASLoC", every=x.every, lr=x.others[0], momentum=x.others[1])
 
 
 def _qsr(x: Setting) -> Parts:
@@ -135,7 +137,7 @@ def _qsr(x: Setting) -> Parts:
 
 
 def _sparse_loco(x: Setting) -> Parts:
-    return part("DiLoCo", every=x.every, outer=part("SGD", lr=x.outer[0]), reducer=_SPARSE)
+    return part("DiLoCo", every=x.every, outer=part("SGD", lr=x.others[0]), reducer=_SPARSE)
 
 
 def _with_rounds(algorithm: Callable[[Setting], Parts], factor: float) -> Callable[[Setting], Parts]:
@@ -153,25 +155,26 @@ def _averaged_states(exp_avg: int, exp_avg_sq: int) -> Callable[[Setting], Parts
     return algorithm
 
 
-_DILOCO: tuple[Outer, ...] = ((0.7, 0.6), (1.0, 0.5), (0.6, 0.8))
+_DILOCO: tuple[Others, ...] = ((0.7, 0.6), (0.6, 0.8))
+_QH: tuple[Others, ...] = ((0.95, 0.99, 0.9), (0.98, 0.99, 0.9))
 _MUON, _ADOPT, _QHADOPT = "data parallel, Muon", "data parallel, ADOPT", "data parallel, QHADOPT"
 METHODS: dict[str, Method] = {
     "data parallel": Method(_data_parallel, is_seeded=True),
     "Local SGD": Method(_local_sgd),
-    "DiLoCo": Method(_diloco, outers=_DILOCO, is_seeded=True),
-    "Streaming int4": Method(_streaming, outers=((0.7, 0.6, 0.0), (1.0, 0.5, 0.0), (0.7, 0.6, 0.5)), is_seeded=True),
-    "eager": Method(_eager, outers=((0.7, 0.3), (0.7, 0.0), (0.4, 0.6))),
-    "NoLoCo": Method(_noloco, outers=((1.0, 0.3), (0.7, 0.5), (1.0, 0.1)), is_seeded=True),
-    "GASLoC": Method(_gasloc, outers=((0.7, 0.5), (1.0, 0.5))),
+    "DiLoCo": Method(_diloco, others=_DILOCO, is_seeded=True),
+    "Streaming int4": Method(_streaming, others=((0.7, 0.6, 0.0), (0.6, 0.8, 0.0)), is_seeded=True),
+    "eager": Method(_eager, others=((0.7, 0.0), (0.7, 0.3))),
+    "NoLoCo": Method(_noloco, others=((1.0, 0.3), (0.7, 0.5)), is_seeded=True),
+    "GASLoC": Method(_gasloc, others=((0.7, 0.5),)),
     "QSR": Method(_qsr),
-    "SparseLoCo": Method(_sparse_loco, outers=((1.0,), (0.65,))),
+    "SparseLoCo": Method(_sparse_loco, others=((1.0,),)),
     _MUON: Method(_data_parallel, "muon", 3e-3, beside=_MUON),
-    "MuLoCo": Method(_diloco, "muon", 3e-3, outers=_DILOCO[:2], beside=_MUON),
-    "DES-LOC": Method(_averaged_states(3, 6), "adopt", beside=_ADOPT),
+    "MuLoCo": Method(_diloco, "muon", 3e-3, others=_DILOCO[:1], beside=_MUON),
+    "DES-LOC": Method(_averaged_states(3, 6), "adopt", 7.5e-4, beside=_ADOPT),
     _ADOPT: Method(_data_parallel, "adopt", beside=_ADOPT, tuned_as="DES-LOC"),
     "Local ADOPT": Method(_averaged_states(1, 1), "adopt", beside=_ADOPT, tuned_as="DES-LOC"),
-    _QHADOPT: Method(_data_parallel, "qhadopt", 2e-3, beside=_QHADOPT, is_seeded=True),
-    "MT-DAO": Method(_averaged_states(1, 1), "qhadopt", 2e-3, beside=_QHADOPT, is_seeded=True),
+    _QHADOPT: Method(_data_parallel, "qhadopt", 1e-3, others=_QH, beside=_QHADOPT, is_seeded=True),
+    "MT-DAO": Method(_averaged_states(1, 1), "qhadopt", 1e-3, others=_QH, beside=_QHADOPT, is_seeded=True),
     # what the length of a round alone does
     "DiLoCo, rounds a third": Method(_with_rounds(_diloco, 1 / 3), tuned_as="DiLoCo"),
     "DiLoCo, rounds twice": Method(_with_rounds(_diloco, 2), tuned_as="DiLoCo"),
