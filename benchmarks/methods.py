@@ -141,8 +141,8 @@ def _sparse_loco(x: Setting) -> Parts:
 
 
 def _with_rounds(algorithm: Callable[[Setting], Parts], factor: float) -> Callable[[Setting], Parts]:
-    """The same with rounds of another length."""
-    return lambda x: algorithm(replace(x, every=round(factor * x.every)))
+    """The same with rounds of another length, at least 1 step."""
+    return lambda x: algorithm(replace(x, every=max(1, round(factor * x.every))))
 
 
 def _averaged_states(exp_avg: int, exp_avg_sq: int) -> Callable[[Setting], Parts]:
@@ -153,6 +153,10 @@ def _averaged_states(exp_avg: int, exp_avg_sq: int) -> Callable[[Setting], Parts
         return part("DESLOC", periods=periods)
 
     return algorithm
+
+
+def _states_at_every_step(x: Setting) -> Parts:
+    return part("DESLOC", periods={"param": x.every, "exp_avg": 1, "exp_avg_sq": 1})
 
 
 _DILOCO: tuple[Others, ...] = ((0.7, 0.6), (0.6, 0.8))
@@ -175,10 +179,15 @@ METHODS: dict[str, Method] = {
     "Local ADOPT": Method(_averaged_states(1, 1), "adopt", beside=_ADOPT, tuned_as="DES-LOC"),
     _QHADOPT: Method(_data_parallel, "qhadopt", 1e-3, others=_QH, beside=_QHADOPT, is_seeded=True),
     "MT-DAO": Method(_averaged_states(1, 1), "qhadopt", 1e-3, others=_QH, beside=_QHADOPT, is_seeded=True),
-    # what the length of a round alone does
+    # what the length of a round alone does, and what averaging states more often
     "DiLoCo, rounds a third": Method(_with_rounds(_diloco, 1 / 3), tuned_as="DiLoCo"),
     "DiLoCo, rounds twice": Method(_with_rounds(_diloco, 2), tuned_as="DiLoCo"),
     "eager, rounds a third": Method(_with_rounds(_eager, 1 / 3), tuned_as="eager"),
+    "NoLoCo, rounds half": Method(_with_rounds(_noloco, 1 / 2), tuned_as="NoLoCo"),
+    "MT-DAO, states at every step": Method(_states_at_every_step, "qhadopt", beside=_QHADOPT, tuned_as="MT-DAO"),
+    "MT-DAO, all at every step": Method(
+        _with_rounds(_states_at_every_step, 0), "qhadopt", beside=_QHADOPT, tuned_as="MT-DAO"
+    ),
 }
 _STREAMING, _SCALING, _EAGER = "arXiv:2501.18512", "arXiv:2503.09799", "arXiv:2502.12996"
 CLAIMS = [
