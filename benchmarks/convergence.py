@@ -16,6 +16,7 @@ import json
 import math
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from benchmarks.language_model import number
 from benchmarks.methods import CLAIMS, METHODS, OPTIMIZERS, Others, Setting
 from benchmarks.record import parser, table, write_record
 from benchmarks.simulations import Job, Parts, language_run, simulate_all, warmup_of
+from lowcomm.environment import environment
 from lowcomm.metrics import si
 
 KEPT = ("num_parameters", "members", "t", "round", "tokens", "loss", "val_loss", "val_bits_per_byte", "wire_bytes")
@@ -226,6 +228,8 @@ def save(given: argparse.Namespace, results: Results) -> Path:
     lines = [about, "", table(columns, cells), "", "![loss against bytes](pareto.png)", "", "What was expected:", ""]
     lines += [table(["expected", "by", "replicas", "measured", "holds"], claims)]
     lines += ["", "Loss at each choice:", "", table(["method", "lr", "val loss (nats)"], grids)]
+    commits = Counter(str(run["commit"]) for run in results.values())
+    lines += ["", f"Runs: {', '.join(f'{num} at {commit}' for commit, num in commits.items())}."]
     record = write_record(given, results, "\n".join(lines))
     draw(rows, record / "pareto.png")
     return record
@@ -302,7 +306,8 @@ def main() -> None:
             failed.append(run.job.name)
             print(f"{run.job.name} failed: {run.error}", file=sys.stderr, flush=True)
             continue
-        ended[run.job.name] = {key: run.summary.get(key) for key in (*KEPT, "wall_s")}
+        commit = given.commit or environment()["git_commit"]
+        ended[run.job.name] = {key: run.summary.get(key) for key in (*KEPT, "wall_s")} | {"commit": commit}
         print(f"{run.job.name}: {run.summary['val_loss']} nats, {run.summary['wall_s']:.0f} s", flush=True)
         save(given, ended)
     if ended:

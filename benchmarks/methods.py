@@ -183,6 +183,8 @@ METHODS: dict[str, Method] = {
     "DiLoCo, rounds a third": Method(_with_rounds(_diloco, 1 / 3), tuned_as="DiLoCo"),
     "DiLoCo, rounds twice": Method(_with_rounds(_diloco, 2), tuned_as="DiLoCo"),
     "eager, rounds a third": Method(_with_rounds(_eager, 1 / 3), tuned_as="eager"),
+    "Local SGD, every step": Method(_with_rounds(_local_sgd, 0), tuned_as="Local SGD"),
+    "Local SGD, rounds a third": Method(_with_rounds(_local_sgd, 1 / 3), tuned_as="Local SGD"),
     "NoLoCo, rounds half": Method(_with_rounds(_noloco, 1 / 2), tuned_as="NoLoCo"),
     "MT-DAO, states at every step": Method(_states_at_every_step, "qhadopt", beside=_QHADOPT, tuned_as="MT-DAO"),
     "MT-DAO, all at every step": Method(
