@@ -126,6 +126,10 @@ def _noloco(x: Setting) -> Parts:
     return part("NoLoCo", every=x.every, alpha=x.others[1], beta=x.others[0])
 
 
+def _noloco_in_groups(size: int | None) -> Callable[[Setting], Parts]:
+    return lambda x: part("NoLoCo", every=x.every, group_size=size, alpha=x.others[1], beta=x.others[0])
+
+
 def _gasloc(x: Setting) -> Parts:
     return part("GASLoC", every=x.every, lr=x.others[0], momentum=x.others[1])
 
@@ -179,13 +183,15 @@ METHODS: dict[str, Method] = {
     "Local ADOPT": Method(_averaged_states(1, 1), "adopt", beside=_ADOPT, tuned_as="DES-LOC"),
     _QHADOPT: Method(_data_parallel, "qhadopt", 1e-3, others=_QH, beside=_QHADOPT, is_seeded=True),
     "MT-DAO": Method(_averaged_states(1, 1), "qhadopt", 1e-3, others=_QH, beside=_QHADOPT, is_seeded=True),
-    # what the length of a round alone does, and what averaging states more often
+    # what the length of a round alone does, and what averaging states more often or in larger groups
     "DiLoCo, rounds a third": Method(_with_rounds(_diloco, 1 / 3), tuned_as="DiLoCo"),
     "DiLoCo, rounds twice": Method(_with_rounds(_diloco, 2), tuned_as="DiLoCo"),
     "eager, rounds a third": Method(_with_rounds(_eager, 1 / 3), tuned_as="eager"),
     "Local SGD, every step": Method(_with_rounds(_local_sgd, 0), tuned_as="Local SGD"),
     "Local SGD, rounds a third": Method(_with_rounds(_local_sgd, 1 / 3), tuned_as="Local SGD"),
     "NoLoCo, rounds half": Method(_with_rounds(_noloco, 1 / 2), tuned_as="NoLoCo"),
+    "NoLoCo, groups of 4": Method(_noloco_in_groups(4), tuned_as="NoLoCo"),
+    "NoLoCo, one group": Method(_noloco_in_groups(None), tuned_as="NoLoCo"),
     "MT-DAO, states at every step": Method(_states_at_every_step, "qhadopt", beside=_QHADOPT, tuned_as="MT-DAO"),
     "MT-DAO, all at every step": Method(
         _with_rounds(_states_at_every_step, 0), "qhadopt", beside=_QHADOPT, tuned_as="MT-DAO"
