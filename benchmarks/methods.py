@@ -35,8 +35,9 @@ class Method:
     Attributes:
         algorithm: of the config.
         optimizer: a key of `OPTIMIZERS`.
-        lr: in the middle of the grid.
-        others: the first goes with every learning rate of the grid, the others with that in the middle.
+        lr: what the factors of the grid multiply.
+        others: the first goes with every learning rate of the grid, the others with that in its middle (of two, the
+            second).
         beside: data parallel with the same optimizer.
         is_seeded: whether it is repeated with other seeds.
         tuned_as: the method whose rates it takes; None tunes its own.
@@ -212,6 +213,7 @@ CLAIMS = [
     Claim("NoLoCo no worse than DiLoCo", "arXiv:2506.10911", "NoLoCo", "DiLoCo", 0.0),
     Claim("GASLoC no worse than NoLoCo", "arXiv:2606.11081", "GASLoC", "NoLoCo", 0.0),
     Claim("QSR better than Local SGD", "arXiv:2310.14423", "QSR", "Local SGD", 0.0),
+    Claim("SparseLoCo no worse than DiLoCo", "arXiv:2508.15706", "SparseLoCo", "DiLoCo", 0.0),
     Claim("MuLoCo better than DiLoCo", "arXiv:2505.23725", "MuLoCo", "DiLoCo", 0.0),
     Claim("MuLoCo no worse than data parallel with Muon", "arXiv:2505.23725", "MuLoCo", _MUON, 0.0),
     Claim(

@@ -172,9 +172,14 @@ def build_engine(run: Run, model: nn.Module, num_steps: int) -> TorchEngine:
         schedule=run.schedule.build(optimizer, num_steps),
         num_micro_batches=run.batch.num_micro_batches,
         clip_norm=run.clip_norm,
-        autocast=torch.bfloat16 if run.precision == "bf16_mixed" else None,
+        autocast=autocast_of(run),
         compile=run.compile,
     )
+
+
+def autocast_of(run: Run) -> torch.dtype | None:
+    """The dtype of forward's matrix products, as `TorchEngine` takes it."""
+    return torch.bfloat16 if run.precision == "bf16_mixed" else None
 
 
 def without_values(run: Run, vocab_size: int) -> nn.Module:

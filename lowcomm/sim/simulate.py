@@ -18,7 +18,7 @@ import torch
 import yaml
 from safetensors.torch import save_model
 
-from lowcomm.assemble import Assembled, assemble, describe_into, place
+from lowcomm.assemble import Assembled, assemble, autocast_of, describe_into, place
 from lowcomm.checkpoint import Checkpoints
 from lowcomm.comm.metered import Meter, MeteredComm
 from lowcomm.config import Run, describe
@@ -72,7 +72,7 @@ def simulate(
     events, num_ranks = cluster.fault_events(), cluster.num_ranks
     device = torch.device("cpu") if timing_only else place(run).device
     residence = Residence(device, num_resident, out)
-    stack = _stack(run) if stacked else None
+    stack = Stack(autocast_of(run), compile=run.compile) if stacked else None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.cuda.init()  # before the clock notes what state torch is in
@@ -140,10 +140,6 @@ def simulate(
         print(stack.line())
     first: dict[str, Any] = summaries[0]
     return first
-
-
-def _stack(run: Run) -> Stack:
-    return Stack(torch.bfloat16 if run.precision == "bf16_mixed" else None, compile=run.compile)
 
 
 def _refuse(run: Run, cluster: Cluster, out: Path, timing_only: bool, num_resident: int | None, stacked: bool) -> None:

@@ -1,19 +1,16 @@
 """Compressors and methods on a GPU: the laws hold there, and the numbers are those of the CPU. Skipped without CUDA."""
 
-from functools import partial
-
 import pytest
 import torch
 
 from lowcomm.comm.base import Task
 from lowcomm.compress.count_sketch import CountSketch
 from lowcomm.engine.torch_engine import TorchEngine
-from lowcomm.sim.clock import Clock
-from lowcomm.sim.comm import World
 from lowcomm.tensors import digest, rng
 from tests.algorithms import all_algorithms, inner_of
 from tests.compressors import all_compressors
 from tests.replicas import backward, flat, make_batch, make_model, mse
+from tests.sim.slow import simulate
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,11 +22,7 @@ STEPS = 9
 
 def simulated(num_ranks, program):
     """Each rank's result. In one thread: torch's first call of a CUDA solver must not come from several at once."""
-    clock = Clock()
-    world = World(clock)
-    for rank in range(num_ranks):
-        clock.spawn(rank, partial(program, world.comm(rank, range(num_ranks))))
-    return clock.run()
+    return simulate(*[lambda comm, clock: program(comm)] * num_ranks, slow=False, isolate_torch=True)
 
 
 def averaged(compressor, comm, device):

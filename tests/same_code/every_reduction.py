@@ -5,7 +5,6 @@ Usage: torchrun ... tests/same_code/every_reduction.py OUT
 
 import json
 import sys
-from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -28,13 +27,12 @@ from lowcomm.compress.hierarchical import Hierarchical
 from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.feedback.base import Feedback
 from lowcomm.reduce import Reducer
-from lowcomm.sim.clock import Clock
-from lowcomm.sim.comm import World
 from lowcomm.tensors import digest
 from tests.algorithms import INNERS
 from tests.compressors import all_compressors
 from tests.replicas import make_batch, make_model, mse, sgd
 from tests.roles import players
+from tests.sim.slow import simulate
 
 NUM_ROUNDS = 3
 
@@ -114,11 +112,8 @@ def run_all(comm: Comm) -> dict[str, list[str]]:
 
 def simulated(num_ranks: int) -> dict[str, list[str]]:
     """The digests of rank 0 in the simulator; `run_all` compares the ranks."""
-    clock = Clock()
-    world = World(clock)
-    for rank in range(num_ranks):
-        clock.spawn(rank, partial(run_all, world.comm(rank, range(num_ranks))))
-    return clock.run()[0]
+    everything = [lambda comm, clock: run_all(comm)] * num_ranks
+    return simulate(*everything, slow=False, isolate_torch=True)[0]
 
 
 if __name__ == "__main__":
