@@ -36,8 +36,7 @@ class Method:
         algorithm: of the config.
         optimizer: a key of `OPTIMIZERS`.
         lr: what the factors of the grid multiply.
-        others: the first goes with every learning rate of the grid, the others with that in its middle (of two, the
-            second).
+        others: the first goes with every learning rate of the grid, the others with that in its middle.
         beside: data parallel with the same optimizer.
         is_seeded: whether it is repeated with other seeds.
         tuned_as: the method whose rates it takes; None tunes its own.
@@ -127,12 +126,21 @@ def _noloco(x: Setting) -> Parts:
     return part("NoLoCo", every=x.every, alpha=x.others[1], beta=x.others[0])
 
 
+def _noloco_baseline(x: Setting) -> Parts:
+    """The DiLoCo of NoLoCo's paper: heavy-ball momentum 0.3, all replicas, rounds of twice the length."""
+    return part("NoLoCo", every=2 * x.every, group_size=None, alpha=0.3, beta=0.7)
+
+
 def _noloco_in_groups(size: int | None) -> Callable[[Setting], Parts]:
     return lambda x: part("NoLoCo", every=x.every, group_size=size, alpha=x.others[1], beta=x.others[0])
 
 
 def _gasloc(x: Setting) -> Parts:
     return part("GASLoC", every=x.every, lr=x.others[0], momentum=x.others[1])
+
+
+def _gasloc_in_one_group(x: Setting) -> Parts:
+    return part("GASLoC", every=x.every, group_size=None, lr=x.others[0], momentum=x.others[1])
 
 
 def _qsr(x: Setting) -> Parts:
@@ -165,25 +173,25 @@ def _states_at_every_step(x: Setting) -> Parts:
 
 
 _DILOCO: tuple[Others, ...] = ((0.7, 0.6), (0.6, 0.8))
-_QH: tuple[Others, ...] = ((0.95, 0.99, 0.9), (0.98, 0.99, 0.9))
+_QH: tuple[Others, ...] = ((0.95, 0.99, 0.9), (0.98, 0.99, 0.9), (0.99, 0.99, 0.9))
 _MUON, _ADOPT, _QHADOPT = "data parallel, Muon", "data parallel, ADOPT", "data parallel, QHADOPT"
 METHODS: dict[str, Method] = {
-    "data parallel": Method(_data_parallel, is_seeded=True),
+    "data parallel": Method(_data_parallel, lr=7.5e-4, is_seeded=True),
     "Local SGD": Method(_local_sgd),
     "DiLoCo": Method(_diloco, others=_DILOCO, is_seeded=True),
     "Streaming int4": Method(_streaming, others=((0.7, 0.6, 0.0), (0.6, 0.8, 0.0)), is_seeded=True),
     "eager": Method(_eager, others=((0.7, 0.0), (0.7, 0.3))),
     "NoLoCo": Method(_noloco, others=((1.0, 0.3), (0.7, 0.5)), is_seeded=True),
-    "GASLoC": Method(_gasloc, others=((0.7, 0.5),)),
-    "QSR": Method(_qsr),
+    "GASLoC": Method(_gasloc, others=((0.7, 0.5), (1.0, 0.3))),
+    "QSR": Method(_qsr, lr=7.5e-4),
     "SparseLoCo": Method(_sparse_loco, others=((1.0,),)),
     _MUON: Method(_data_parallel, "muon", 3e-3, beside=_MUON),
     "MuLoCo": Method(_diloco, "muon", 3e-3, others=_DILOCO[:1], beside=_MUON),
-    "DES-LOC": Method(_averaged_states(3, 6), "adopt", 7.5e-4, beside=_ADOPT),
+    "DES-LOC": Method(_averaged_states(3, 6), "adopt", 3.75e-4, beside=_ADOPT),
     _ADOPT: Method(_data_parallel, "adopt", beside=_ADOPT, tuned_as="DES-LOC"),
     "Local ADOPT": Method(_averaged_states(1, 1), "adopt", beside=_ADOPT, tuned_as="DES-LOC"),
-    _QHADOPT: Method(_data_parallel, "qhadopt", 1e-3, others=_QH, beside=_QHADOPT, is_seeded=True),
-    "MT-DAO": Method(_averaged_states(1, 1), "qhadopt", 1e-3, others=_QH, beside=_QHADOPT, is_seeded=True),
+    _QHADOPT: Method(_data_parallel, "qhadopt", 5e-4, others=_QH, beside=_QHADOPT, is_seeded=True),
+    "MT-DAO": Method(_averaged_states(1, 1), "qhadopt", 5e-4, others=_QH, beside=_QHADOPT, is_seeded=True),
     # what the length of a round alone does, and what averaging states more often or in larger groups
     "DiLoCo, rounds a third": Method(_with_rounds(_diloco, 1 / 3), tuned_as="DiLoCo"),
     "DiLoCo, rounds twice": Method(_with_rounds(_diloco, 2), tuned_as="DiLoCo"),
@@ -192,7 +200,18 @@ METHODS: dict[str, Method] = {
     "Local SGD, rounds a third": Method(_with_rounds(_local_sgd, 1 / 3), tuned_as="Local SGD"),
     "NoLoCo, rounds half": Method(_with_rounds(_noloco, 1 / 2), tuned_as="NoLoCo"),
     "NoLoCo, groups of 4": Method(_noloco_in_groups(4), tuned_as="NoLoCo"),
+    "DiLoCo of NoLoCo": Method(_noloco_baseline, is_seeded=True, tuned_as="NoLoCo"),
+    "NoLoCo, every step": Method(_with_rounds(_noloco, 0), tuned_as="NoLoCo"),
+    "GASLoC, every step": Method(_with_rounds(_gasloc, 0), tuned_as="GASLoC"),
     "NoLoCo, one group": Method(_noloco_in_groups(None), tuned_as="NoLoCo"),
+    "GASLoC, one group": Method(_gasloc_in_one_group, tuned_as="GASLoC"),
+    "MuLoCo, rounds a third": Method(_with_rounds(_diloco, 1 / 3), "muon", beside=_MUON, tuned_as="MuLoCo"),
+    "Local ADOPT, rounds a third": Method(
+        _with_rounds(_averaged_states(1, 1), 1 / 3), "adopt", beside=_ADOPT, tuned_as="DES-LOC"
+    ),
+    "MT-DAO, rounds a third": Method(
+        _with_rounds(_averaged_states(1, 1), 1 / 3), "qhadopt", beside=_QHADOPT, tuned_as="MT-DAO"
+    ),
     "MT-DAO, states at every step": Method(_states_at_every_step, "qhadopt", beside=_QHADOPT, tuned_as="MT-DAO"),
     "MT-DAO, all at every step": Method(
         _with_rounds(_states_at_every_step, 0), "qhadopt", beside=_QHADOPT, tuned_as="MT-DAO"
@@ -211,6 +230,20 @@ CLAIMS = [
     Claim("Streaming int4 within 0.5 % of DiLoCo", _STREAMING, "Streaming int4", "DiLoCo", 0.005),
     Claim("eager within 2.5 % of DiLoCo (3.62 against 3.54 at 35M)", _EAGER, "eager", "DiLoCo", 0.025),
     Claim("NoLoCo no worse than DiLoCo", "arXiv:2506.10911", "NoLoCo", "DiLoCo", 0.0),
+    Claim(
+        "NoLoCo no worse than its paper's DiLoCo, which talks half as often, with heavy-ball momentum",
+        "arXiv:2506.10911",
+        "NoLoCo",
+        "DiLoCo of NoLoCo",
+        0.0,
+    ),
+    Claim(
+        "GASLoC better than NoLoCo where both talk at every step",
+        "arXiv:2606.11081",
+        "GASLoC, every step",
+        "NoLoCo, every step",
+        0.0,
+    ),
     Claim("GASLoC no worse than NoLoCo", "arXiv:2606.11081", "GASLoC", "NoLoCo", 0.0),
     Claim("QSR better than Local SGD", "arXiv:2310.14423", "QSR", "Local SGD", 0.0),
     Claim("SparseLoCo no worse than DiLoCo", "arXiv:2508.15706", "SparseLoCo", "DiLoCo", 0.0),
