@@ -69,7 +69,8 @@ def choices(given: argparse.Namespace, name: str) -> list[Tuned]:
     method = METHODS[METHODS[name].tuned_as or name]
     rates = [float(f"{method.lr * factor:.4g}") for factor in given.grid]
     first, *more = method.others[: 1 if given.rates_only else None]
-    return [Tuned(lr, first) for lr in rates] + [Tuned(rates[len(rates) // 2], others) for others in more]
+    middle = float(f"{rates[len(rates) // 2] * method.others_factor:.4g}")
+    return [Tuned(lr, first) for lr in rates] + [Tuned(middle, others) for others in more]
 
 
 def config(given: argparse.Namespace, case: Case) -> Parts:

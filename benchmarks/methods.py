@@ -36,7 +36,8 @@ class Method:
         algorithm: of the config.
         optimizer: a key of `OPTIMIZERS`.
         lr: what the factors of the grid multiply.
-        others: the first goes with every learning rate of the grid, the others with that in its middle.
+        others: the first goes with every learning rate of the grid, the others with that in its middle times
+            `others_factor`.
         beside: data parallel with the same optimizer.
         is_seeded: whether it is repeated with other seeds.
         tuned_as: the method whose rates it takes; None tunes its own.
@@ -46,6 +47,7 @@ class Method:
     optimizer: str = "adamw"
     lr: float = 1.5e-3
     others: tuple[Others, ...] = ((),)
+    others_factor: float = 1.0
     beside: str = "data parallel"
     is_seeded: bool = False
     tuned_as: str | None = None
@@ -190,8 +192,8 @@ METHODS: dict[str, Method] = {
     "DES-LOC": Method(_averaged_states(3, 6), "adopt", 3.75e-4, beside=_ADOPT),
     _ADOPT: Method(_data_parallel, "adopt", beside=_ADOPT, tuned_as="DES-LOC"),
     "Local ADOPT": Method(_averaged_states(1, 1), "adopt", beside=_ADOPT, tuned_as="DES-LOC"),
-    _QHADOPT: Method(_data_parallel, "qhadopt", 5e-4, others=_QH, beside=_QHADOPT, is_seeded=True),
-    "MT-DAO": Method(_averaged_states(1, 1), "qhadopt", 5e-4, others=_QH, beside=_QHADOPT, is_seeded=True),
+    _QHADOPT: Method(_data_parallel, "qhadopt", 5e-4, _QH, 4.0, beside=_QHADOPT, is_seeded=True),
+    "MT-DAO": Method(_averaged_states(1, 1), "qhadopt", 5e-4, _QH, 4.0, beside=_QHADOPT, is_seeded=True),
     # what the length of a round alone does, and what averaging states more often or in larger groups
     "DiLoCo, rounds a third": Method(_with_rounds(_diloco, 1 / 3), tuned_as="DiLoCo"),
     "DiLoCo, rounds twice": Method(_with_rounds(_diloco, 2), tuned_as="DiLoCo"),
