@@ -291,7 +291,7 @@ def main() -> None:
     flags.add_argument("--among", type=int, nargs="+", default=None, help="of those, what `rest` runs; all by default")
     flags.add_argument("--seq_len", type=int, default=512)
     flags.add_argument("--batch", type=int, default=8, help="sequences of a step of all replicas together")
-    flags.add_argument("--grid", type=float, nargs="+", default=[0.5, 1.0, 2.0], help="times each optimizer's own rate")
+    flags.add_argument("--grid", type=float, nargs="+", default=[0.5, 1.0], help="times each optimizer's own rate")
     flags.add_argument(
         "--rates_only", action="store_true", help="only each method's first choice beside the learning rate"
     )

@@ -36,8 +36,8 @@ class Method:
         algorithm: of the config.
         optimizer: a key of `OPTIMIZERS`.
         lr: what the factors of the grid multiply.
-        others: the first goes with every learning rate of the grid, the others with that in its middle times
-            `others_factor`.
+        others: the first goes with every learning rate of the grid, the others with that in its middle (of two, the
+            second) times `others_factor`.
         beside: data parallel with the same optimizer.
         is_seeded: whether it is repeated with other seeds.
         tuned_as: the method whose rates it takes; None tunes its own.
