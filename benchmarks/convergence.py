@@ -129,6 +129,16 @@ def loss_of(result: dict[str, Any]) -> float:
     return float("inf") if loss is None or loss != loss else float(loss)
 
 
+def tried(given: argparse.Namespace, name: str, results: Results) -> list[tuple[str, float]]:
+    """What a method was tried with at the first number of replicas and seed, in the grid or beyond it; its losses."""
+    found = {}
+    for key, run in results.items():
+        method, members, tuned, seed = key.split(" | ")
+        if (method, members, seed) == (name, f"{given.replicas[0]} replicas", "seed 0"):
+            found[tuned.removeprefix("lr ")] = loss_of(run)
+    return sorted(found.items(), key=lambda choice: float(choice[0].split()[0]))
+
+
 def kept_runs(given: argparse.Namespace) -> Results:
     """The runs of the record of this name, if there is one.
 
@@ -220,11 +230,10 @@ def save(given: argparse.Namespace, results: Results) -> Path:
         "seeds that both have."
     )
     grids = [
-        [name, str(tuned), f"{loss_of(results[key]):.4f}"]
+        [name, tuned, f"{loss:.4f}", "yes" if tuned in {str(choice) for choice in choices(given, name)} else "no"]
         for name in METHODS
         if METHODS[name].tuned_as is None
-        for tuned in choices(given, name)
-        if (key := Case(name, given.replicas[0], tuned, 0).key) in results
+        for tuned, loss in tried(given, name, results)
     ]
     claims = [
         [
@@ -240,7 +249,7 @@ def save(given: argparse.Namespace, results: Results) -> Path:
     ]
     lines = [about, "", table(columns, cells), "", "![loss against bytes](pareto.png)", "", "What was expected:", ""]
     lines += [table(["expected", "by", "replicas", "measured", "holds"], claims)]
-    lines += ["", "Loss at each choice:", "", table(["method", "lr", "val loss (nats)"], grids)]
+    lines += ["", "Loss at each choice:", "", table(["method", "lr", "val loss (nats)", "in the grid"], grids)]
     commits = Counter(str(run["commit"]) for run in results.values())
     lines += ["", f"Runs: {', '.join(f'{num} at {commit}' for commit, num in commits.items())}."]
     record = write_record(given, results, "\n".join(lines))

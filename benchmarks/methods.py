@@ -178,22 +178,22 @@ _DILOCO: tuple[Others, ...] = ((0.7, 0.6), (0.6, 0.8))
 _QH: tuple[Others, ...] = ((0.95, 0.99, 0.9), (0.98, 0.99, 0.9), (0.99, 0.99, 0.9))
 _MUON, _ADOPT, _QHADOPT = "data parallel, Muon", "data parallel, ADOPT", "data parallel, QHADOPT"
 METHODS: dict[str, Method] = {
-    "data parallel": Method(_data_parallel, lr=7.5e-4, is_seeded=True),
+    "data parallel": Method(_data_parallel, is_seeded=True),
     "Local SGD": Method(_local_sgd),
     "DiLoCo": Method(_diloco, others=_DILOCO, is_seeded=True),
     "Streaming int4": Method(_streaming, others=((0.7, 0.6, 0.0), (0.6, 0.8, 0.0)), is_seeded=True),
     "eager": Method(_eager, others=((0.7, 0.0), (0.7, 0.3))),
     "NoLoCo": Method(_noloco, others=((1.0, 0.3), (0.7, 0.5)), is_seeded=True),
     "GASLoC": Method(_gasloc, others=((0.7, 0.5), (1.0, 0.3))),
-    "QSR": Method(_qsr, lr=7.5e-4),
+    "QSR": Method(_qsr),
     "SparseLoCo": Method(_sparse_loco, others=((1.0,),)),
     _MUON: Method(_data_parallel, "muon", 3e-3, beside=_MUON),
     "MuLoCo": Method(_diloco, "muon", 3e-3, others=_DILOCO[:1], beside=_MUON),
-    "DES-LOC": Method(_averaged_states(3, 6), "adopt", 3.75e-4, beside=_ADOPT),
+    "DES-LOC": Method(_averaged_states(3, 6), "adopt", 7.5e-4, beside=_ADOPT),
     _ADOPT: Method(_data_parallel, "adopt", beside=_ADOPT, tuned_as="DES-LOC"),
     "Local ADOPT": Method(_averaged_states(1, 1), "adopt", beside=_ADOPT, tuned_as="DES-LOC"),
-    _QHADOPT: Method(_data_parallel, "qhadopt", 5e-4, _QH, 4.0, beside=_QHADOPT, is_seeded=True),
-    "MT-DAO": Method(_averaged_states(1, 1), "qhadopt", 5e-4, _QH, 4.0, beside=_QHADOPT, is_seeded=True),
+    _QHADOPT: Method(_data_parallel, "qhadopt", 1e-3, _QH, 2.0, beside=_QHADOPT, is_seeded=True),
+    "MT-DAO": Method(_averaged_states(1, 1), "qhadopt", 1e-3, _QH, 2.0, beside=_QHADOPT, is_seeded=True),
     # what the length of a round alone does, and what averaging states more often or in larger groups
     "DiLoCo, rounds a third": Method(_with_rounds(_diloco, 1 / 3), tuned_as="DiLoCo"),
     "DiLoCo, rounds twice": Method(_with_rounds(_diloco, 2), tuned_as="DiLoCo"),
