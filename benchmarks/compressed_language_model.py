@@ -15,9 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.language_model import number
 from benchmarks.record import parser, table, write_record
-from benchmarks.simulations import Job, Parts, language_run, part, simulate_all
+from benchmarks.simulations import Job, Parts, add_run_flags, language_run, part, simulate_all
 from lowcomm.metrics import si
 
 # that a run may be added to a record with others of: everything else must be equal
@@ -148,23 +147,13 @@ def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
 def main() -> None:
     """Simulate, print, record; what is done so far is recorded as runs end."""
     flags = parser(__doc__, "compressed_language_model")
-    flags.add_argument("--train", type=Path, required=True, help=".txt, .jsonl (both also .gz, .xz) or .parquet")
-    flags.add_argument("--validation", type=Path, required=True)
-    flags.add_argument("--separator", default="\0", help="between documents of a text file; a zero byte by default")
+    add_run_flags(flags, "each replica")
     flags.add_argument("--only", nargs="+", default=None, help="names of runs; all by default")
-    flags.add_argument("--size", default="10m", help="of the Llama")
-    flags.add_argument("--tokens", type=number, default="20M", help="of all replicas, rounded up to whole steps")
     flags.add_argument("--replicas", type=int, default=4)
-    flags.add_argument("--seq_len", type=int, default=512)
-    flags.add_argument("--batch", type=int, default=8, help="sequences of a replica's step")
     flags.add_argument("--lr", type=float, default=1.5e-3)
     flags.add_argument("--every", type=int, default=30, help="steps of a round")
     flags.add_argument("--outer_lr", type=float, default=1.0)
     flags.add_argument("--outer_momentum", type=float, default=0.5)
-    flags.add_argument("--eval_tokens", type=number, default="1M")
-    flags.add_argument("--precision", choices=["fp32", "bf16_mixed", "bf16"], default="bf16_mixed")
-    flags.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    flags.add_argument("--jobs", type=int, default=1, help="runs at a time")
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--go_on", action="store_true", help="keep the runs of the record that is there")
     given = flags.parse_args()

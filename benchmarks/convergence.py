@@ -22,10 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.language_model import number
 from benchmarks.methods import CLAIMS, METHODS, OPTIMIZERS, Others, Setting
 from benchmarks.record import parser, table, write_record
-from benchmarks.simulations import Job, Parts, language_run, simulate_all, warmup_of
+from benchmarks.simulations import Job, Parts, add_run_flags, language_run, simulate_all, warmup_of
 from lowcomm.environment import environment
 from lowcomm.metrics import si
 
@@ -289,30 +288,20 @@ def draw(rows: list[Row], path: Path) -> None:
 def main() -> None:
     """Simulate, print, record; what is done so far is recorded as runs end."""
     flags = parser(__doc__, "convergence")
+    add_run_flags(flags, "all replicas together")
     flags.add_argument("stage", choices=list(STAGES))
-    flags.add_argument("--train", type=Path, required=True, help=".txt, .jsonl (both also .gz, .xz) or .parquet")
-    flags.add_argument("--validation", type=Path, required=True)
-    flags.add_argument("--separator", default="\0", help="between documents of a text file; a zero byte by default")
     flags.add_argument("--only", nargs="+", default=None, help="names of methods; all by default")
-    flags.add_argument("--size", default="10m", help="of the Llama")
-    flags.add_argument("--tokens", type=number, default="20M", help="of all replicas, rounded up to whole steps")
     flags.add_argument("--replicas", type=int, nargs="+", default=[4, 8])
     flags.add_argument("--among", type=int, nargs="+", default=None, help="of those, what `rest` runs; all by default")
-    flags.add_argument("--seq_len", type=int, default=512)
-    flags.add_argument("--batch", type=int, default=8, help="sequences of a step of all replicas together")
     flags.add_argument("--grid", type=float, nargs="+", default=[0.5, 1.0], help="times each optimizer's own rate")
     flags.add_argument(
         "--rates_only", action="store_true", help="only each method's first choice beside the learning rate"
     )
     flags.add_argument("--seeds", type=int, default=3, help="of the methods that get several")
     flags.add_argument("--every", type=int, default=15, help="steps of a round")
-    flags.add_argument("--eval_tokens", type=number, default="1M")
-    flags.add_argument("--precision", choices=["fp32", "bf16_mixed", "bf16"], default="bf16_mixed")
     flags.add_argument("--compile", action="store_true", help="torch.compile the model")
     flags.add_argument("--stacked", action="store_true", help="compute the gradients of all replicas of a run at once")
-    flags.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     flags.add_argument("--gpus", type=int, default=0, help="that share out the runs; 0: each run chooses")
-    flags.add_argument("--jobs", type=int, default=1, help="runs at a time, on each GPU")
     flags.add_argument("--limit_s", type=float, default=None, help="what has not ended by then is left out")
     given = flags.parse_args()
     if unknown := set(given.only or []) - set(METHODS):

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.language_model import text
+from benchmarks.language_model import number, text
 from benchmarks.record import ROOT
 from lowcomm.metrics import read
 
@@ -27,6 +27,25 @@ Parts = dict[str, Any]
 def part(name: str, **options: Any) -> Parts:
     """A class of a config and its options."""
     return {"class_path": name, "init_args": options} if options else {"class_path": name}
+
+
+def add_run_flags(flags: argparse.ArgumentParser, batch_of: str) -> None:
+    """The flags of a `language_run`, and how many run at a time.
+
+    Args:
+        batch_of: what the batch is of, for the help.
+    """
+    flags.add_argument("--train", type=Path, required=True, help=".txt, .jsonl (both also .gz, .xz) or .parquet")
+    flags.add_argument("--validation", type=Path, required=True)
+    flags.add_argument("--separator", default="\0", help="between documents of a text file; a zero byte by default")
+    flags.add_argument("--size", default="10m", help="of the Llama")
+    flags.add_argument("--tokens", type=number, default="20M", help="of all replicas, rounded up to whole steps")
+    flags.add_argument("--seq_len", type=int, default=512)
+    flags.add_argument("--batch", type=int, default=8, help=f"sequences of a step of {batch_of}")
+    flags.add_argument("--eval_tokens", type=number, default="1M")
+    flags.add_argument("--precision", choices=["fp32", "bf16_mixed", "bf16"], default="bf16_mixed")
+    flags.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    flags.add_argument("--jobs", type=int, default=1, help="runs at a time, on each GPU")
 
 
 def language_run(
