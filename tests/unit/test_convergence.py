@@ -1,8 +1,11 @@
 """The table of benchmarks/convergence.py: which runs it sets beside each other."""
 
+import argparse
+
 import pytest
 
-from benchmarks.convergence import Row, Tuned
+from benchmarks.convergence import Case, Row, Tuned, best_of, choices, tried
+from benchmarks.methods import METHODS
 
 
 def row(losses):
@@ -15,3 +18,31 @@ def test_methods_are_compared_by_the_seeds_that_both_have():
     assert three.behind(one) == pytest.approx(2.0 / 2.2 - 1)
     assert two.behind(three) == pytest.approx(0.1)
     assert three.loss == pytest.approx(2.0)
+
+
+@pytest.fixture
+def given():
+    return argparse.Namespace(replicas=[4, 8], grid=[0.5, 1.0], rates_only=False)
+
+
+def test_what_was_tried_beyond_the_grid_is_shown_but_not_chosen(given):
+    cases = [Case("GASLoC", 4, tuned, 0) for tuned in choices(given, "GASLoC")]
+    results = {case.key: {"val_loss": 3.0 - i} for i, case in enumerate(cases)}
+    others = [
+        Case("GASLoC", 4, Tuned(1e-4, (0.7, 0.5)), 0),
+        Case("GASLoC", 8, cases[0].tuned, 0),
+        Case("GASLoC", 4, cases[0].tuned, 1),
+        Case("GASLoC, one group", 4, cases[0].tuned, 0),
+    ]
+    results |= {case.key: {"val_loss": 0.1} for case in others}
+    assert best_of(given, "GASLoC", results) == cases[-1].tuned
+    found = tried(given, "GASLoC", results)
+    assert found[0] == ("0.0001 with 0.7/0.5", 0.1)
+    assert sorted(found[1:]) == sorted((str(case.tuned), 3.0 - i) for i, case in enumerate(cases))
+
+
+def test_others_go_with_the_rate_in_the_middle_times_their_factor(given):
+    lr, factor = METHODS["MT-DAO"].lr, METHODS["MT-DAO"].others_factor
+    rates = [choice.lr for choice in choices(given, "MT-DAO")]
+    assert rates == pytest.approx([0.5 * lr, lr, *[factor * lr] * (len(METHODS["MT-DAO"].others) - 1)])
+    assert factor != 1
