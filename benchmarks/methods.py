@@ -207,6 +207,7 @@ METHODS: dict[str, Method] = {
     "GASLoC, every step": Method(_with_rounds(_gasloc, 0), tuned_as="GASLoC"),
     "NoLoCo, one group": Method(_noloco_in_groups(None), tuned_as="NoLoCo"),
     "GASLoC, one group": Method(_gasloc_in_one_group, tuned_as="GASLoC"),
+    "DiLoCo of GASLoC": Method(_diloco, tuned_as="GASLoC"),  # which the mean of its replicas follows
     "MuLoCo, rounds a third": Method(_with_rounds(_diloco, 1 / 3), "muon", beside=_MUON, tuned_as="MuLoCo"),
     "Local ADOPT, rounds a third": Method(
         _with_rounds(_averaged_states(1, 1), 1 / 3), "adopt", beside=_ADOPT, tuned_as="DES-LOC"
