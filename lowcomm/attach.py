@@ -75,6 +75,9 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, algorithm: Algori
     All replicas start from the parameters and buffers of the first member, which this call sends. Gradients that are
     scaled or clipped must be so before ``optimizer.step()``; with `DataParallel` they are averaged after that.
 
+    A gradient scaler may skip an update on one replica alone only where no gradients are averaged: with `DataParallel`,
+    `SAVIC`, `DeMo` and in the first `start` steps of others the replicas would wait for each other in vain.
+
     Raises:
         ValueError: when the model has nothing to train, the optimizer does not hold its parameters, or the algorithm
             would send during backward.

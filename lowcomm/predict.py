@@ -21,7 +21,8 @@ class Prediction:
 
     Attributes:
         num_parameters: trainable ones.
-        num_steps: inner steps that were counted: those of the run, or the first 2,000.
+        num_steps: inner steps that were counted: those of the run; of one of more than 2,000, those up to the last
+            round that ends within the first 2,000, or up to the first round if that ends later.
         num_rounds: in those steps.
         round_bytes: sent in one round, on average.
         step_bytes: sent for each inner step, on average.
@@ -37,13 +38,13 @@ class Prediction:
 def predict(run: Run, num_replicas: int, vocab_size: int) -> Prediction:
     """Count the bytes that each of so many replicas would send."""
     num_steps = run.steps(num_replicas)
-    counted = min(num_steps, _MAX_STEPS)
     model = without_values(run, vocab_size)
     engine = build_engine(run, model, num_steps)
     meter = Meter()
     comm = MeteredComm(EchoComm(num_replicas), meter)
     state = run.algorithm.init(engine, comm)
-    for t in range(1, counted + 1):
+    counted, num_rounds, sent = 0, 0, 0  # at the end of the last round
+    for t in range(1, num_steps + 1):
         run.algorithm.consensus(engine, state)  # applies what would wait for a forward, of which there is none
         for p in model.parameters():
             p.grad = torch.empty_like(p)
@@ -53,12 +54,15 @@ def predict(run: Run, num_replicas: int, vocab_size: int) -> Prediction:
         elif engine.schedule is not None:
             engine.schedule.step()  # the length of a round may follow the learning rate
         run.algorithm.after_update(t, engine, state, comm)
-    run.algorithm.finish(counted, engine, state, comm)
-    num_rounds = run.algorithm.num_rounds(state)
+        if run.algorithm.num_rounds(state) > num_rounds and (t <= _MAX_STEPS or num_rounds == 0):
+            counted, num_rounds, sent = t, run.algorithm.num_rounds(state), meter.bytes_sent
+        if t >= _MAX_STEPS and num_rounds > 0 and t < num_steps:
+            break
+    else:
+        run.algorithm.finish(num_steps, engine, state, comm)
+        counted, num_rounds, sent = num_steps, run.algorithm.num_rounds(state), meter.bytes_sent
     num_parameters = sum(x.numel() for x in engine.slots()["param"])
-    return Prediction(
-        num_parameters, counted, num_rounds, meter.bytes_sent / max(1, num_rounds), meter.bytes_sent / counted
-    )
+    return Prediction(num_parameters, counted, num_rounds, sent / max(1, num_rounds), sent / counted)
 
 
 def _first_update(run: Run, engine: Engine) -> None:

@@ -67,6 +67,11 @@ class Reducer:
     def __post_init__(self) -> None:
         if self.bucket_bytes < 1:
             raise ValueError(f"Reducer(bucket_bytes={self.bucket_bytes}): it must be at least 1; the default is 32 MiB")
+        if self.feedback.keeps_mean and not self.compressor.divides_by_all():
+            raise ValueError(
+                f"{self.feedback} keeps the mean of what all ranks sent, but that of {self.compressor} is over those "
+                "that sent a place; take divide_by='all', or EF14"
+            )
 
     def init(self, like: Sequence[Tensor]) -> ReducerState:
         """The state before the first round for lists shaped like ``like``."""

@@ -15,6 +15,8 @@ def anchor_of(params: Sequence[Tensor]) -> list[Tensor]:
 
 def delta(anchor: Sequence[Tensor], params: Sequence[Tensor], factor: float, numbers: Sequence[int]) -> list[Tensor]:
     """What the parameters with these numbers have moved, times a factor, in the anchor's dtype."""
+    if factor == 0:  # nothing may come from a replica that is lost, NaN neither
+        return [torch.zeros_like(anchor[i]) for i in numbers]
     moved = []
     for a, p in ((anchor[i], params[i]) for i in numbers):
         # what this replica was loaded with, not the anchor: no step taken must mean no delta

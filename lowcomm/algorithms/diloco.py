@@ -23,7 +23,7 @@ from torch import Tensor
 from lowcomm.algorithms.anchors import anchor_of, delta
 from lowcomm.algorithms.base import Algorithm
 from lowcomm.algorithms.overlapped import Groups, GroupsState, average_gradients
-from lowcomm.algorithms.participation import DroppedRounds, check_weights, factors
+from lowcomm.algorithms.participation import DroppedRounds, check_participation, check_weights, factors
 from lowcomm.algorithms.qsr import QSR, check_every, round_steps
 from lowcomm.comm.base import Comm
 from lowcomm.engine.base import Engine, Ready
@@ -70,7 +70,7 @@ class DiLoCo(Algorithm[DiLoCoState]):
         start: steps of data parallel before local steps begin (post-local SGD, arXiv:1808.07217, for outer SGD(1)).
         weights: how much each replica counts, in rank order, scaled to sum 1 (the paper's non-iid rule takes the
             sizes of their data). None: equally.
-        dropped: simulate lost deltas.
+        dropped: simulate lost deltas; no gradient of the first `start` steps is.
         overlap: in the last inner step of a round, update parameters while backward computes the gradients of others,
             and send their deltas at once: in groups from the last parameter to the first, by the reducer's
             `bucket_bytes`. Gradients cannot be clipped by their norm then. A compressor's second and later messages
@@ -91,6 +91,7 @@ class DiLoCo(Algorithm[DiLoCoState]):
             raise ValueError(f"start is {self.start}; it is a number of steps, at least 0")
         if self.weights is not None:
             check_weights(self.weights)
+        check_participation(self.reducer, self.weights, self.dropped)
 
     def init(self, engine: Engine, comm: Comm) -> DiLoCoState:
         """The anchor is a copy of the parameters."""
@@ -132,7 +133,10 @@ class DiLoCo(Algorithm[DiLoCoState]):
         """Data parallel up to step `start`."""
         if t <= self.start:
             assert state.gradients is not None
-            average_gradients(self._gradient_groups(), engine.slots()["grad"], state.gradients, comm)
+            gradients = engine.slots()["grad"]
+            if self.weights is not None:
+                torch._foreach_mul_(gradients, self._factors(state, comm, None)[1])
+            average_gradients(self._gradient_groups(), gradients, state.gradients, comm)
 
     def after_update(self, t: int, engine: Engine, state: DiLoCoState, comm: Comm) -> None:
         """A round when it is due."""

@@ -9,6 +9,8 @@ from typing import Literal
 
 import torch
 
+from lowcomm.feedback.none import NoFeedback
+from lowcomm.reduce import Reducer
 from lowcomm.tensors import rng
 
 
@@ -53,6 +55,24 @@ def check_weights(weights: Sequence[float]) -> None:
     if any(not (w > 0 and math.isfinite(w)) for w in weights):
         raise ValueError(
             f"weights {list(weights)}: each must be positive and finite; leave a replica out to give it none"
+        )
+
+
+def check_participation(reducer: Reducer, weights: Sequence[float] | None, dropped: DroppedRounds | None) -> None:
+    """Refuse reducers in which a replica's share is not what its factor says.
+
+    Raises:
+        ValueError: for a mean over those that sent a place, of whom nobody knows how much they count; and for lost
+            rounds with a feedback, whose memory would be sent although its replica is lost.
+    """
+    if (weights is not None or dropped is not None) and not reducer.compressor.divides_by_all():
+        raise ValueError(
+            f"weights or dropped with {reducer.compressor}: its mean is over those that sent a place, however much "
+            "they count; take divide_by='all'"
+        )
+    if dropped is not None and not isinstance(reducer.feedback, NoFeedback):
+        raise ValueError(
+            f"dropped with {reducer.feedback}: what it remembers would be sent by a lost replica too; take NoFeedback"
         )
 
 

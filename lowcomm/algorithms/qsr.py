@@ -68,7 +68,8 @@ class QSR:
     def _steps_at(self, lr: float) -> int:
         if lr <= 0 or self.power * (math.log(self.alpha) - math.log(lr)) >= math.log(_FOREVER):
             return _FOREVER
-        return max(self.base, math.floor(math.pow(self.alpha / lr, self.power)))
+        # a whole number of steps must not round down to one less
+        return max(self.base, math.floor(math.pow(self.alpha / lr, self.power) * (1 + 1e-9)))
 
 
 def check_every(every: int | QSR) -> None:

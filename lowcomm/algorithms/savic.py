@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lowcomm.algorithms.base import Algorithm
 from lowcomm.algorithms.diloco import DiLoCo, DiLoCoState
+from lowcomm.algorithms.qsr import QSR
 from lowcomm.comm.base import Comm
 from lowcomm.engine.base import Engine
 from lowcomm.outer.sgd import SGD
@@ -70,6 +71,8 @@ class SAVIC(Algorithm[SAVICState]):
     gradient_reducer: Reducer = Reducer()
 
     def __post_init__(self) -> None:
+        if isinstance(self.every, QSR):
+            raise ValueError(f"SAVIC(every={self.every}): its rounds have one length; give a number of steps")
         self._rounds()
         if not (self.alpha > 0 and math.isfinite(self.alpha)):
             raise ValueError(

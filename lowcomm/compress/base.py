@@ -103,6 +103,10 @@ class Compressor(ABC, Generic[S]):
         of the vector in float32. Where a code would be larger, the values themselves go.
         """
 
+    def divides_by_all(self) -> bool:
+        """Whether the mean is over all ranks at every place, whoever sent something there; by default it is."""
+        return True
+
     def num_messages(self) -> int:
         """The most exchanges that `mean` makes in a row, each with what the last one brought; by default 1."""
         return 1

@@ -89,6 +89,10 @@ class Chosen(Compressor[ChosenState], ABC):
         """See `Compressor.num_messages`."""
         return self.values.num_messages()
 
+    def divides_by_all(self) -> bool:
+        """As ``values``."""
+        return self.values.divides_by_all()
+
     def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> float:
         """See `Compressor.sent_bytes`."""
         return self.values.sent_bytes([self.num_kept(prod(shape))], element_bytes, num_members)

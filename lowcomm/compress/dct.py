@@ -80,6 +80,10 @@ class DCT(Compressor[Any]):
         """See `Compressor.num_messages`."""
         return self.inner.num_messages()
 
+    def divides_by_all(self) -> bool:
+        """As ``inner``."""
+        return self.inner.divides_by_all()
+
     def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> float:
         """See `Compressor.sent_bytes`."""
         return self.inner.sent_bytes([prod(shape)], element_bytes, num_members)

@@ -64,7 +64,7 @@ class EF21Plus(Compressor[EF21PlusState]):
             )
         if (self.inner.values if isinstance(self.inner, TopK) else self.inner.codec).stochastic:
             raise ValueError(f"EF21Plus(inner={self.inner}): a code that rounds at random has no better candidate")
-        if isinstance(self.inner, TopK) and self.inner.divide_by != "all":
+        if not self.inner.divides_by_all():
             raise ValueError(f"EF21Plus(inner={self.inner}): the mean is over all ranks; take divide_by='all'")
 
     def init(self, like: Tensor) -> EF21PlusState:

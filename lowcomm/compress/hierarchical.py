@@ -93,6 +93,10 @@ class Hierarchical(Compressor[HierarchicalState]):
             HierarchicalState(inner, outer),
         )
 
+    def divides_by_all(self) -> bool:
+        """If both do."""
+        return self.inner.divides_by_all() and self.outer.divides_by_all()
+
     def num_messages(self) -> int:
         """See `Compressor.num_messages`."""
         return self.inner.num_messages() + self.outer.num_messages() + 1

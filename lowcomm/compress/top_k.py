@@ -113,6 +113,10 @@ class TopK(Compressor[int]):
         mean = total / (len(comm.members) if count is None else count.clamp(min=1))
         return sent.view(x.shape), mean.view(x.shape), state + 1
 
+    def divides_by_all(self) -> bool:
+        """See `Compressor.divides_by_all`."""
+        return self.divide_by == "all"
+
     def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> int:
         """See `Compressor.sent_bytes`."""
         return (num_members - 1) * self.num_bytes(prod(shape))

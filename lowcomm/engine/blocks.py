@@ -1,7 +1,8 @@
 """When a model's forward uses which parameters: some at any time, the others as each of its blocks begins.
 
-A block is a direct child of an nn.ModuleList or nn.Sequential that lies in no other block. Assumed, as by FSDP: what is
-in a block is used by that block's own forward, called as ``block(...)``, and by nothing before it.
+A block is a direct child of an nn.ModuleList or nn.Sequential that lies in no other block and has a forward: another
+nn.ModuleList among them is not called, so its own children are blocks. Assumed, as by FSDP: what is in a block is used
+by that block's own forward, called as ``block(...)``, and by nothing before it.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def uses(model: nn.Module, parameters: Sequence[Tensor]) -> Uses:
     def walk(module: nn.Module) -> None:
         outside.update(number[p] for p in module.parameters(recurse=False) if p in number)
         for child in module.children():
-            if isinstance(module, nn.ModuleList | nn.Sequential) and not compiled:
+            called = type(child).forward is not nn.Module.forward
+            if isinstance(module, nn.ModuleList | nn.Sequential) and called and not compiled:
                 blocks[child] = sorted(number[p] for p in child.parameters() if p in number)
             else:
                 walk(child)

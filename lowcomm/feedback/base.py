@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
@@ -17,7 +17,12 @@ class Feedback(ABC, Generic[S]):
     """A pair of functions around a compressor; what changes between rounds lives in the state ``S``.
 
     States are not modified: a round that fails leaves the old one as it was.
+
+    Attributes:
+        keeps_mean: whether it adds up means of what was sent, and so needs those over all ranks at every place.
     """
+
+    keeps_mean: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, like: Tensor) -> S:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ class EControl(Feedback[EControlState]):
 
     eta: float | None = None
     dense_first: bool = True
+    keeps_mean: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.eta is not None and not 0.0 <= self.eta <= 1.0:

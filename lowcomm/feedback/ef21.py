@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -32,6 +32,7 @@ class EF21(Feedback[Tracked]):
     """
 
     dense_first: bool = True
+    keeps_mean: ClassVar[bool] = True
 
     def init(self, like: Tensor) -> Tracked:
         """Nobody knows anything."""

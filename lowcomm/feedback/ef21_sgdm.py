@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -43,6 +43,7 @@ class EF21SGDM(Feedback[EF21SGDMState]):
 
     eta: float = 0.1
     dense_first: bool = True
+    keeps_mean: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0.0 < self.eta <= 1.0:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from dataclasses import dataclass
 from math import inf
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -39,6 +39,7 @@ class EFBV(Feedback[Tracked]):
     lam: float = 1.0
     nu: float = 1.0
     dense_first: bool = True
+    keeps_mean: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, value in [("lam", self.lam), ("nu", self.nu)]:

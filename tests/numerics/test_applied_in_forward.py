@@ -19,7 +19,7 @@ from lowcomm.feedback.ef14 import EF14
 from lowcomm.outer.sgd import SGD
 from lowcomm.reduce import Reducer
 from lowcomm.state import restore, state_tree
-from lowcomm.tensors import digest
+from lowcomm.tensors import digest, rng
 from tests.replicas import adamw, backward, flat, make_batch, make_engine, train
 from tests.world import run_world
 
@@ -212,3 +212,42 @@ def test_one_fragment_without_delay_and_blend_is_diloco_bit_for_bit(every):
     for xs, ys in zip(expected, got, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
     assert not torch.equal(flat(make_engine().slots()["param"]), got[0][-1])
+
+
+def square(model, batch):
+    return model(batch).square().mean()
+
+
+class Nested(nn.Module):
+    """Layers in a list of lists, of which only the inner ones' children are called."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)]) for _ in range(3))
+
+    def forward(self, x):
+        for first, second in self.layers:
+            x = x + second(torch.tanh(first(x)))
+        return x
+
+
+@pytest.mark.parametrize("biases_alone", [False, True])
+def test_layers_in_lists_of_lists_learn_what_they_do_without_overlap(biases_alone):
+    def program(comm, overlap):
+        model = Nested().double()
+        for name, p in model.named_parameters():
+            p.requires_grad_(name.endswith("bias") or not biases_alone)
+        params = [p for p in model.parameters() if p.requires_grad]
+        engine = TorchEngine(model, torch.optim.SGD(params, lr=0.1), loss=square, clip_norm=None)
+        algorithm = StreamingDiLoCo(4, 1, blocks_per_fragment=1, overlap=overlap)
+        state = algorithm.init(engine, comm)
+        for t in range(1, STEPS + 1):
+            batch = torch.randn(8, 6, generator=rng(0, "batch", comm.rank, t), dtype=torch.float64)
+            backward(algorithm, t, engine, state, comm, batch)
+            engine.update()
+            algorithm.after_update(t, engine, state, comm)
+        algorithm.finish(STEPS, engine, state, comm)
+        return digest(engine.slots()["param"])
+
+    assert run_world(2, partial(program, overlap=False)) == run_world(2, partial(program, overlap=True))

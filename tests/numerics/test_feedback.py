@@ -12,6 +12,7 @@ import torch
 from lowcomm.codecs.absmax import Absmax
 from lowcomm.comm.base import PeerLost
 from lowcomm.compress.base import Compressor
+from lowcomm.compress.dct import DCT
 from lowcomm.compress.ef21_plus import EF21Plus
 from lowcomm.compress.gathered import Gathered
 from lowcomm.compress.identity import Identity
@@ -370,6 +371,15 @@ def test_ef21_plus_refuses_what_it_cannot_decode():
     for inner in [Identity(), Gathered(Absmax(stochastic=True)), TopK(divide_by="present")]:
         with pytest.raises(ValueError, match="EF21Plus"):
             EF21Plus(inner)
+
+
+@pytest.mark.parametrize("feedback", [EF21(), EF21SGDM(), EFBV(), EControl()], ids=lambda x: type(x).__name__)
+def test_a_mean_over_those_that_sent_is_not_added_up(feedback):
+    present = TopK(divide_by="present")
+    for compressor in (present, DCT(present)):
+        with pytest.raises(ValueError, match="divide_by='all'"):
+            Reducer(compressor, feedback)
+        Reducer(compressor, EF14())
 
 
 # ---- through the command line ---------------------------------------------------------------------------------------

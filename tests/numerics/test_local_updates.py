@@ -1,6 +1,7 @@
 """Data parallel, Local SGD and DiLoCo against references of explicit replicas, and the identities between them."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,11 @@ from lowcomm.algorithms.participation import DroppedRounds
 from lowcomm.comm.echo import EchoComm
 from lowcomm.comm.solo import SoloComm
 from lowcomm.compress.cast import Cast
+from lowcomm.compress.dct import DCT
+from lowcomm.compress.hierarchical import Hierarchical
+from lowcomm.compress.random_k import RandomK
+from lowcomm.compress.top_k import TopK
+from lowcomm.feedback.ef14 import EF14
 from lowcomm.outer.nesterov import Nesterov
 from lowcomm.outer.sgd import SGD
 from lowcomm.reduce import Reducer
@@ -38,7 +44,7 @@ def reference(num_replicas, every, inner, *, lr, momentum, start=0, weights=None
             mse(model, make_batch(rank, t)).backward()
         if t <= start:
             for params in zip(*(m.parameters() for m in models), strict=True):
-                mean = sum(p.grad for p in params) / num_replicas
+                mean = sum(w * p.grad for w, p in zip(base / base.sum(), params, strict=True))
                 for p in params:
                     p.grad = mean.clone()
         for optimizer in optimizers:
@@ -70,6 +76,7 @@ def reference(num_replicas, every, inner, *, lr, momentum, start=0, weights=None
         {},
         {"start": 5},
         {"weights": [1.0, 2.0, 5.0]},
+        {"weights": [1.0, 2.0, 5.0], "start": 5},
         {"dropped": DroppedRounds(0.4, "survivors", seed=3)},
         {"dropped": DroppedRounds(0.4, "all", seed=3)},
         {"dropped": DroppedRounds(0.9, "survivors", seed=1), "weights": [1.0, 2.0, 5.0]},
@@ -94,6 +101,40 @@ def test_dropped_rounds_really_drop():
     assert any(not any(DroppedRounds(0.9, seed=1).arrived(round, N)) for round in range(1, 13)), (
         "a round nobody reaches"
     )
+
+
+def test_shares_are_refused_where_they_would_not_be_kept():
+    present = TopK(0.5, divide_by="present")
+    for compressor in (present, DCT(present), Hierarchical(1, outer=present), RandomK(values=present)):
+        for options in ({"weights": [1.0, 3.0]}, {"dropped": DroppedRounds(0.5)}):
+            with pytest.raises(ValueError, match="divide_by='all'"):
+                LocalSGD(reducer=Reducer(compressor), **options)
+        LocalSGD(reducer=Reducer(compressor))
+    with pytest.raises(ValueError, match="lost replica"):
+        DiLoCo(reducer=Reducer(TopK(), EF14()), dropped=DroppedRounds(0.5))
+    DiLoCo(reducer=Reducer(TopK(), EF14()), weights=[1.0, 3.0])
+
+
+def test_nothing_comes_from_a_lost_replica():
+    """Whatever it holds, NaN too: the others go on as without it."""
+    dropped = DroppedRounds(0.5, seed=2)
+    round = next(round for round in range(1, 20) if sum(dropped.arrived(round, N)) == 1)
+    lost = [rank for rank, here in enumerate(dropped.arrived(round, N)) if not here]
+
+    def program(comm, broken):
+        engine, algorithm = make_engine(sgd), DiLoCo(every=1, dropped=dropped)
+        state = algorithm.init(engine, comm)
+        for t in range(1, round + 1):
+            engine.backward(make_batch(comm.rank, t))
+            engine.update()
+            if broken and t == round and comm.rank in lost:
+                for p in engine.slots()["param"]:
+                    p.detach().fill_(float("nan"))
+            algorithm.after_update(t, engine, state, comm)
+        return flat(state.anchor)
+
+    whole, broken = (run_world(N, partial(program, broken=broken)) for broken in (False, True))
+    assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(whole, broken, strict=True))
 
 
 @pytest.mark.parametrize("inner", [sgd, adamw])

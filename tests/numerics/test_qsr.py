@@ -262,3 +262,26 @@ def test_no_steps_are_refused(method):
 def test_a_rising_rate_is_not_gone_by():
     with pytest.raises(ValueError, match="QSR's num_warmup_steps is 5, but the learning rate rises for 9 steps"):
         Run(algorithm=LocalSGD(QSR(num_warmup_steps=5)), schedule=Cosine(num_warmup_steps=9), num_steps=20)
+
+
+@pytest.mark.parametrize("every", [1, 7, 300, 1500, 2000, 2300])
+def test_a_dry_run_of_a_long_run_counts_whole_rounds_alone(every):
+    """It does not come to the end of the run, so it must not count the sync there."""
+    run = replace(tiny_run(algorithm=LocalSGD(every)), num_steps=2500)
+    seen = predict(run, 4, 256)
+    whole = max(1, 2000 // every)
+    assert (seen.num_rounds, seen.num_steps) == (whole, whole * every)
+    assert seen.step_bytes == pytest.approx(2 * 3 / 4 * 4 * seen.num_parameters / every)
+
+
+def test_a_dry_run_counts_the_end_of_the_run_where_it_comes_to_it():
+    run = replace(tiny_run(algorithm=LocalSGD(5000)), num_steps=2100)
+    seen = predict(run, 4, 256)
+    assert (seen.num_rounds, seen.num_steps) == (1, 2100)
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("lr", [3e-3, 8e-3, 1e-3, 0.1])
+def test_a_whole_number_of_steps_is_not_rounded_down_to_one_less(power, lr):
+    for n in range(2, 200):
+        assert QSR(1, lr * n ** (1 / power), power).round_steps(0, lr) == n

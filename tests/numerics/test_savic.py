@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lowcomm.algorithms.local_sgd import LocalSGD
+from lowcomm.algorithms.qsr import QSR
 from lowcomm.algorithms.savic import SAVIC
 from lowcomm.comm.metered import Meter, MeteredComm
 from lowcomm.comm.solo import SoloComm
@@ -167,6 +168,7 @@ def test_it_runs_on_shapes_alone():
         ({"alpha": float("nan")}, "alpha=nan"),
         ({"beta": 1.0}, "beta=1.0"),
         ({"every": 0}, "every is 0"),
+        ({"every": QSR()}, "rounds have one length"),
     ],
 )
 def test_mistakes_are_told(options, message):

@@ -163,3 +163,30 @@ def test_to_change_a_parameter_when_it_is_wanted_is_to_change_it_before_the_step
             engine.update()
     for x, y in zip(early.slots()["param"], late.slots()["param"], strict=True):
         assert torch.equal(x, y)
+
+
+class Nested(nn.Module):
+    """Layers in containers that are not called themselves."""
+
+    def __init__(self, container):
+        super().__init__()
+        self.container = container
+        pairs = [(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)) for _ in range(2)]
+        self.layers = nn.ModuleList(container(pair) for pair in pairs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            first, second = layer.values() if isinstance(layer, nn.ModuleDict) else layer
+            x = x + second(torch.tanh(first(x)))
+        return x
+
+
+def test_containers_without_a_forward_are_no_blocks():
+    """No hook of theirs would ever run. Children of a list are blocks; what is in a dictionary is wanted at once."""
+    for container, first, blocks in (
+        (nn.ModuleList, [], [[0], [1], [2], [3]]),
+        (lambda pair: nn.ModuleDict(zip("ab", pair, strict=True)), [0, 1, 2, 3], []),
+    ):
+        model = Nested(container)
+        found = uses(model, list(model.parameters()))
+        assert (found.first, [numbers for _, numbers in found.blocks]) == (first, blocks)
