@@ -16,7 +16,9 @@ stays in m; ranks are decoded one after the other, so that sums do not depend on
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,8 +51,9 @@ class DeMo(Algorithm[DeMoState]):
     Traffic of a round: a message from each of n replicas to the n - 1 others; by default of 100 bytes for each 4,096
     parameters, 32 values of 16 bits and 32 places of 9: 1.22 % of a gradient in bfloat16.
 
-    The inner optimizer must be plain ``torch.optim.SGD(lr, weight_decay=...)``: another that keeps a state is refused
-    once it has one, after the first step, and so is clipping, which would shrink the signs.
+    The inner optimizer must be plain ``torch.optim.SGD(lr, weight_decay=...)``: another that keeps a state of any
+    parameter is refused as soon as it has one, at the latest after the first step. So is clipping, which would shrink
+    the signs.
 
     Attributes:
         reducer: how lr x gradient is combined; its sign replaces the gradient. DeMo is a compressor that leaves most
@@ -67,10 +70,12 @@ class DeMo(Algorithm[DeMoState]):
         """No momentum.
 
         Raises:
-            ValueError: when the engine clips gradients or takes steps that need them all.
+            ValueError: when the engine clips gradients or takes steps that need them all, or when the inner optimizer
+                keeps a state already.
         """
         if (reason := engine.needs_all_gradients()) is not None:
             raise ValueError(f"DeMo takes a step of size lr by the sign of each value, but {reason}")
+        _require_no_state(engine)
         return DeMoState(self.reducer.init([_wide(x) for x in engine.slots()["param"]]))
 
     def before_update(self, t: int, engine: Engine, state: DeMoState, comm: Comm) -> None:
@@ -87,11 +92,8 @@ class DeMo(Algorithm[DeMoState]):
             ValueError: at the first step, when the inner optimizer turns out to keep a state.
         """
         state.round += 1
-        if t == 1 and (kept := sorted(set(engine.slots()) - {"param", "grad"})):
-            raise ValueError(
-                f"DeMo keeps the momentum itself and steps by its sign, but the inner optimizer keeps {kept}: choose "
-                "torch.optim.SGD with lr and weight_decay alone"
-            )
+        if t == 1:
+            _require_no_state(engine)
 
     def finish(self, t: int, engine: Engine, state: DeMoState, comm: Comm) -> None:
         """Nothing is in flight and the replicas are equal."""
@@ -107,3 +109,23 @@ class DeMo(Algorithm[DeMoState]):
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _require_no_state(engine: Engine) -> None:
+    # slots have only what all parameters keep, in their own shapes; what is saved for a restart has the rest
+    kept = set(engine.slots()) - {"param", "grad"} | _kept(engine.state_dict())
+    if kept:
+        raise ValueError(
+            f"DeMo keeps the momentum itself and steps by its sign, but the inner optimizer keeps {sorted(kept)}: "
+            "choose torch.optim.SGD with lr and weight_decay alone"
+        )
+
+
+def _kept(saved: Any) -> set[str]:
+    """The names of what optimizers keep of any parameter, wherever in ``saved`` there is one in torch's format."""
+    if not isinstance(saved, Mapping):
+        return set()
+    if {"state", "param_groups"} <= saved.keys():
+        states = [state for state in saved["state"].values() if isinstance(state, Mapping)]
+        return {str(name) for state in states for name, value in state.items() if value is not None}
+    return set().union(*(_kept(part) for part in saved.values()))

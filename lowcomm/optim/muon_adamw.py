@@ -12,6 +12,7 @@ authors' runs took momentum 0.9 without Nesterov.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -26,7 +27,7 @@ class MuonAdamW(Optimizer):
 
     A parameter is a hidden matrix if `is_hidden` says so. A group with a key ``hidden`` (True or False) decides for
     all of its parameters instead, for models that count their embedding or head among their blocks. Groups with both
-    kinds are cut in two, Muon's come first, and a schedule acts on all.
+    kinds are cut in two, Muon's come first, and a schedule acts on all. Groups that are added later come last.
 
     States are those of the two: "momentum_buffer" of a hidden matrix; "exp_avg", "exp_avg_sq" and "step" elsewhere. So
     no state is there for every parameter, and methods that average optimizer states find none.
@@ -71,17 +72,40 @@ class MuonAdamW(Optimizer):
                 "MuonAdamW finds no hidden matrix, that is, no parameter of 2 dimensions within a numbered block such "
                 "as layers.0: take torch.optim.AdamW, or mark a group with hidden=True"
             )
-        if not nesterov and any(p.dtype == torch.bfloat16 for group in hidden for _, p in group["params"]):
+        rate = lr if adamw_lr is None else adamw_lr
+        self._muon = partial(
+            Muon, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, adjust_lr_fn=adjust_lr_fn
+        )
+        self._adamw = partial(AdamW, lr=rate, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__([*hidden, *others], {})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add (name, parameter) pairs, split as those of the constructor, with its options where the group has none.
+
+        Raises:
+            ValueError: for parameters without names or held already, or that Muon cannot train; none is added then.
+        """
+        hidden, others = _split([param_group])
+        groups = list(self._muon(hidden).param_groups) if hidden else []
+        if any(not group["nesterov"] and p.dtype == torch.bfloat16 for group in groups for p in group["params"]):
             raise ValueError(
                 "MuonAdamW(nesterov=False): torch's Muon then rescales the momentum of bfloat16 matrices in place; "
                 "set nesterov to True, or keep parameters in float32 (precision bf16_mixed)"
             )
-        muon = Muon(hidden, lr, weight_decay, momentum, nesterov, adjust_lr_fn=adjust_lr_fn)
-        groups = list(muon.param_groups)
         if others:
-            groups += AdamW(others, lr if adamw_lr is None else adamw_lr, betas, eps, weight_decay).param_groups
-        super().__init__(groups, {})
+            groups += self._adamw(others).param_groups
+        num_before = len(self.param_groups)
+        try:
+            for group in groups:
+                super().add_param_group(group)
+        except ValueError:
+            del self.param_groups[num_before:]  # the matrices, when it is the others that are refused
+            raise
         self._share()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles have; torch's own leaves out what it does not know."""
+        return {**super().__getstate__(), "_muon": self._muon, "_adamw": self._adamw}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also called by `load_state_dict`, which puts new groups and states in the place of the old."""

@@ -20,6 +20,7 @@ parameters are in: with beta_v 0.9999 a second moment in bfloat16 would never ch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
@@ -59,12 +60,19 @@ class QHADOPT(Optimizer):
             weight_decay: share of each parameter that a call takes away, times lr.
 
         Raises:
-            ValueError: for a number out of range, or weights that do not fit the momenta.
+            ValueError: for a number out of range or not finite, or weights that do not fit the momenta.
         """
         defaults = {"lr": lr, "betas": betas, "omega": omega, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
-        for group in self.param_groups:
-            _check(group)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """See torch's, which the constructor calls for each group.
+
+        Raises:
+            ValueError: as the constructor does; the group is then not added.
+        """
+        _check(self.defaults | param_group)
+        super().add_param_group(param_group)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -156,9 +164,10 @@ def _check(group: dict[str, Any]) -> None:
         raise ValueError(
             f"QHADOPT(omega={group['omega']}): each must be at least 0, the sum at most 1; the gradient has the rest"
         )
-    if not group["lr"] >= 0:
-        raise ValueError(f"QHADOPT(lr={group['lr']}): it must be at least 0")
-    if not group["eps"] > 0:
-        raise ValueError(f"QHADOPT(eps={group['eps']}): it must be above 0; 1e-6 is usual")
-    if not group["weight_decay"] >= 0:
-        raise ValueError(f"QHADOPT(weight_decay={group['weight_decay']}): it must be at least 0")
+    lr, eps, weight_decay = group["lr"], group["eps"], group["weight_decay"]
+    if not (lr >= 0 and math.isfinite(lr)):
+        raise ValueError(f"QHADOPT(lr={lr}): it must be at least 0 and finite")
+    if not (eps > 0 and math.isfinite(eps)):
+        raise ValueError(f"QHADOPT(eps={eps}): it must be above 0 and finite; 1e-6 is usual")
+    if not (weight_decay >= 0 and math.isfinite(weight_decay)):
+        raise ValueError(f"QHADOPT(weight_decay={weight_decay}): it must be at least 0 and finite; 0 is none")

@@ -13,10 +13,12 @@ from lowcomm.comm.metered import Meter, MeteredComm
 from lowcomm.comm.solo import SoloComm
 from lowcomm.compress.dct import DCT
 from lowcomm.compress.top_k import TopK
+from lowcomm.engine.around import Around
 from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.feedback.ef14 import EF14
+from lowcomm.optim.muon_adamw import MuonAdamW
 from lowcomm.reduce import Reducer
-from tests.replicas import adamw, flat, make_batch, make_engine, make_model, mse
+from tests.replicas import adamw, flat, make_batch, make_engine, make_model, mse, scaled_sgd
 from tests.world import run_world
 
 N, STEPS = 3, 12
@@ -255,6 +257,48 @@ def test_an_inner_optimizer_with_a_state_is_refused_after_its_first_step(inner):
     engine.update()
     with pytest.raises(ValueError, match=r"inner optimizer keeps \['.*torch.optim.SGD with lr and weight_decay alone"):
         algorithm.after_update(1, engine, state, comm)
+
+
+class Nested(Around):
+    """As the simulator's engine, it saves more than the engine within."""
+
+    def backward(self, batch, ready=None, wanted=None):
+        return self._inner.backward(batch, ready, wanted)
+
+    def state_dict(self):
+        return {"inner": super().state_dict(), "t": 0}
+
+
+def with_hidden(params):
+    """Muon for the first matrix, AdamW for the rest."""
+    return MuonAdamW([(f"layers.{i}" if i == 0 else f"out{i}", p) for i, p in enumerate(params)])
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        with_hidden,
+        lambda params: torch.optim.Adafactor(params, lr=0.1),
+        lambda params: torch.optim.SGD([{"params": params[1:]}, {"params": params[:1], "momentum": 0.9}], lr=0.1),
+    ],
+    ids=["muon", "adafactor", "momentum of one group"],
+)
+@pytest.mark.parametrize("around", [lambda engine: engine, Nested], ids=["plain", "nested"])
+def test_a_state_is_refused_also_where_parameters_have_it_in_other_shapes_or_not_at_all(inner, around):
+    """`Engine.slots` does not list such a state."""
+    engine, algorithm, comm = around(make_engine(inner)), DeMo(), SoloComm()
+    state = algorithm.init(engine, comm)
+    engine.backward(make_batch(0, 1))
+    algorithm.before_update(1, engine, state, comm)
+    engine.update()
+    assert set(engine.slots()) == {"param"}
+    with pytest.raises(ValueError, match=r"inner optimizer keeps \['"):
+        algorithm.after_update(1, engine, state, comm)
+
+
+def test_a_state_that_is_there_from_the_start_is_refused_at_once():
+    with pytest.raises(ValueError, match=r"inner optimizer keeps \['scale'\]"):
+        DeMo().init(make_engine(scaled_sgd), SoloComm())
 
 
 def test_ranks_agree_bit_for_bit():

@@ -127,6 +127,84 @@ def test_a_copy_goes_its_own_way():
     assert not any(torch.equal(p, q) for p, q in zip(before, other[0].parameters(), strict=True) if p.ndim == 2)
 
 
+def added_later(model, **options):
+    """Blocks 0 and the rest are there from the start; block 1, all kinds of it, in a group that comes later."""
+    later = [(name, p) for name, p in model.named_parameters() if ".layers.1." in name]
+    names = {name for name, _ in later}
+    optimizer = MuonAdamW([(name, p) for name, p in model.named_parameters() if name not in names], **options)
+    optimizer.add_param_group({"params": later, "weight_decay": 0.5})
+    return optimizer
+
+
+def given_at_once(model, **options):
+    """The same groups, all of them from the start."""
+    parts = [[], []]
+    for name, p in model.named_parameters():
+        parts[".layers.1." in name].append((name, p))
+    return MuonAdamW([{"params": parts[0]}, {"params": parts[1], "weight_decay": 0.5}], **options)
+
+
+def steps(model, optimizer, seeds):
+    for seed in seeds:
+        give_gradients(model, seed)
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+OPTIONS = {"lr": 0.3, "momentum": 0.5, "adjust_lr_fn": "match_rms_adamw", "adamw_lr": 0.03, "betas": (0.8, 0.7)}
+
+
+def test_a_group_that_comes_later_is_trained_as_one_of_the_start():
+    """Split alike and with the constructor's options; once it went to neither optimizer."""
+    one, other = llama(), llama()
+    optimizer = added_later(one, **OPTIONS)
+    assert [group["hidden"] for group in optimizer.param_groups] == [True, False, True, False]
+    got, expected = steps(one, optimizer, range(3)), steps(other, given_at_once(other, **OPTIONS), range(3))
+    assert all(torch.equal(p, q) for p, q in zip(got, expected, strict=True))
+    assert not any(torch.equal(p, q) for p, q in zip(got, llama().parameters(), strict=True))
+
+
+def test_with_a_group_that_came_later_it_is_saved_and_copied():
+    """A copy takes further groups too."""
+    model = llama()
+    optimizer = added_later(model, **OPTIONS)
+    steps(model, optimizer, range(2))
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    restored = llama()
+    restored.load_state_dict(saved[0])
+    fresh = added_later(restored)
+    fresh.load_state_dict(saved[1])
+    copied = copy.deepcopy((model, optimizer))
+    expected = steps(model, optimizer, range(2, 4))
+    for got in (steps(restored, fresh, range(2, 4)), steps(*copied, range(2, 4))):
+        assert all(torch.equal(p, q) for p, q in zip(got, expected, strict=True))
+    for x in (optimizer, copied[1]):
+        x.add_param_group({"params": [("layers.7", nn.Parameter(torch.ones(2, 3)))]})
+        assert (x.param_groups[-1]["lr"], x.param_groups[-1]["momentum"]) == (0.3, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        (lambda model, new: {"params": [new]}, "give .name, parameter. pairs"),
+        (lambda model, new: {"params": [("layers.9", new), *list(model.named_parameters())[:1]]}, "more than one"),
+        (lambda model, new: {"params": [("x", new[0].detach())], "hidden": True}, "only supports 2D"),
+        (lambda model, new: {"params": [("layers.9", new.bfloat16().detach())], "nesterov": False}, "nesterov to True"),
+    ],
+    ids=["no name", "held already", "not a matrix", "bfloat16"],
+)
+def test_a_refused_group_changes_nothing(group, message):
+    """Also when its matrices were fine and a parameter of AdamW's was not."""
+    one, other = llama(), llama()
+    optimizer, new = MuonAdamW(parameter_groups(one)), nn.Parameter(torch.ones(2, 3))
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group(group(one, new))
+    assert optimizer.state_dict() == before
+    got, expected = steps(one, optimizer, range(2)), steps(other, MuonAdamW(parameter_groups(other)), range(2))
+    assert all(torch.equal(p, q) for p, q in zip(got, expected, strict=True))
+
+
 def test_a_config_names_it_and_shapes_alone_suffice():
     run = Run(Llama(size="500k"), optimizer=Optimizer(PATH, {"lr": 0.02, "betas": [0.9, 0.99]}), num_steps=10)
     shapes = shapes_of(run, 1)

@@ -15,6 +15,7 @@ from lowcomm.tensors import rng
 from tests.replicas import make_batch, make_model, mse
 
 NUM_STEPS = 100
+INF, NAN = float("inf"), float("nan")
 
 
 def gradients(num_steps=NUM_STEPS, shape=(4, 3)):
@@ -225,11 +226,34 @@ def test_it_steps_without_values_and_on_odd_shapes():
         ({"omega": -0.1}, "each must be at least 0"),
         ({"eps": 0.0}, "eps=0.0"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
+        *[({name: value}, f"{name}={value}.*finite") for name in ("lr", "eps", "weight_decay") for value in (INF, NAN)],
+        *[({"betas": (0.9, value)}, "at least 0 and below 1") for value in (INF, NAN)],
+        *[({"omega": value}, "the sum at most 1") for value in (INF, NAN)],
     ],
 )
-def test_mistakes_are_told(options, message):
+def test_mistakes_are_told_and_a_refused_group_changes_nothing(options, message):
+    """Of all parameters, of one group, and of a group that comes later."""
+    p, q = (nn.Parameter(torch.ones(2)) for _ in range(2))
     with pytest.raises(ValueError, match=message):
-        QHADOPT([nn.Parameter(torch.ones(2))], **options)
+        QHADOPT([p], **options)
+    with pytest.raises(ValueError, match=message):
+        QHADOPT([{"params": [p]}, {"params": [q], **options}])
+    optimizer = QHADOPT([p], lr=0.05)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [q], **options})
+    assert optimizer.state_dict() == before
+    optimizer.add_param_group({"params": [q], "omega": 0.5})  # nothing of the refused one is left
+    assert optimizer.param_groups[1]["lr"] == 0.05
+
+
+def test_options_of_a_group_are_checked_together_with_the_constructors():
+    """Two weights need three betas, whoever gives which."""
+    p, q = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = QHADOPT([p], betas=(0.9, 0.99, 0.999), omega=(0.1, 0.2))
+    with pytest.raises(ValueError, match="give 2 of them"):
+        optimizer.add_param_group({"params": [q], "omega": 0.3})
+    optimizer.add_param_group({"params": [q], "omega": (0.3, 0.4)})
 
 
 def test_sparse_gradients_are_refused():
