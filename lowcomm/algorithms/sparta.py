@@ -12,6 +12,15 @@ with a and b drawn anew for each pass through the K parts, and a prime to n: the
 0 .. n - 1 (a is invertible modulo n), and m K >= n numbers in a row take every value. So a pass averages every value at
 least once, and all parts have one size; the last part begins again with the first one's numbers, where K m > n.
 
+Where averages are still under way after the next L = delay // every have been sent, a value that came back within L
+rounds would be corrected twice for the same disagreement. Again and again, as in a parameter of few values, that makes
+replicas part exponentially. So with L > 0, a and b are drawn once for the run, and round r, from 0, is about
+
+    {(a i + b) mod n : k m <= i < min((k + 1) m, n)},   k = r mod max(ceil(n / m), L + 1)
+
+Every value then returns after as many rounds: more than L, which its average takes, and at most K. The last of these
+parts may be short or empty; zeros fill the message.
+
 Differs from the paper in: parts cover everything in K rounds, in place of independent draws that leave (1 - p)^K of it
 out, and cost no memory; what travels is the difference to the value's last average, in float32 or better, so that a
 lossy reducer never rounds the parameters; no mask is sent; the replicas are averaged once at the end.
@@ -26,10 +35,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lowcomm.algorithms.anchors import anchor_of, delta
 from lowcomm.algorithms.base import Algorithm
-from lowcomm.algorithms.under_way import UnderWay, send
+from lowcomm.algorithms.under_way import UnderWay, num_advances, send
 from lowcomm.comm.base import Comm
 from lowcomm.engine.base import Engine, Ready, Wanted
 from lowcomm.feedback.none import NoFeedback
@@ -84,8 +94,8 @@ class SPARTA(Algorithm[SPARTAState]):
             0.005. 1 is Local SGD.
         every: inner steps a round.
         delay: inner steps that an average may take, during which training goes on; up to 10 are reported to cost
-            nothing. Below the steps of a pass. A value that the end of one pass and the beginning of the next meet
-            within so many steps is corrected by both, which leaves as much disagreement as there was.
+            nothing. Below the steps of a pass. No value is sent again before its average has come: with `delay` at
+            least `every`, all passes have one order, and each parameter passes of its own, of at most K rounds.
         seed: of the parts; equal on all replicas.
         reducer: how differences to the last average are averaged. Its feedback must be NoFeedback: a memory belongs to
             the values of one part and the next round has another.
@@ -122,12 +132,17 @@ class SPARTA(Algorithm[SPARTAState]):
         """Rounds of a pass, after which every value has been averaged: K."""
         return math.ceil(1 / self.fraction)
 
+    @property
+    def num_late(self) -> int:
+        """How many later averages are sent before one is taken in: L, below K."""
+        return self.delay // self.every
+
     def init(self, engine: Engine, comm: Comm) -> SPARTAState:
         """The last averages are the first parameters."""
         params = engine.slots()["param"]
         last = anchor_of(params)
         part = [a.new_empty(part_size(a.numel(), self.num_parts)) for a in last]
-        reducers = [self.reducer.init(part) for _ in range(self.delay // self.every + 1)]
+        reducers = [self.reducer.init(part) for _ in range(self.num_late + 1)]
         then = None if self.then is None else self.then.init(engine, comm)
         return SPARTAState(last, reducers, [], then)
 
@@ -153,6 +168,9 @@ class SPARTA(Algorithm[SPARTAState]):
         if t % self.every == 0:
             state.under_way.append(self._send(t // self.every, engine, state, comm))
             state.round += 1
+        for sent in state.under_way:
+            for _ in range(num_advances(self.reducer, t - sent.number * self.every, self.delay)):
+                sent.exchange.advance()
         while state.under_way and state.under_way[0].number * self.every + self.delay <= t:
             self._take_in(engine, state)
         if self.then is not None:
@@ -187,18 +205,22 @@ class SPARTA(Algorithm[SPARTAState]):
 
     def _send(self, number: int, engine: Engine, state: SPARTAState, comm: Comm) -> Sent:
         params = engine.slots()["param"]
-        where = places(params, self.num_parts, number, self.seed)
+        where = self._places(params, number)
         own = [p.take(i) for p, i in zip(params, where, strict=True)]
         last = [a.take(i) for a, i in zip(state.last, where, strict=True)]
+        # what the reducer keeps has one shape
+        fill = [part_size(p.numel(), self.num_parts) - i.numel() for p, i in zip(params, where, strict=True)]
+        part = [pad(d, (0, k)) for d, k in zip(delta(last, own, 1.0, range(len(own))), fill, strict=True)]
         reducer = state.reducers[number % len(state.reducers)]
-        return Sent(number, send(self.reducer, delta(last, own, 1.0, range(len(own))), reducer, comm), own, last)
+        return Sent(number, send(self.reducer, part, reducer, comm), own, last)
 
     def _take_in(self, engine: Engine, state: SPARTAState) -> None:
         """Use the oldest average under way."""
         params = engine.slots()["param"]
         sent = state.under_way[0]
         means, reducer = sent.exchange.result()
-        where = places(params, self.num_parts, sent.number, self.seed)
+        where = self._places(params, sent.number)
+        means = [mean[: i.numel()] for mean, i in zip(means, where, strict=True)]
         averages = torch._foreach_sub(sent.last, means)
         for p, a, i, own, average in zip(params, state.last, where, sent.own, averages, strict=True):
             _put(a, i, average)
@@ -206,6 +228,9 @@ class SPARTA(Algorithm[SPARTAState]):
             _put(p, i, since.add_(average).to(p.dtype))
         state.reducers[sent.number % len(state.reducers)] = reducer
         state.under_way.pop(0)
+
+    def _places(self, params: Sequence[Tensor], number: int) -> list[Tensor]:
+        return places(params, self.num_parts, number, self.seed, self.num_late)
 
     def _average_all(self, engine: Engine, state: SPARTAState, comm: Comm) -> None:
         params = engine.slots()["param"]
@@ -217,23 +242,29 @@ class SPARTA(Algorithm[SPARTAState]):
 
 
 def part_size(num: int, num_parts: int) -> int:
-    """How many of ``num`` values each part has: m."""
+    """How many of ``num`` values a part has, at most with `num_late`: m."""
     return -(-num // num_parts)
 
 
-def places(params: Sequence[Tensor], num_parts: int, number: int, seed: int) -> list[Tensor]:
+def places(params: Sequence[Tensor], num_parts: int, number: int, seed: int, num_late: int = 0) -> list[Tensor]:
     """The places (int64, distinct) of each parameter that the average of this number (from 1) is about.
 
-    In the order in which the parameter's values are read, on its device; equal wherever shapes and seed are.
+    In the order in which the parameter's values are read, on its device; equal wherever shapes and seed are. None is
+    among those of the ``num_late`` averages before, which must be fewer than the parts.
     """
+    assert num_late < num_parts, "a value cannot be left alone for longer than a pass"
     passes, part = divmod(number - 1, num_parts)
-    generator = rng(seed, "partition", passes)
+    generator = rng(seed, "partition", 0 if num_late else passes)
     draws = torch.randint(2**62, (len(params), 2), generator=generator).tolist()
-    sizes = [part_size(p.numel(), num_parts) for p in params]
-    return [
-        _progression(p.numel(), part * size, size, a, b, p.device)
-        for p, size, (a, b) in zip(params, sizes, draws, strict=True)
-    ]
+    found = []
+    for p, (a, b) in zip(params, draws, strict=True):
+        num, size = p.numel(), part_size(p.numel(), num_parts)
+        begin = part * size
+        if num_late and num > 0:
+            begin = (number - 1) % max(-(-num // size), num_late + 1) * size
+            size = min(size, max(num - begin, 0))
+        found.append(_progression(num, begin, size, a, b, p.device))
+    return found
 
 
 def _progression(num: int, begin: int, size: int, a: int, b: int, device: torch.device) -> Tensor:

@@ -322,6 +322,56 @@ def test_a_member_lost_and_back_is_known_to_all_in_ef21_plus():
         assert all(torch.equal(state.compressor.known, rows) for state in states.values())
 
 
+@pytest.mark.parametrize("feedback", [EF21(), EF21SGDM(), EFBV(), EControl()], ids=str)
+def test_members_that_meet_before_the_first_round_still_begin_with_a_dense_one(feedback):
+    xs = drifting(1)
+
+    def program(comm):
+        reducer = Reducer(ExactTopK(), feedback)
+        state = reducer.resync(reducer.init(as_tensors(xs[0][0])), comm).result()
+        means, _ = reducer.mean(as_tensors(xs[0][comm.rank]), state, comm).result()
+        return torch.cat([mean.reshape(-1) for mean in means]).numpy()
+
+    assert np.abs(run_world(NUM_RANKS, program)[0] - xs[0].mean(0)).max() < 1e-15
+
+
+# ---- EF21+ ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dense_first", [True, False])
+@pytest.mark.parametrize("inner", [TopK(num=KEPT, chunk=None, values=Absmax(8, block=1)), Gathered(Absmax(4, block=8))])
+def test_ef21_plus_is_that_of_explicit_workers(inner, dense_first):
+    xs = drifting()
+    xs[6] = -3 * xs[5]  # a leap, after which it is better to start afresh
+
+    def compress(x):
+        if isinstance(inner, TopK):
+            (places,), (values,) = inner.decode(inner.encode(torch.from_numpy(x))[None], DIM)
+            return np.bincount(places.numpy(), values.double().numpy(), minlength=DIM)
+        return inner.codec.decode(inner.codec.encode(torch.from_numpy(x)[None]), DIM)[0].double().numpy()
+
+    g, estimates, num_whole = np.zeros_like(xs[0]), [], 0
+    for t, x in enumerate(xs):
+        if t == 0 and dense_first:
+            g = x.copy()
+        else:
+            for i in range(NUM_RANKS):
+                whole, change = compress(x[i]), g[i] + compress(x[i] - g[i])
+                is_whole = ((x[i] - whole) ** 2).sum() < ((x[i] - change) ** 2).sum()
+                num_whole += is_whole
+                g[i] = whole if is_whole else change
+        estimates.append(g.mean(0))
+    found, _ = run(NoFeedback(), xs, EF21Plus(inner, dense_first))
+    assert np.abs(found - np.array(estimates)).max() < 1e-12
+    assert 0 < num_whole < NUM_ROUNDS * NUM_RANKS, "both candidates must win once"
+
+
+def test_ef21_plus_refuses_what_it_cannot_decode():
+    for inner in [Identity(), Gathered(Absmax(stochastic=True)), TopK(divide_by="present")]:
+        with pytest.raises(ValueError, match="EF21Plus"):
+            EF21Plus(inner)
+
+
 # ---- through the command line ---------------------------------------------------------------------------------------
 
 

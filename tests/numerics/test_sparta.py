@@ -31,10 +31,10 @@ def close(a, b, atol=1e-12):
     return torch.allclose(a, b, rtol=0, atol=atol)
 
 
-def chosen(num_parts, number, seed=0):
+def chosen(num_parts, number, seed=0, num_late=0):
     """The places of the average of this number in the flat vector of all parameters."""
-    found, begin = [], 0
-    for where, size in zip(places([torch.empty(n) for n in SIZES], num_parts, number, seed), SIZES, strict=True):
+    found, begin, like = [], 0, [torch.empty(n) for n in SIZES]
+    for where, size in zip(places(like, num_parts, number, seed, num_late), SIZES, strict=True):
         found += [begin + i for i in where.tolist()]
         begin += size
     return found
@@ -66,7 +66,7 @@ def reference(num_replicas, inner, fraction, every=1, delay=0, h=None, num_steps
         step_all(models, optimizers, t)
         xs = [flat(list(m.parameters())) for m in models]
         if t % every == 0:
-            where = chosen(math.ceil(1 / fraction), t // every)
+            where = chosen(math.ceil(1 / fraction), t // every, num_late=delay // every)
             under_way.append((t, where, [[float(x[i]) for i in where] for x in xs]))
         if under_way and under_way[0][0] + delay == t:
             take_in(xs, under_way.pop(0))
@@ -98,8 +98,9 @@ def reference(num_replicas, inner, fraction, every=1, delay=0, h=None, num_steps
         {"fraction": 1.0, "every": 3},
         {"fraction": 0.5, "every": 3},
         {"fraction": 0.1, "delay": 3},
-        {"fraction": 0.3, "delay": 3},  # nearly a pass, so some values are under way twice
+        {"fraction": 0.3, "delay": 3},  # nearly a pass: almost all values are under way at once
         {"fraction": 0.3, "every": 2, "delay": 7},
+        {"fraction": 0.3, "every": 2, "delay": 1},
     ],
     ids=str,
 )
