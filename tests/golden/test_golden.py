@@ -83,7 +83,7 @@ def test_first_steps_by_hand():
     # mean gradient (t, -1/2): 1 - 0.125 t, -1 + 0.0625
     assert kept["data parallel"][0][0] == [0.875, -0.9375]
     assert kept["data parallel"][1][1] == [0.875 - 0.25, -0.875]
-    # up to step 2 the gradient is (t, -(0 x 1 + 1 x 3) / 4), after that (t, -r); at step 4 their mean moved as far again
+    # up to step 2 the gradient is (t, -(0 x 1 + 1 x 3) / 4), after that (t, -r), with the same mean
     assert [kept["local sgd, post-local, weighted"][0][t][1] for t in (1, 3)] == [-0.8125, -0.8125 + 2 * 0.125 * 0.75]
     # DiLoCo's first round: delta = (0.125 x 6, -0.125 x 3 / 2); anchor - 0.7 x (1 + 0.9) delta
     assert kept["diloco"][0][2] == pytest.approx([1 - 0.7 * 1.9 * 0.75, -1 + 0.7 * 1.9 * 0.1875])
