@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowcomm.comm.base import Comm, Task, Work
 from lowcomm.pairwise import Pairwise
-from lowcomm.reduce import Reducer, ReducerState
+from lowcomm.reduce import ALL_SENT, Reducer, ReducerState
 from lowcomm.tensors import rng
 
 T = TypeVar("T")
@@ -50,7 +50,7 @@ def group_mean(
     ``xs`` must not change before the result is there. Who is alone keeps its own values as they are, and nothing is
     rounded. When the group is another than in the round before, what its members must share is made anew first
     (`Reducer.resync`): for nothing where a reducer shares nothing, and for a whole uncompressed average with EF21 and
-    its kin.
+    its kin. The task pauses at `ALL_SENT` after that, too, when the average itself sets out.
     """
 
     def of_round(number: int) -> tuple[int, ...]:
@@ -68,7 +68,9 @@ def _mean(
         return [x.clone() for x in xs], state
     if is_new:
         state = yield from reducer.resync(state, comm).steps()
-    return (yield from reducer.mean(xs, state, comm).steps())
+    mean = reducer.mean(xs, state, comm)
+    yield ALL_SENT
+    return (yield from mean.steps())
 
 
 def local(anchor: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
@@ -76,7 +78,7 @@ def local(anchor: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
     return [p.detach().to(a.dtype) + (a - a.to(p.dtype).to(a.dtype)) for a, p in zip(anchor, params, strict=True)]
 
 
-def largest_pull(momentum: float, size: int, num_replicas: float = inf) -> float:
+def largest_pull(momentum: float, size: float, num_replicas: float = inf) -> float:
     """Below which pull towards the mean of a random group replicas contract in mean square.
 
     With ``d <- momentum d + pull (group mean - x);  x <- x + d`` and groups of ``size`` drawn anew each round, the
@@ -84,29 +86,30 @@ def largest_pull(momentum: float, size: int, num_replicas: float = inf) -> float
 
         0 < pull < 2 (1 - momentum^2) / (1 + momentum - 2 momentum kappa),   kappa = (1 - 1 / size) / (1 - 1 / N)
 
-    for N replicas. By default N is infinite, which is the narrowest: 2 (1 - momentum^2) for pairs.
+    for N replicas. By default N is infinite, which is the narrowest: 2 (1 - momentum^2) for pairs. One group of all has
+    kappa = 1 whatever N, as an infinite ``size`` does: 2 (1 + momentum).
     """
     kappa = (1 - 1 / size) / (1 - 1 / num_replicas)
     return 2 * (1 - momentum**2) / (1 + momentum - 2 * momentum * kappa)
 
 
 def check_pull(pull: float, momentum: float, size: int | None, named: str, remedy: str) -> None:
-    """Refuse a pull under which replicas drift apart; with one group of all they cannot.
+    """Refuse a pull under which replicas drift apart.
 
     Args:
+        size: of a group; None: one group of all.
         named: how the pull was given, as in "gamma = 1.6".
         remedy: what to change.
 
     Raises:
         ValueError: naming the bound.
     """
-    if size is None:
-        return
-    limit = largest_pull(momentum, size)
+    limit = largest_pull(momentum, inf if size is None else size)
     if not 0 < pull < limit:
+        where, kappa = ("one group of all", "1") if size is None else (f"groups of {size}", f"{size - 1}/{size}")
         raise ValueError(
-            f"{named} with momentum {momentum:g} in groups of {size}: replicas come together only for a pull between 0 "
-            f"and 2 (1 - a^2) / (1 + a - 2 a k) = {limit:.4g}, with the momentum a and k = {size - 1}/{size}; {remedy}"
+            f"{named} with momentum {momentum:g} in {where}: replicas come together only for a pull between 0 and "
+            f"2 (1 - a^2) / (1 + a - 2 a k) = {limit:.4g}, with the momentum a and k = {kappa}; {remedy}"
         )
 
 

@@ -33,10 +33,10 @@ from lowcomm.algorithms.gossip import (
     group_mean,
     local,
 )
-from lowcomm.algorithms.under_way import UnderWay
+from lowcomm.algorithms.under_way import UnderWay, num_advances
 from lowcomm.comm.base import Comm
 from lowcomm.engine.base import Engine
-from lowcomm.reduce import Reducer, ReducerState
+from lowcomm.reduce import ALL_SENT, Reducer, ReducerState
 
 
 @dataclass
@@ -47,7 +47,7 @@ class NoLoCoState:
     averaged: what averaging thetas (or deltas) keeps between rounds.
     anchors: what averaging anchors keeps, up to the round that `coming` is of.
     coming: the mean anchor of the next round's group, sent off after the last round; None where nobody needs it, as
-        all anchors are equal or thetas travel in place of deltas.
+        all anchors are equal or thetas travel in place of deltas, and after a partial last round.
     round: rounds so far.
     t: inner steps so far.
     synced_t: the inner step of the last round.
@@ -68,8 +68,10 @@ class NoLoCo(Algorithm[NoLoCoState]):
     """Local steps, and outer steps on the mean of a random group.
 
     Traffic of a round, for N parameters and groups of n: (n - 1) x 4 N bytes with `gamma` None, twice that with a
-    number, half of which is hidden by inner steps. At the end, one all-reduce of 4 N bytes, unless `finalize` says
-    otherwise.
+    number, half of which, the anchors', goes while inner steps do, message by message: what new partners must share
+    first is waited for after the first of them, and k messages in a row set out evenly over the round. Those after the
+    last full round go in vain, unless a partial one follows. At the end, one all-reduce of 4 N bytes, unless `finalize`
+    says otherwise.
 
     Attributes:
         every: inner steps a round. The paper has 50, and 100 for its DiLoCo.
@@ -111,6 +113,8 @@ class NoLoCo(Algorithm[NoLoCoState]):
         check_finalize(self.finalize)
         if self.gamma is not None and not math.isfinite(self.gamma):
             raise ValueError(f"NoLoCo(gamma={self.gamma}): it must be finite; None takes beta's value")
+        if self.group_size is None:
+            return  # anchors are equal at all times: there is nothing to pull together
         if self.gamma is None:
             named, remedy = f"NoLoCo(gamma=None), which is beta = {self.beta:g},", "give a lower gamma, or lower alpha"
             check_pull(self.beta, self.alpha, self.group_size, named, remedy)
@@ -125,10 +129,13 @@ class NoLoCo(Algorithm[NoLoCoState]):
         return NoLoCoState(anchor, momentum, self.reducer.init(anchor), self.anchors.init(anchor))
 
     def after_update(self, t: int, engine: Engine, state: NoLoCoState, comm: Comm) -> None:
-        """A round when it is due."""
+        """A round when it is due, after which the anchors set out; in between, what follows of their messages."""
         state.t = t
         if t % self.every == 0:
             self._sync(engine, state, comm)
+            self._send_anchors(state, comm)
+        elif state.coming is not None:
+            self._advance(state.coming, t - state.synced_t)
 
     def settle(self, state: NoLoCoState) -> None:
         """See `Algorithm.settle`."""
@@ -143,7 +150,8 @@ class NoLoCo(Algorithm[NoLoCoState]):
         state.anchor = finalized(state.anchor, self.finalize, comm)
         torch._foreach_copy_(engine.slots()["param"], state.anchor)
         if self.finalize != "ensemble":
-            state.coming = None
+            # all anchors are equal again, and no round uses those under way: what partners share begins anew, too
+            state.coming, state.anchors = None, self.anchors.init(state.anchor)
 
     def num_rounds(self, state: NoLoCoState) -> int:
         """Rounds so far."""
@@ -155,25 +163,38 @@ class NoLoCo(Algorithm[NoLoCoState]):
 
     def _sync(self, engine: Engine, state: NoLoCoState, comm: Comm) -> None:
         params, round = engine.slots()["param"], state.round + 1
-
-        def start(reducer: Reducer, xs: list[Tensor], kept: ReducerState, of_round: int) -> UnderWay:
-            return UnderWay(group_mean(reducer, xs, kept, comm, self.group_size, self.seed, of_round))
-
         if self.gamma is None:
-            mean, averaged = start(self.reducer, local(state.anchor, params), state.averaged, round).result()
+            theta = local(state.anchor, params)
+            mean, averaged = self._start(self.reducer, theta, state.averaged, round, comm).result()
             pulls = [(self.beta, list(torch._foreach_sub(mean, state.anchor)))]
         else:
+            if state.coming is None and state.round > 0 and self.finalize == "ensemble":
+                self._send_anchors(state, comm)  # a run that had ended with a partial round goes on
             moved = delta(state.anchor, params, -1.0, range(len(params)))
-            mean, averaged = start(self.reducer, moved, state.averaged, round).result()
+            mean, averaged = self._start(self.reducer, moved, state.averaged, round, comm).result()
             pulls = [(self.beta, mean)]
             if state.coming is not None:
                 mean_anchor, state.anchors = state.coming.result()
                 pulls.append((self.gamma, list(torch._foreach_sub(mean_anchor, state.anchor))))
+                state.coming = None
         outer_step(state.anchor, state.momentum, self.alpha, pulls)
         torch._foreach_copy_(params, state.anchor)
         state.averaged, state.round, state.synced_t = averaged, round, state.t
+
+    def _send_anchors(self, state: NoLoCoState, comm: Comm) -> None:
+        """To the group of the next round, where they are asked for and may differ."""
         if self.gamma is not None and self.group_size is not None and self.group_size < len(comm.members):
-            state.coming = start(self.anchors, state.anchor, state.anchors, round + 1)
+            state.coming = self._start(self.anchors, state.anchor, state.anchors, state.round + 1, comm)
+
+    def _start(self, reducer: Reducer, xs: list[Tensor], kept: ReducerState, round: int, comm: Comm) -> UnderWay:
+        return UnderWay(group_mean(reducer, xs, kept, comm, self.group_size, self.seed, round))
+
+    def _advance(self, coming: UnderWay, age: int) -> None:
+        """What is sent of the anchors ``age`` inner steps after a round; members of a group do it at the same ones."""
+        if age == 1 and coming.task is not None and coming.task.pending is not ALL_SENT:
+            coming.advance()  # new partners have made anew what they share, and the average itself sets out
+        for _ in range(num_advances(self.anchors, age, self.every)):
+            coming.advance()
 
 
 def outer_step(

@@ -186,12 +186,38 @@ def test_zero_local_steps_change_nothing_in_bf16():
         ({"gossip": 0.0}, "it must be positive"),
         ({"group_size": 1}, "at least 2 members"),
         ({"finalize": "best"}, "choose 'average'"),
+        ({"gossip": 3.1, "group_size": None}, r"gossip=3.1\) with momentum 0.5 in one group of all: .* = 3, .* k = 1;"),
+        ({"gossip": 2.0, "momentum": 0.0, "group_size": None}, "between 0 and .* = 2, "),
         ({"momentum": 0.9}, r"gossip=1\) with momentum 0.9 in groups of 2: .* = 0.38, .*; lower gossip or momentum"),
     ],
 )
 def test_bad_values(options, message):
     with pytest.raises(ValueError, match=message):
         GASLoC(**options)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_one_group_of_all_is_allowed_up_to_where_replicas_part(momentum):
+    """Each replica's deviation is its own, also there; it contracts just within what is allowed."""
+    limit = 2 * (1 + momentum)
+    with pytest.raises(ValueError, match="in one group of all"):
+        GASLoC(1, gossip=1.001 * limit, momentum=momentum, group_size=None)
+    algorithm = GASLoC(1, gossip=0.98 * limit, momentum=momentum, group_size=None)
+
+    def program(comm):
+        engine = make_engine()
+        state, found = algorithm.init(engine, comm), []
+        for t in range(1, 401):
+            if t == 1:  # the only one in which inner steps do something
+                with torch.no_grad():
+                    for p in engine.slots()["param"]:
+                        p.add_(comm.rank)
+            algorithm.after_update(t, engine, state, comm)
+            found.append(flat(state.anchor))
+        return found
+
+    a, b = run_world(2, program)
+    assert (a[-1] - b[-1]).abs().max() < 1e-3 * (a[0] - b[0]).abs().max()
 
 
 def test_alone():

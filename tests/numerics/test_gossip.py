@@ -166,6 +166,20 @@ def test_gasloc_without_drift_has_the_same_bound(momentum):
         assert bool(spread(x) > first * 1e3) == grows and bool(spread(x) < first / 1e3) != grows
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_gasloc_in_one_group_of_all_contracts_just_below_the_bound_and_parts_just_above(momentum):
+    """Nobody meets by chance there, so the bound is exact for any number of replicas."""
+    limit = largest_pull(momentum, float("inf"))
+    assert limit == pytest.approx(2 * (1 + momentum)) and limit == pytest.approx(largest_pull(momentum, 5, 5))
+    for factor, grows in ((0.99, False), (1.01, True)):
+        x = torch.randn(5, 4, dtype=torch.float64, generator=rng(0, "first"))
+        first, last = spread(x), x
+        for _ in range(1000):
+            moved = mixed([x], [x.mean(0).expand_as(x)], [last], factor * limit, momentum)[0]
+            x, last = moved, x
+        assert bool(spread(x) > first * 1e3) == grows and bool(spread(x) < first / 1e3) != grows
+
+
 @pytest.mark.parametrize(
     ("size", "alpha", "beta", "gamma", "expected"),
     [
