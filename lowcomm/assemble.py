@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,9 @@ from lowcomm.ledger import Ledger
 from lowcomm.metrics import Metrics, ProgressSink, Sink, TensorBoardSink, WandbSink, truncate_after
 from lowcomm.models.flops import flops_per_token, peak_flops
 from lowcomm.optim.groups import parameter_groups
-from lowcomm.state import state_tree
-from lowcomm.tensors import digest, num_bytes
-from lowcomm.train import Plan, Replica, resume, train
+from lowcomm.state import restore, state_tree
+from lowcomm.tensors import digest, num_bytes, rng
+from lowcomm.train import Plan, Replica, train
 
 _DTYPES = {"fp32": torch.float32, "bf16_mixed": torch.float32, "bf16": torch.bfloat16}
 
@@ -118,16 +118,23 @@ def assemble(
     batch_size, num_steps = run.batch.of_replica(num_replicas), run.steps(num_replicas)
     data = loaded.open(comm.members.index(comm.rank), num_replicas, batch_size, run.seed)
     validation = data.validation(run.evaluation.batch_size, run.evaluation.num_tokens)
-    assert data.bytes_per_token is not None, "there is validation text, so its size is known"
     model = run.model.build(data.vocab_size, run.seed).to(device, _DTYPES[run.precision])
     run_id = identity(run, num_replicas, data.fingerprint)
     engine = around(build_engine(run, model, num_steps))  # before the first exchange: whatever moves it must know it
     check_agreement(comm.tagged("start"), {"config": run_id, "model": digest(list(model.state_dict().values()))})
 
     ledger = open_ledger(run, model, comm, device, write)
+    _seed_draws(run.seed, comm.rank, device)
     replica = Replica(run.algorithm, engine, run.algorithm.init(engine, comm), data.train, ledger, comm, device)
-    plan = Plan(num_steps, run.evaluation.every, run.checkpoint.every, validation, data.bytes_per_token)
+    plan = Plan(num_steps, run.evaluation.every, run.checkpoint.every, validation.batches, validation.bytes_per_token)
     return Assembled(replica, plan, model, run_id)
+
+
+def _seed_draws(seed: int, rank: int, device: torch.device) -> None:
+    """What models draw in forward, such as dropout, comes from torch's own generators; a resumed run begins anew."""
+    torch.set_rng_state(rng(seed, "forward", rank).get_state())
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(rng(seed, "forward", rank, device=device).get_state(), device)
 
 
 def describe_into(run: Run, out: Path) -> None:
@@ -157,10 +164,81 @@ def _run_replica(run: Run, out: Path, resumes: bool, where: Place, comm: Comm) -
             describe_into(run, out)
         train(replica, assembled.plan, checkpoints)
         if rank == 0:
-            save_model(assembled.model, str(out / "final.safetensors"))
+            save_weights(assembled.model, out / "final.safetensors")
         return assembled.summary()
     finally:
         metrics.close()
+
+
+def resume(replica: Replica, checkpoints: Checkpoints) -> int:
+    """Load the newest checkpoint that is whole on every member; its step, or 0 before the first one of all.
+
+    Newer ones go: not before every member has loaded, and before any member trains.
+
+    Raises:
+        ValueError: as `newest_common`, `Checkpoints.steps` and `Checkpoints.load`; nothing was deleted then.
+    """
+    comm = replica.comm.tagged("checkpoint")
+    newest = newest_common(checkpoints.steps(), checkpoints.were_on_all(), comm)
+    loaded = None if newest is None else checkpoints.load(newest)
+    if loaded is not None:
+        replica.engine.load_state_dict(loaded["engine"])
+        restore(replica.state, loaded["algorithm"], replica.device)
+        replica.stream.load_state_dict(loaded["stream"])
+    comm.all_sum(torch.ones(1)).wait()
+    checkpoints.discard_after(newest or 0)
+    comm.all_sum(torch.ones(1)).wait()
+    if loaded is not None:  # last, for its meter goes on as if nothing had been sent here
+        replica.ledger.load_state_dict(loaded["ledger"])
+    return newest or 0
+
+
+def newest_common(steps: Sequence[int], were_on_all: bool, comm: MeteredComm) -> int | None:
+    """The largest number that every member's ``steps`` hold; None for a run that no checkpoint of all was ever in.
+
+    Args:
+        were_on_all: whether this member knows that all had a checkpoint once, `Checkpoints.were_on_all`.
+
+    Raises:
+        ValueError: on every member, when a checkpoint was on all but none is now; says who has what.
+    """
+    heads = [x.tolist() for x in comm.all_gather(torch.tensor([len(steps), int(were_on_all)])).wait()]
+    longest = max(length for length, _ in heads)
+    padded = torch.tensor([*sorted(steps), *[-1] * (longest - len(steps))], dtype=torch.int64)
+    gathered = [set(x.tolist()) - {-1} for x in comm.all_gather(padded).wait()]
+    common = max(set.intersection(*gathered), default=None)
+    if common is None and any(knows for _, knows in heads):
+        ranks: dict[int, list[int]] = {}
+        for rank, theirs in zip(comm.members, gathered, strict=True):
+            ranks.setdefault(max(theirs, default=0), []).append(rank)
+        newest = "; ".join(f"{f'step {t}' if t else 'none'} on ranks {ranks[t]}" for t in sorted(ranks, reverse=True))
+        raise ValueError(
+            f"no checkpoint is whole on all ranks, though one was; the newest are: {newest}. Nothing was deleted: "
+            "bring back what is missing (each machine keeps its own ranks' checkpoints: start the same machines in the "
+            "same order, or share the directory), or start a new run in another --out"
+        )
+    return common
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write parameters and buffers as safetensors; tied ones once, under the first of their names.
+
+    `safetensors` refuses a tensor that is a part of another, such as a buffer that is a view: it is written as a copy.
+    """
+    hook = model.register_state_dict_post_hook(_copy_parts)
+    try:
+        save_model(model, str(path))
+    finally:
+        hook.remove()
+
+
+def _copy_parts(_model: nn.Module, state: dict[str, Any], *_: Any) -> None:
+    """Put copies in the place of tensors that do not fill their storage; names of one tensor share its copy."""
+    copies: dict[Any, torch.Tensor] = {}
+    for name, x in state.items():
+        if isinstance(x, torch.Tensor) and x.numel() * x.element_size() != x.untyped_storage().nbytes():
+            which = (x.data_ptr(), x.dtype, x.shape, x.stride())
+            state[name] = copies[which] if which in copies else copies.setdefault(which, x.clone())
 
 
 def build_engine(run: Run, model: nn.Module, num_steps: int) -> TorchEngine:

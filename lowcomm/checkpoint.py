@@ -3,6 +3,7 @@
     <run>/checkpoints/t00000100/rank00000/    *.distcp .metadata    tensors, by torch.distributed.checkpoint
                                               tree.json             everything else, with a place for each tensor
                                               manifest.json         run, step, ranks; bytes and sha256 of each file
+                                              on_all_ranks          empty; there once every rank had saved this step
 
 Replicas differ (local parameters, moments, data cursor) and may share no disk, so nothing is exchanged while saving.
 A folder is written under another name, flushed to the disk and then renamed: a rank that dies at any moment leaves the
@@ -30,7 +31,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 
-MANIFEST, TREE = "manifest.json", "tree.json"
+MANIFEST, TREE, ON_ALL = "manifest.json", "tree.json", "on_all_ranks"
 _LEAVES = (bool, int, float, str, type(None))
 # what torch.distributed.checkpoint adds to each tensor, measured with torch 2.13 and rounded up
 _TENSOR_OVERHEAD_BYTES = 2048
@@ -132,6 +133,21 @@ class Checkpoints:
         assert isinstance(state, dict)
         return state
 
+    def confirm(self, t: int) -> None:
+        """Note that the checkpoint of step ``t`` is whole on all ranks."""
+        (self._folder(t) / ON_ALL).touch()
+
+    def were_on_all(self) -> bool:
+        """Whether one of these checkpoints shows that all ranks had one.
+
+        Then ranks without any have lost theirs. Otherwise the run was interrupted while it wrote its first.
+
+        Raises:
+            ValueError: as `steps`.
+        """
+        steps = self.steps()  # the next one is written only after the one before is on all ranks
+        return len(steps) > 1 or any((self._folder(t) / ON_ALL).exists() for t in steps)
+
     def prune(self, confirmed_t: int) -> None:
         """Delete what is older than the newest `keep` up to ``confirmed_t``, and what dead writers left.
 
@@ -143,7 +159,7 @@ class Checkpoints:
         self._delete(t for t in older if t not in kept)
 
     def discard_after(self, t: int) -> None:
-        """Delete what is newer than ``t``, on resuming from it.
+        """Delete what is newer than ``t``, once all ranks have resumed from it.
 
         Otherwise a rank that dies early in its second life could leave a newer step in which ranks mix both lives.
         """
@@ -152,14 +168,16 @@ class Checkpoints:
     def require_space(self, num_bytes: int) -> None:
         """Check that the disk takes `keep` checkpoints of ``num_bytes`` (see `state_bytes`) and one being written.
 
-        Those that are already there count. Ranks that share a disk each need as much: multiply ``num_bytes``.
+        Those that are already there count, of all ranks. Ranks that share a disk each need as much: multiply
+        ``num_bytes``.
 
         Raises:
             ValueError: when too little is free.
         """
         place = next(p for p in (self.dir, *self.dir.resolve().parents) if p.exists())
         free = shutil.disk_usage(place).free
-        there = sum(file.stat().st_size for t in self._present() for file in self._folder(t).iterdir())
+        folders = (x for x in self.dir.glob("t*/rank*") if x.suffix != ".partial")
+        there = sum(file.stat().st_size for folder in folders for file in folder.iterdir())
         needed = num_bytes * (self.keep + 1) - there
         if free < needed:
             raise ValueError(
@@ -169,7 +187,8 @@ class Checkpoints:
             )
 
     def _identity(self, t: int) -> dict[str, Any]:
-        return {"run_id": self.run_id, "world_size": self.world_size, "rank": self.rank, "t": t}
+        # in the order of comparing: another world_size alone changes the run_id, and says more
+        return {"world_size": self.world_size, "run_id": self.run_id, "rank": self.rank, "t": t}
 
     def _folder(self, t: int) -> Path:
         return self.dir / f"t{t:08d}" / f"rank{self.rank:05d}"
@@ -186,13 +205,15 @@ class Checkpoints:
             manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             if any((folder / name).stat().st_size != file["bytes"] for name, file in manifest["files"].items()):
                 return None
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # the last two: JSON, but of another form
             return None
         for name, mine in self._identity(t).items():
             if (theirs := manifest.get(name)) != mine:
+                config = self.dir.parent / "config.yaml"
+                hint = f": the config or the data differ; the config it had is {config}" if name == "run_id" else ""
                 raise ValueError(
-                    f"{folder} was saved with {name} {theirs!r}, but here {name} is {mine!r}; resume with what it was "
-                    "saved with, or start a new run in another folder"
+                    f"{folder} was saved with {name} {theirs!r}, but here {name} is {mine!r}{hint}; resume with what "
+                    "it was saved with, or start a new run in another folder"
                 )
         return manifest
 

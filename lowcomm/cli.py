@@ -23,7 +23,8 @@ import lowcomm
 from lowcomm.assemble import run_replica
 from lowcomm.comm.base import Late, PeerLost
 from lowcomm.config import Run, describe
-from lowcomm.data import Source, Tokenizer, train_bpe, write_shards
+from lowcomm.data import BPE, Source, Tokenizer, train_bpe, write_shards
+from lowcomm.data.shards import check_target
 from lowcomm.ledger import Diverged
 from lowcomm.metrics import summary_table
 from lowcomm.predict import predict
@@ -208,6 +209,11 @@ def _data(argv: list[str]) -> int:
         argv = ["--tokenizer=lowcomm.data.Bytes", *argv]
     given = parser.instantiate(parser.parse_args(argv))
     if given.train_bpe is not None:
+        if not isinstance(given.tokenizer, BPE):
+            raise ValueError(
+                "--train_bpe writes a tokenizer to a file; name it with --tokenizer BPE --tokenizer.path FILE"
+            )
+        check_target(given.out, given.shard_tokens)  # before the file, which older shards may need, is replaced
         train_bpe(given.source, given.train_bpe, given.tokenizer.path)
     print(write_shards(given.source, given.tokenizer, given.out, given.shard_tokens))
     return 0

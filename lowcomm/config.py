@@ -168,7 +168,8 @@ class Run:
             the parameters in bfloat16 too (the anchor stays in float32).
         compile: torch.compile the model with its loss.
         clip_norm: largest global L2 norm of a gradient; null leaves gradients as they are.
-        seed: of everything random.
+        seed: of everything random. What a model draws in forward, such as dropout, is the same whenever a run is begun,
+            and other numbers after it is resumed.
         device: "auto" takes CUDA when there is one.
         backend: "auto" takes NCCL when each process has a GPU of its own, else gloo.
         timeout_s: how long a message may take before the run stops.

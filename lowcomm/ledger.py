@@ -63,19 +63,21 @@ class Ledger:
     t: int = 0
     time_s: float = 0.0
     train_s: float = 0.0
+    wait_s: float = 0.0
     steady_s: float = 0.0
     steady_tokens: int = 0
     val_loss: float | None = None
     _losses: list[Tensor] = field(default_factory=list)
     _loss: float | None = None
     _since_s: float | None = None
+    _waited_s: float = 0.0
     _warm: bool = False
     _round: int = 0
 
     def start(self) -> None:
         """The clock runs from now."""
         self._say("start")
-        self._since_s = self.now()
+        self._since_s, self._waited_s = self.now(), self.meter.wait_s
 
     def step(self, t: int, loss: Tensor, lr: float, round: int) -> None:
         """Note an inner step; every `log_every` steps write a line.
@@ -96,7 +98,6 @@ class Ledger:
         num_steps = len(self._losses)
         losses = [] if self._losses[0].is_meta else torch.stack(self._losses).double().tolist()
         self._losses.clear()
-        self.meter.settle()
         window_s = self._pass_time(training=True)
         for i, loss in enumerate(losses):
             if not math.isfinite(loss):
@@ -173,11 +174,14 @@ class Ledger:
 
     def _pass_time(self, training: bool) -> float:
         assert self._since_s is not None, "start() first"
-        now = self.now()
+        self.meter.settle()
+        now, waited_s = self.now(), self.meter.wait_s
         seconds, self._since_s = now - self._since_s, now
         self.time_s += seconds
         if training:
             self.train_s += seconds
+            self.wait_s += waited_s - self._waited_s
+        self._waited_s = waited_s
         return seconds
 
     def _line(self, kind: str) -> dict[str, Any]:
@@ -189,8 +193,8 @@ class Ledger:
             "tokens": self.t * self.step_tokens,
             "bytes_sent": self.meter.bytes_sent,
             "bytes_received": self.meter.bytes_received,
-            "comm_wait_s": self.meter.wait_s,
-            "compute_s": max(0.0, self.train_s - self.meter.wait_s),
+            "comm_wait_s": self.wait_s,
+            "compute_s": max(0.0, self.train_s - self.wait_s),
         }
 
     def _speed(self, tokens: int, seconds: float) -> dict[str, float | None]:
@@ -209,4 +213,4 @@ def _known(loss: float | None, val_loss: float | None = None) -> dict[str, float
     return {name: x for name, x in (("loss", loss), ("val_loss", val_loss)) if x is not None}
 
 
-_SAVED = ("t", "time_s", "train_s", "steady_s", "steady_tokens", "val_loss")
+_SAVED = ("t", "time_s", "train_s", "wait_s", "steady_s", "steady_tokens", "val_loss")

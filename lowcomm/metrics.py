@@ -9,7 +9,7 @@ Keys mean the same in every file. A line has those that apply; a value that is n
     loss, val_loss   nats a token: mean of training since the last step line; of validation
     val_bits_per_byte     val_loss in bits a byte of text
     bytes_sent, bytes_received   by this rank so far
-    comm_wait_s, compute_s       of this rank so far
+    comm_wait_s, compute_s       of this rank so far, in training: neither before it begins nor in its pauses
     members          replicas that took part
     lr, tokens_per_s, mfu        learning rate; speed of all replicas; share of the device's peak arithmetic
     algorithm, num_parameters, traffic    in the summary; traffic is bytes by purpose

@@ -137,8 +137,15 @@ class Reducer:
             sent, mean, _ = yield from Identity().mean(corrected, None, comm)
         else:
             sent, mean, compressor = yield from self.compressor.mean(corrected, compressor, comm)
-        mean, feedback = self.feedback.after(x, sent, mean, state.feedback)
-        return mean, BucketState(compressor, feedback)
+        estimate, feedback = self.feedback.after(x, sent, mean, state.feedback)
+        if self._would_remember_nan(mean):
+            return estimate, state
+        return estimate, BucketState(compressor, feedback)
+
+    def _would_remember_nan(self, mean: Tensor) -> bool:
+        """Whether an infinity went through, of which a feedback would keep NaN for good; all see it in the mean."""
+        keeps = self.compressor.passes_nonfinite and not isinstance(self.feedback, NoFeedback)
+        return keeps and not mean.is_meta and not bool(mean.isfinite().all())
 
     def _resync(self, state: ReducerState, comm: Comm) -> Generator[Work[Any], Any, ReducerState]:
         buckets: list[BucketState] = []

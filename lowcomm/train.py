@@ -1,4 +1,4 @@
-"""The training loop, and how it stops and goes on."""
+"""The training loop, and what it saves on the way; `lowcomm.assemble` resumes from it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lowcomm.checkpoint import Checkpoints
 from lowcomm.comm.metered import MeteredComm
 from lowcomm.engine.base import Engine
 from lowcomm.ledger import Ledger
-from lowcomm.state import restore, state_tree
+from lowcomm.state import state_tree
 
 
 class Stream(Protocol):
@@ -111,6 +111,7 @@ def save(replica: Replica, checkpoints: Checkpoints, t: int) -> None:
     replica.algorithm.settle(replica.state)
     checkpoints.save(t, snapshot(replica))
     replica.comm.tagged("checkpoint").all_sum(torch.ones(1)).wait()
+    checkpoints.confirm(t)
     checkpoints.prune(t)
 
 
@@ -122,28 +123,6 @@ def snapshot(replica: Replica) -> dict[str, Any]:
         "stream": replica.stream.state_dict(),
         "ledger": replica.ledger.state_dict(),
     }
-
-
-def resume(replica: Replica, checkpoints: Checkpoints) -> int:
-    """Load the newest checkpoint that is whole on every member; its step, or 0 when there is none."""
-    newest = newest_common(checkpoints.steps(), replica.comm.tagged("checkpoint"))
-    checkpoints.discard_after(newest or 0)
-    if newest is None:
-        return 0
-    loaded = checkpoints.load(newest)
-    replica.engine.load_state_dict(loaded["engine"])
-    restore(replica.state, loaded["algorithm"], replica.device)
-    replica.stream.load_state_dict(loaded["stream"])
-    replica.ledger.load_state_dict(loaded["ledger"])
-    return newest
-
-
-def newest_common(steps: Sequence[int], comm: MeteredComm) -> int | None:
-    """The largest number that every member's ``steps`` hold."""
-    longest = max(int(x) for x in comm.all_gather(torch.tensor(len(steps))).wait())
-    padded = torch.tensor([*sorted(steps), *[-1] * (longest - len(steps))], dtype=torch.int64)
-    common = set.intersection(*(set(x.tolist()) for x in comm.all_gather(padded).wait())) - {-1}
-    return max(common, default=None)
 
 
 def _due(t: int, every: int) -> bool:

@@ -86,7 +86,7 @@ class DistributedComm(Comm):
 
     def all_gather(self, x: Tensor) -> Work[list[Tensor]]:
         """See `Comm.all_gather`."""
-        mine = self._bytes(x)
+        mine = self._bytes(x, copy=True)
         out = mine.new_empty(len(self.members) * mine.numel())
         parts = list(out.split(mine.numel())) if mine.numel() else [out] * len(self.members)
         work = dist.all_gather(parts, mine, group=self._ready(), async_op=True)

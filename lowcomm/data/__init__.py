@@ -10,7 +10,7 @@ from lowcomm.data.shards import Shards, ShardsSummary, write_shards
 from lowcomm.data.source import Source, StandardLibrary
 from lowcomm.data.stream import TokenStream, WindowStream, window_stream
 from lowcomm.data.tokenizer import Bytes, Tokenizer
-from lowcomm.data.validation import bits_per_byte, validation_batches
+from lowcomm.data.validation import Validation, bits_per_byte, validation_batches
 
 __all__ = [
     "BPE",
@@ -28,6 +28,7 @@ __all__ = [
     "StandardLibrary",
     "TokenStream",
     "Tokenizer",
+    "Validation",
     "WindowStream",
     "bits_per_byte",
     "tokenize",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,6 +80,25 @@ class BPE(Tokenizer):
         """`encode` of each, on all cores."""
         encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(one.ids, np.uint32) for one in encoded]
+
+    def num_bytes(self, ids: NDArray[Any]) -> int | None:
+        """Known for a byte-level tokenizer that leaves the text as it is, as `train_bpe`'s."""
+        return None if self._token_bytes is None else int(self._token_bytes[ids].sum())
+
+    @cached_property
+    def _token_bytes(self) -> NDArray[np.int64] | None:
+        """[vocab_size], the bytes of each token."""
+        pre_tokenizer = json.loads(self._json).get("pre_tokenizer") or {}
+        steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+        byte_level = [step for step in steps if step.get("type") == "ByteLevel"]
+        if self._tokenizer.normalizer is not None or not byte_level or any(x["add_prefix_space"] for x in byte_level):
+            return None
+        sizes = np.zeros(self.vocab_size, np.int64)
+        for token, token_id in self._tokenizer.get_vocab(with_added_tokens=False).items():
+            sizes[token_id] = len(token)  # the alphabet has one character for each byte
+        for token_id, added in self._tokenizer.get_added_tokens_decoder().items():
+            sizes[token_id] = len(added.content.encode())
+        return sizes
 
 
 def train_bpe(source: Source, vocab_size: int, path: str) -> BPE:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from lowcomm.data.corpus import Corpus, tokenize
 from lowcomm.data.packed import PackedStream, stream_fingerprint
 from lowcomm.data.shards import Shards
 from lowcomm.data.source import Origin, Source, StandardLibrary
 from lowcomm.data.stream import Split, TokenStream, window_stream
 from lowcomm.data.tokenizer import Bytes, Tokenizer
-from lowcomm.data.validation import hold_out, is_held_out, validation_batches
+from lowcomm.data.validation import Validation, bytes_per_target, hold_out, is_held_out, validation_batches
 
 
 @dataclass(frozen=True)
@@ -24,15 +22,13 @@ class OpenedData:
         vocab_size: one more than the largest token id possible.
         fingerprint: equal on all replicas of a run, different for other training data.
         num_train_tokens: over all replicas; None for a streamed source, whose end nobody knows.
-        bytes_per_token: of the validation text, or without one of the training text; None when both are unknown.
     """
 
     train: TokenStream
     vocab_size: int
     fingerprint: str
     num_train_tokens: int | None
-    bytes_per_token: float | None
-    _seq_len: int
+    _data: Data
     _validation: Corpus | None
 
     @property
@@ -40,11 +36,13 @@ class OpenedData:
         """The largest id that may occur: a model's vocabulary must be larger."""
         return self.vocab_size - 1
 
-    def validation(self, batch_size: int, max_tokens: int) -> list[Tensor]:
-        """The same batches on every replica, see `validation_batches`; ValueError when nothing is held out."""
+    def validation(self, batch_size: int, max_tokens: int) -> Validation:
+        """What to evaluate on, see `validation_batches`; without batches when nothing is held out."""
         if self._validation is None:
-            raise ValueError("validation_fraction is 0, so there is no validation text; raise it or set validation")
-        return validation_batches(self._validation, self._seq_len, batch_size, max_tokens)
+            return Validation()
+        batches = validation_batches(self._validation, self._data.seq_len, batch_size, max_tokens)
+        num_targets = sum(batch[:, 1:].numel() for batch in batches)
+        return Validation(batches, bytes_per_target(self._validation, self._data.tokenizer, num_targets))
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,8 @@ class Data:
         split: "windows" deals shuffled windows of all text to the replicas (iid); "documents" gives each replica a
             group of documents of its own (non-iid).
         validation: text of its own; None holds documents of ``source`` out.
-        validation_fraction: the share of documents held out, evenly spread, when ``validation`` is None; 0 for none.
+        validation_fraction: the share of documents held out, evenly spread, when ``validation`` is None; 0 for none,
+            and then nothing is evaluated.
         streamed_validation_tokens: how much of a streamed source is read for validation, before the run starts.
     """
 
@@ -137,7 +136,7 @@ class LoadedData:
         Raises:
             ValueError: when the text does not hold one batch for every replica.
         """
-        data, known = self.data, self.validation or self.train
+        data = self.data
         if self.train is not None:
             stream: TokenStream = window_stream(
                 self.train, data.split, data.seq_len, batch_size, seed, replica, num_replicas
@@ -155,7 +154,6 @@ class LoadedData:
             vocab_size=data.tokenizer.vocab_size,
             fingerprint=fingerprint,
             num_train_tokens=None if self.train is None else self.train.num_tokens,
-            bytes_per_token=None if known is None else known.bytes_per_token,
-            _seq_len=data.seq_len,
+            _data=data,
             _validation=self.validation,
         )

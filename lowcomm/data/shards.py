@@ -128,11 +128,8 @@ def write_shards(source: Source, tokenizer: Tokenizer, out_dir: str, shard_token
     Raises:
         ValueError: when ``out_dir`` holds anything already, or the source holds no document.
     """
-    if shard_tokens < 1:
-        raise ValueError(f"shard_tokens is {shard_tokens}; it must be at least 1")
+    check_target(out_dir, shard_tokens)
     out = Path(out_dir)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is there already and not an empty folder; choose another or remove it first")
     aside = out.with_name(f"{out.name}.{os.getpid()}.partial")
     aside.mkdir(parents=True)
     try:
@@ -155,6 +152,15 @@ def write_shards(source: Source, tokenizer: Tokenizer, out_dir: str, shard_token
         num_tokens=sum(header.num_tokens for header in headers),
         num_text_bytes=sum(header.num_text_bytes for header in headers),
     )
+
+
+def check_target(out_dir: str, shard_tokens: int) -> None:
+    """Raises ValueError where `write_shards` would, for who does other things before it."""
+    if shard_tokens < 1:
+        raise ValueError(f"shard_tokens is {shard_tokens}; it must be at least 1")
+    out = Path(out_dir)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is there already and not an empty folder; choose another or remove it first")
 
 
 def _path(folder: Path, shard: int) -> Path:

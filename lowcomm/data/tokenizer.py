@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 class Tokenizer(ABC):
     """Turns a document into token ids.
 
-    How many bytes a token stands for depends on the text, so a `Corpus` counts both; see `Corpus.bytes_per_token`.
+    How many bytes a token stands for may depend on the text, so a `Corpus` counts both; see `Corpus.bytes_per_token`.
     """
 
     @property
@@ -39,6 +39,10 @@ class Tokenizer(ABC):
         """`encode` of each."""
         return [self.encode(text) for text in texts]
 
+    def num_bytes(self, ids: NDArray[Any]) -> int | None:
+        """Bytes of the text that ``ids``, none a separator, were made from; None when the ids alone do not tell."""
+        return None
+
 
 @dataclass(frozen=True)
 class Bytes(Tokenizer):
@@ -58,3 +62,6 @@ class Bytes(Tokenizer):
 
     def encode(self, text: str) -> NDArray[Any]:
         return np.frombuffer(text.encode(), np.uint8)
+
+    def num_bytes(self, ids: NDArray[Any]) -> int:
+        return len(ids)

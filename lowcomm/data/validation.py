@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,6 +12,20 @@ from torch import Tensor
 
 from lowcomm.data.corpus import Corpus
 from lowcomm.data.stream import num_windows
+from lowcomm.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What is evaluated, the same on every replica.
+
+    Attributes:
+        batches: see `validation_batches`; empty when nothing is held out.
+        bytes_per_token: see `bytes_per_target`; NaN when nothing is held out.
+    """
+
+    batches: Sequence[Tensor] = ()
+    bytes_per_token: float = math.nan
 
 
 def num_held_out(num_documents: int, fraction: float) -> int:
@@ -59,6 +75,30 @@ def validation_batches(corpus: Corpus, seq_len: int, batch_size: int, max_tokens
     starts = range(0, available // rows * rows * seq_len, seq_len)
     windows = np.stack([corpus.read(start, start + seq_len + 1) for start in starts])
     return list(torch.from_numpy(windows.reshape(-1, rows, seq_len + 1)).unbind())
+
+
+def bytes_per_target(corpus: Corpus, tokenizer: Tokenizer, num_targets: int) -> float:
+    """Bytes of text for each of the first ``num_targets`` targets of a corpus, separators counted as tokens.
+
+    Where the tokenizer cannot tell the bytes of tokens, those of a document that is cut are shared out equally.
+
+    Raises:
+        ValueError: when the targets hold no text.
+    """
+    # Target 0 is token 1, so a separator, the token before a document's end, is the target two before it.
+    separators = corpus.document_ends[: np.searchsorted(corpus.document_ends, num_targets + 1, side="right")] - 2
+    text = np.delete(corpus.read(1, num_targets + 1), separators[separators >= 0])
+    num_bytes: float | None = tokenizer.num_bytes(text)
+    if num_bytes is None:
+        token_ends, byte_ends = ([0, *ends] for ends in (corpus.document_ends, corpus.text_byte_ends))
+        first, last = np.interp([1, num_targets + 1], token_ends, byte_ends)
+        num_bytes = float(last - first)
+    if num_bytes <= 0:
+        raise ValueError(
+            f"the first {num_targets} tokens of validation hold no text, only ends of documents; take empty documents "
+            "out, or raise max_tokens"
+        )
+    return num_bytes / num_targets
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:

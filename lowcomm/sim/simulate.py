@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import save_model
 
-from lowcomm.assemble import Assembled, assemble, autocast_of, describe_into, place
+from lowcomm.assemble import Assembled, assemble, autocast_of, describe_into, place, save_weights
 from lowcomm.checkpoint import Checkpoints
 from lowcomm.comm.metered import Meter, MeteredComm
 from lowcomm.config import Run, describe
@@ -117,7 +116,7 @@ def simulate(
             log.ranks[rank].listen(assembled.replica.ledger, lambda: clock.now)
             train(assembled.replica, assembled.plan, Checkpoints(out / "checkpoints", rank, num_ranks, "simulated"))
             if rank == 0 and not timing_only:
-                save_model(assembled.model, str(out / "final.safetensors"))
+                save_weights(assembled.model, out / "final.safetensors")
             return assembled.summary()
         finally:
             residence.leave(rank)

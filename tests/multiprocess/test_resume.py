@@ -1,5 +1,6 @@
 """A run that is interrupted, again and again, ends as if it had not been: bit for bit."""
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -73,3 +74,50 @@ def test_what_was_left_to_the_next_forward_is_applied_by_that_of_a_resumed_run(t
     cluster = ["--cluster", "LAN", "--cluster.num_hosts", "2", "--checkpoint.every", "0", "--out", str(whole)]
     assert main(["simulate", *flags, *cluster]) == 0
     assert history(out) == history(whole)
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("lost", [["10"], ["10", "20"]])
+def test_a_rank_that_lost_its_checkpoints_makes_all_refuse_and_costs_nothing(lost, tmp_path):
+    """Whether one was made so far (10) or two (10, 20)."""
+    out = tmp_path / "out"
+    run = ["train", "--config", str(write_tiny(tmp_path)), "--out", str(out)]
+    first = launch([*run, "--num_steps", "40"], stop_at=f"0:step:{lost[-1][0]}8:SIGKILL")
+    assert first.codes == [-signal.SIGKILL, 1], first.errors
+    moved = [out / "checkpoints" / f"t000000{t}" / "rank00001" for t in lost]
+    for folder in moved:
+        shutil.move(folder, tmp_path / folder.parent.name)
+    kept = {x: x.read_bytes() for x in out.rglob("*") if x.is_file()}
+    refused = launch([*run, "--resume"])
+    assert refused.codes == [2, 2], refused.errors
+    assert all(f"step {lost[-1]} on ranks [0]; none on ranks [1]" in error for error in refused.errors), refused.errors
+    assert {x: x.read_bytes() for x in out.rglob("*") if x.is_file()} == kept
+    for folder in moved:
+        shutil.move(tmp_path / folder.parent.name, folder)
+    again = launch([*run, "--resume"])
+    assert again.codes == [0, 0], again.errors
+    assert [r["t"] for r in read(out / "metrics.jsonl") if r["kind"] == "step"] == list(range(1, 41))
+
+
+@pytest.mark.timeout(200)
+def test_newer_checkpoints_outlast_a_common_one_that_does_not_load(tmp_path):
+    out = tmp_path / "out"
+    run = ["train", "--config", str(write_tiny(tmp_path)), "--out", str(out)]
+    assert launch(run, stop_at="1:step:28:SIGKILL").codes == [1, -signal.SIGKILL]
+    folders = out / "checkpoints"
+    shutil.rmtree(folders / "t00000020" / "rank00001")
+    tree = folders / "t00000010" / "rank00001" / "tree.json"
+    tree.write_text(tree.read_text().replace("0", "1", 1))
+    refused = launch([*run, "--resume"])
+    assert refused.codes[1] == 2 and "is damaged" in refused.errors[1], refused.errors
+    assert refused.codes[0] == 1 and (folders / "t00000020" / "rank00000").exists()
+
+
+@pytest.mark.timeout(200)
+def test_a_run_interrupted_while_it_writes_its_first_checkpoint_starts_again(tmp_path):
+    out = tmp_path / "out"
+    run = ["train", "--config", str(write_tiny(tmp_path)), "--out", str(out)]
+    assert launch(run, stop_at="0:rename:1:SIGKILL").codes == [-signal.SIGKILL, 1]
+    assert (out / "checkpoints/t00000010/rank00001").exists() and not (out / "checkpoints/t00000010/rank00000").exists()
+    again = launch([*run, "--resume"])
+    assert again.codes == [0, 0], again.errors

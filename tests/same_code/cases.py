@@ -91,6 +91,12 @@ def _wire_laws(comm: Comm) -> None:
     rows = [torch.full((j + 1, 2), 10.0 * me + j, dtype=torch.bfloat16) for j in range(n)]
     for sender, got in enumerate(comm.all_to_all(rows).wait()):
         assert got.shape == (me + 1, 2) and (got == 10.0 * sender + me).all()
+    # what was there when it was sent travels, whatever becomes of it
+    big = torch.full((500_000,), float(me))
+    gathering = comm.all_gather(big)
+    big.fill_(-1.0)
+    for rank, got in enumerate(gathering.wait()):
+        assert (got == rank).all()
     # several all-to-alls under way at once, large and empty, with another message to the same rank between them
     many = [[torch.full((k * (j + 1),), 100.0 * k + 10 * me + j) for j in range(n)] for k in (30_000, 0, 3)]
     first = comm.all_to_all(many[0])

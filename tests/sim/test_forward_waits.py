@@ -41,7 +41,7 @@ def test_overlap_learns_the_same_bits_sooner(options, tmp_path):
             same = ("t", "round", "loss", "val_loss", "bytes_sent")
             assert [x.get(key) for key in same] == [y.get(key) for key in same]
             if x["t"] == plain[-1]["t"] - 1:  # what the end of a run sends does not overlap
-                assert x["comm_wait_s"] > y["comm_wait_s"] > 0 and x["time_s"] > y["time_s"]
+                assert x["comm_wait_s"] > y["comm_wait_s"] >= 0 and x["time_s"] > y["time_s"]
     weights, same = (load_file(tmp_path / name / "final.safetensors") for name in ("false", "true"))
     assert all(weights[name].equal(same[name]) for name in weights)
     trace = Trace(read_chrome_trace(tmp_path / "true" / "trace.json"))

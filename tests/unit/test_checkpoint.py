@@ -299,10 +299,17 @@ def test_lost_and_cut_files_make_it_not_whole(tmp_path: Path, name: str, lost: b
         checkpoints(tmp_path).load(1)
 
 
+@pytest.mark.parametrize("manifest", ["null", "[]", '{"files": null}', '{"files": {"tree.json": 1}}'])
+def test_a_manifest_of_another_form_makes_it_not_whole(tmp_path: Path, manifest: str) -> None:
+    (checkpoints(tmp_path).save(1, small_state()) / MANIFEST).write_text(manifest)
+    assert checkpoints(tmp_path).steps() == []
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"run_id": "b"}, "run_id 'run', but here run_id is 'b'"),
+        ({"run_id": "b"}, "run_id 'run', but here run_id is 'b': the config or the data differ.* is .*config.yaml;"),
+        ({"run_id": "b", "world_size": 4}, "world_size 2, but here world_size is 4; resume"),
         ({"world_size": 4}, "world_size 2, but here world_size is 4"),
     ],
 )
@@ -364,6 +371,16 @@ def test_checkpoints_that_are_there_count(tmp_path: Path, monkeypatch: pytest.Mo
     for t in (1, 2):
         saved.save(t, state)
     saved.require_space(state_bytes(state))
+
+
+def test_checkpoints_of_all_ranks_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank in range(4):
+        for t in (1, 2):
+            checkpoints(tmp_path, rank, world_size=4).save(t, {"x": torch.zeros(250_000)})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4_000_000))
+    checkpoints(tmp_path, 3, world_size=4).require_space(4_000_000)
+    with pytest.raises(ValueError, match="free space"):
+        checkpoints(tmp_path, 3, world_size=4).require_space(4_100_000)
 
 
 def test_keep_nothing_is_refused(tmp_path: Path) -> None:

@@ -115,6 +115,27 @@ def test_a_run_alone_writes_all_its_files_and_is_not_overwritten(capsys, config,
     assert "already holds a run" in refused(capsys, "train", "--config", str(config), "--out", str(out))
 
 
+def test_without_validation_text_a_run_trains_and_evaluates_nothing(capsys, config, tmp_path):
+    out, flags = tmp_path / "out", ["--data.validation_fraction", "0", "--num_steps", "20"]
+    assert main(["train", "--config", str(config), "--out", str(out), *flags]) == 0
+    lines = read(out / "metrics.jsonl")
+    assert {line["kind"] for line in lines} == {"step", "round", "summary"}
+    assert "loss" in lines[-1] and not {"val_loss", "val_bits_per_byte"} & lines[-1].keys()
+    assert main(["report", str(out)]) == 0 and (out / "report.html").exists()
+
+
+def test_train_bpe_keeps_a_tokenizer_whose_shards_are_there(capsys, config, tmp_path):
+    bpe, text = tmp_path / "bpe.json", f"[{tmp_path}/text/*.txt]"
+    flags = ["data", "--source", "Files", "--source.paths", text, "--out", str(tmp_path / "shards")]
+    error = refused(capsys, *flags, "--train_bpe", "300")
+    assert "--tokenizer BPE --tokenizer.path FILE" in error
+    flags += ["--tokenizer", "BPE", "--tokenizer.path", str(bpe), "--train_bpe"]
+    assert main([*flags, "300"]) == 0
+    before = bpe.read_bytes()
+    assert "is there already" in refused(capsys, *flags, "280")
+    assert bpe.read_bytes() == before
+
+
 def test_a_checkpoint_of_another_run_is_refused(capsys, config, tmp_path):
     flags = ["train", "--config", str(config), "--out", str(tmp_path / "out"), "--num_steps", "10"]
     assert main(flags) == 0

@@ -23,8 +23,9 @@ def test_default_is_fast_and_complete():
     assert (opened.vocab_size, opened.max_token_id) == (256, 255)
     assert opened.num_train_tokens is not None
     assert opened.num_train_tokens > 5_000_000
-    assert opened.bytes_per_token == pytest.approx(1, abs=0.001)
-    assert sum(batch.numel() for batch in opened.validation(8, 20_000)) == 9 * 8 * 257
+    validation = opened.validation(8, 20_000)
+    assert validation.bytes_per_token == pytest.approx(1, abs=0.001)
+    assert sum(batch.numel() for batch in validation.batches) == 9 * 8 * 257
 
 
 @pytest.mark.parametrize("split", ["windows", "documents"])
@@ -34,8 +35,9 @@ def test_replicas_share_validation_and_fingerprint(path, split):
     opened = [loaded.open(replica, 3, 2, seed=0) for replica in range(3)]
     assert len({one.fingerprint for one in opened}) == 1
     assert opened[0].fingerprint == data.open(0, 3, 2, 0).fingerprint
-    first = opened[0].validation(2, 100)
-    assert all(torch.equal(a, b) for one in opened for a, b in zip(one.validation(2, 100), first, strict=True))
+    first, *others = [one.validation(2, 100) for one in opened]
+    assert all(torch.equal(a, b) for x in others for a, b in zip(x.batches, first.batches, strict=True))
+    assert {x.bytes_per_token for x in others} == {first.bytes_per_token}
     batches = [one.train.next() for one in opened]
     assert not torch.equal(batches[0], batches[1])
 
@@ -46,7 +48,7 @@ def test_held_out_documents_are_never_trained_on(path):
             0, 1, 4, seed=0
         )
         trained = "".join(map(chr, torch.cat([opened.train.next() for _ in range(40)]).flatten().tolist()))
-        judged = "".join(map(chr, torch.cat(opened.validation(1, 10**6)).flatten().tolist()))
+        judged = "".join(map(chr, torch.cat([*opened.validation(1, 10**6).batches]).flatten().tolist()))
         assert "document 9 " in judged
         assert "document 9 " not in trained
         assert "document 10 " in trained
@@ -60,7 +62,7 @@ def test_shards_are_the_same_data(path, tmp_path):
     mapped = Data(Shards(str(tmp_path / "shards")), seq_len=8).open(1, 2, 3, seed=5)
     for _ in range(60):
         assert torch.equal(held.train.next(), mapped.train.next())
-    assert held.bytes_per_token == mapped.bytes_per_token
+    assert held.validation(2, 100).bytes_per_token == mapped.validation(2, 100).bytes_per_token
     assert held.num_train_tokens == mapped.num_train_tokens
     assert held.fingerprint != mapped.fingerprint
 
@@ -69,12 +71,10 @@ def test_validation_of_its_own_and_none_at_all(path, tmp_path):
     (tmp_path / "v.txt").write_text("judge " * 50, encoding="utf-8")
     source = Files([path], separator="|")
     own = Data(source, seq_len=8, validation=Files([str(tmp_path / "v.txt")])).open(0, 1, 2, 0)
-    assert "".join(map(chr, own.validation(1, 8)[0][0].tolist())) == "judge jud"
+    assert "".join(map(chr, own.validation(1, 8).batches[0][0].tolist())) == "judge jud"
     none = Data(source, seq_len=8, validation_fraction=0).open(0, 1, 2, 0)
     assert own.num_train_tokens == none.num_train_tokens
-    assert none.bytes_per_token is not None
-    with pytest.raises(ValueError, match="validation_fraction is 0, so there is no validation text"):
-        none.validation(1, 8)
+    assert not none.validation(1, 8).batches
 
 
 def test_streamed(path):
@@ -82,10 +82,10 @@ def test_streamed(path):
     opened = Data(source, seq_len=8, streamed_validation_tokens=60).open(1, 2, 2, 0)
     assert opened.num_train_tokens is None
     # document 19 alone: 12 bytes five times and the separator are 61 tokens
-    assert sum(map(len, opened.validation(1, 10**6))) == 60 // 8
+    assert sum(map(len, opened.validation(1, 10**6).batches)) == 60 // 8
     assert opened.train.next().shape == (2, 9)
     bare = Data(source, seq_len=8, validation_fraction=0).open(1, 2, 2, 0)
-    assert bare.bytes_per_token is None
+    assert not bare.validation(1, 8).batches
     assert bare.fingerprint != opened.fingerprint
 
 

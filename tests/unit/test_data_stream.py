@@ -8,7 +8,8 @@ import torch
 
 from lowcomm.data import Bytes, Files, HuggingFace, PackedStream, WindowStream, bits_per_byte, tokenize, window_stream
 from lowcomm.data.stream import document_groups
-from lowcomm.data.validation import hold_out, validation_batches
+from lowcomm.data.tokenizer import Tokenizer
+from lowcomm.data.validation import bytes_per_target, hold_out, validation_batches
 
 TEXTS = [chr(97 + i) * (i + 1) for i in range(10)]  # "a", "bb", ... 55 bytes, 65 tokens
 
@@ -120,6 +121,22 @@ def test_validation_errors(corpus):
         validation_batches(corpus, 65, 1, 1000)
     with pytest.raises(ValueError, match="batch_size is 0"):
         validation_batches(corpus, 4, 0, 1000)
+
+
+def test_bytes_per_target_are_those_of_the_windows_evaluated():
+    mixed = tokenize(["a" * 400] + ["b"] * 400, Bytes())
+    assert bytes_per_target(mixed, Bytes(), 256) == 1  # and not 2/3, as of the whole corpus
+    assert bytes_per_target(mixed, Bytes(), 403) == 401 / 403  # from the second "a" on, and one "b"
+    assert bytes_per_target(tokenize(["", "a\0b", ""], Bytes()), Bytes(), 4) == 3 / 4  # a zero byte may be text
+    with pytest.raises(ValueError, match="first 1 tokens of validation hold no text"):
+        bytes_per_target(tokenize(["a", "b"], Bytes()), Bytes(), 1)
+
+
+def test_bytes_per_target_of_tokens_of_unknown_length(monkeypatch):
+    monkeypatch.setattr(Bytes, "num_bytes", Tokenizer.num_bytes)
+    mixed = tokenize(["aaa", "b", "cccc"], Bytes())  # whole documents count as they are, cut ones in proportion
+    assert bytes_per_target(mixed, Bytes(), 5) == pytest.approx((3 * 3 / 4 + 1) / 5)
+    assert bytes_per_target(mixed, Bytes(), 7) == pytest.approx((3 * 3 / 4 + 1 + 4 * 2 / 5) / 7)
 
 
 def test_bits_per_byte():

@@ -57,6 +57,28 @@ def test_settings_in_the_file_that_would_lose_or_add_tokens_are_off(bpe, tmp_pat
     assert other.fingerprint != bpe.fingerprint
 
 
+def test_bpe_knows_the_bytes_of_its_tokens(bpe):
+    text = TEXT + "Привет<|endoftext|>\x01"
+    ids = bpe.encode(text)
+    assert bpe.num_bytes(ids) == len(text.encode())
+    head = next(n for n in range(5, len(ids)) if "\ufffd" not in bpe._tokenizer.decode(ids[:n].tolist()))
+    assert bpe.num_bytes(ids[:head]) == len(bpe._tokenizer.decode(ids[:head].tolist()).encode())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"normalizer": {"type": "Lowercase"}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+        {"pre_tokenizer": None},
+    ],
+)
+def test_tokens_of_a_tokenizer_that_changes_text_have_no_bytes_of_their_own(bpe, tmp_path, other):
+    content = json.loads(Path(bpe.path).read_text(encoding="utf-8")) | other
+    (tmp_path / "b.json").write_text(json.dumps(content), encoding="utf-8")
+    assert BPE(str(tmp_path / "b.json")).num_bytes(np.array([5, 6])) is None
+
+
 def test_bpe_survives_pickling_and_equals_its_copy(bpe):
     bpe.encode("load it")
     copy = pickle.loads(pickle.dumps(bpe))

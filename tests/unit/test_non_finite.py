@@ -1,14 +1,19 @@
 """A round of values that a compressor cannot carry is refused on all ranks alike, and costs nothing."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from lowcomm.codecs.absmax import Absmax
+from lowcomm.compress.cast import Cast
 from lowcomm.compress.identity import Identity
 from lowcomm.compress.power_sgd import PowerSGD
 from lowcomm.compress.quantized import Quantized
 from lowcomm.compress.top_k import TopK
+from lowcomm.feedback.econtrol import EControl
 from lowcomm.feedback.ef14 import EF14
+from lowcomm.feedback.ef21 import EF21
 from lowcomm.reduce import NonFinite, Reducer
 from lowcomm.state import state_tree
 from lowcomm.tensors import digest, rng
@@ -65,3 +70,21 @@ def test_exact_means_carry_it():
         return mean
 
     assert all(mean.isnan().all() for mean in run_world(2, program))
+
+
+@pytest.mark.parametrize("feedback", [EF14(), EF21(), EControl()], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize("compressor", [Identity(), Cast()], ids=str)
+def test_what_goes_through_is_not_remembered(compressor, feedback):
+    def program(comm, rounds):
+        reducer = Reducer(compressor, feedback)
+        state = reducer.init(tensors(0, 0))
+        for round in rounds:
+            xs = tensors(comm.rank, round)
+            if round == 3 and comm.rank == 1:
+                xs[1][4] = float("inf")
+            means, state = reducer.mean(xs, state, comm).result()
+            assert (round == 3) == any(not mean.isfinite().all() for mean in means)
+        return digest(means)
+
+    troubled, untroubled = (run_world(2, partial(program, rounds=x)) for x in ([1, 2, 3, 4], [1, 2, 4]))
+    assert troubled == untroubled

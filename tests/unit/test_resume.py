@@ -1,0 +1,94 @@
+"""What all ranks resume from, and that nothing is deleted before all of them could."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, load_model
+from torch import nn
+
+from lowcomm.assemble import newest_common, save_weights
+from lowcomm.checkpoint import Checkpoints
+from lowcomm.comm.base import Comm
+from lowcomm.comm.metered import Meter, MeteredComm
+from tests.world import run_world
+
+
+@pytest.mark.parametrize(
+    ("steps", "were_on_all", "common"),
+    [
+        ([[], [], []], [False, False, False], None),
+        ([[10], [], [10]], [False, False, False], None),  # the first one was being written
+        ([[10, 20], [10], [10, 20, 30]], [True, False, True], 10),
+        ([[10, 20], [10, 20], [20]], [True, True, True], 20),
+    ],
+)
+def test_the_newest_of_all(steps: list[list[int]], were_on_all: list[bool], common: int | None) -> None:
+    def program(comm: Comm) -> int | None:
+        return newest_common(steps[comm.rank], were_on_all[comm.rank], MeteredComm(comm, Meter()))
+
+    assert run_world(3, program) == [common] * 3
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([[30, 40], [], [30, 40]], r"step 40 on ranks \[0, 2\]; none on ranks \[1\]"),
+        ([[30, 40], [20], []], r"step 40 on ranks \[0\]; step 20 on ranks \[1\]; none on ranks \[2\]"),
+    ],
+)
+def test_none_in_common_any_more_is_refused_on_every_rank(steps: list[list[int]], message: str) -> None:
+    def program(comm: Comm) -> str:
+        with pytest.raises(ValueError, match=message) as refused:
+            newest_common(steps[comm.rank], len(steps[comm.rank]) > 1, MeteredComm(comm, Meter()))
+        return str(refused.value)
+
+    assert len(set(run_world(3, program))) == 1
+
+
+def test_a_rank_knows_whether_all_had_a_checkpoint(tmp_path: Path) -> None:
+    saved = Checkpoints(tmp_path / "checkpoints", 0, 2, "run", keep=1)
+    assert not saved.were_on_all()
+    saved.save(1, {})
+    assert not saved.were_on_all(), "it may be the only rank that came so far"
+    saved.save(2, {})
+    assert saved.were_on_all(), "nobody starts the second before all have the first"
+    saved.confirm(2)
+    saved.prune(2)
+    assert saved.steps() == [2] and saved.were_on_all()
+    saved.save(2, {})
+    assert not saved.were_on_all(), "written anew"
+
+
+class Rotary(nn.Module):
+    """Two buffers that are parts of one tensor, one of them under two names, and tied weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        table = torch.randn(2, 3)
+        self.register_buffer("cos", table[0])
+        self.register_buffer("sin", table[1])
+        self.register_buffer("same", table[1])
+        self.register_buffer("column", torch.randn(4, 2)[:, 1])
+        self.embedding, self.head = nn.Embedding(4, 3), nn.Linear(3, 4, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+def test_weights_with_parts_of_one_tensor_are_saved(tmp_path: Path) -> None:
+    model, other = Rotary(), Rotary()
+    save_weights(model, tmp_path / "x.safetensors")
+    missing, unexpected = other.load_state_dict(load_file(tmp_path / "x.safetensors"), strict=False)
+    assert (len(missing), unexpected) == (2, [])  # one of the names of what has two
+    for name, x in model.state_dict().items():
+        assert torch.equal(x, other.state_dict()[name]), name
+    assert model.get_buffer("sin")._base is model.get_buffer("cos")._base, "the model is as it was"
+    assert not model._state_dict_hooks
+
+
+def test_weights_without_parts_load_as_safetensors_says(tmp_path: Path) -> None:
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    save_weights(model, tmp_path / "x.safetensors")
+    load_model(other, tmp_path / "x.safetensors")
+    assert torch.equal(model.weight, other.weight)
