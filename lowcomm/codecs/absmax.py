@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowcomm.codecs.blocks import BlockCodec, BlockDecoder, BlockEncoder, Layout
-from lowcomm.codecs.levels import ROUNDING, contraction_of_nearest, lookup, round_to_bytes
+from lowcomm.codecs.levels import ROUNDING, contraction_of_nearest, lookup, round_at_random, round_to_bytes
 from lowcomm.codecs.scales import (
     SCALE_BYTES,
     SCALE_GROWTH,
@@ -55,7 +55,7 @@ class Absmax(BlockCodec):
         """The largest magnitude is met but for the rounding of the scale; the others miss by at most half a step.
 
         At random, a fraction f of a step costs f (1 - f) steps squared. Below 0 where blocks are so long that this may
-        exceed the values themselves: from 393 of 4 bits, 129033 of 8.
+        exceed the values themselves: from 394 of 4 bits, 129034 of 8.
         """
         limit = self._limit
         if not self.stochastic:
@@ -77,8 +77,7 @@ class Absmax(BlockCodec):
             step = scale_from_bytes(header, self.scale)
             codes = x / step.masked_fill_(step == 0, 1.0)
             if self.stochastic:
-                codes = codes.add_(torch.rand(x.shape, generator=random, device=device)).add_(limit)
-                whole = codes.clamp_(0, 2 * limit).to(torch.uint8)  # cuts, which is the floor of what is not negative
+                whole = round_at_random(codes, random).add_(limit).clamp_(0, 2 * limit).to(torch.uint8)
                 return header, whole.sub_(limit) if self.bits == 8 else whole
             offset = 0 if self.bits == 8 else limit  # 8 bits are read back as int8
             return header, round_to_bytes(codes.clamp_(-limit, limit).add_(offset))

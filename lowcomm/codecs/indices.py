@@ -5,8 +5,9 @@ Two codes, both of a size that ``num`` and ``kept`` alone decide:
 - "packed": each number in ceil(log2 num) bits, 12 for chunks of 4,096.
 - "elias_fano": the l = floor(log2(num / kept)) low bits of each number as they are; of the rest, which never falls from
   one number to the next, only the rises, in unary: bit (number >> l) + i is set for the i-th number. Together
-  kept (l + 1) + ceil(num / 2^l) bits, at most 2 + log2(num / kept) for each number, within about half a bit of what
-  any code needs (Elias 1974; Vigna 2013, arXiv:1206.4300). 64 of 4,096 take 8 bits each, 128 take 7, 32 take 9.
+  kept (l + 1) + ceil(num / 2^l) bits, at most 2 + log2(num / kept) for each number and less than 1 more in all, within
+  about half a bit a number of what any code needs (Elias 1974; Vigna 2013, arXiv:1206.4300). 64 of 4,096 take 8 bits
+  each, 128 take 7, 32 take 9.
 
 All of ``num`` places, or none, take no bytes.
 """

@@ -46,6 +46,16 @@ def round_to_bytes(x: Tensor) -> Tensor:
     return x.add_(1.5 * 2**23).view(torch.int32).to(torch.uint8)
 
 
+def round_at_random(x: Tensor, random: torch.Generator | None) -> Tensor:
+    """The integer below or above each float32 value, so that the mean is the value; ``x`` is used up.
+
+    The random number meets the fraction alone: added to the value it may round up to the next integer, and so would
+    zero after any offset.
+    """
+    whole = x.floor()
+    return whole.add_(x.sub_(whole).add_(torch.rand(x.shape, generator=random, device=x.device)).floor_())
+
+
 def cell_size(reach: float) -> float:
     """The power of two that cuts [-reach, reach] into at most `CELLS` cells."""
     cell = 1.0

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowcomm.codecs.blocks import BlockCodec, BlockDecoder, BlockEncoder, Layout
-from lowcomm.codecs.levels import ROUNDING, lookup
+from lowcomm.codecs.levels import ROUNDING, lookup, round_at_random
 from lowcomm.codecs.packing import as_bytes, from_bytes
 
 
@@ -64,8 +64,8 @@ class QSGD(BlockCodec):
             scaled = x / largest.masked_fill(largest == 0, 1.0)  # so that no square leaves float32's range
             norm = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
             levels = scaled.mul_(s / norm.masked_fill(norm == 0, 1.0))
-            levels = levels.add_(torch.rand(x.shape, generator=random, device=device)).add_(s).clamp_(0, 2 * s)
-            return as_bytes(norm * largest), levels.to(torch.uint8)  # cuts, the floor of what is not negative
+            levels = round_at_random(levels, random).add_(s).clamp_(0, 2 * s)
+            return as_bytes(norm * largest), levels.to(torch.uint8)
 
         return encode
 

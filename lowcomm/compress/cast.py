@@ -31,7 +31,8 @@ class Cast(Compressor[None]):
     """The mean of values rounded to 16 bits.
 
     Attributes:
-        dtype: "bfloat16" (8 bits of precision, any magnitude) or "float16" (11 bits; above 65,504 it becomes infinite).
+        dtype: "bfloat16" (8 bits of precision, up to 3.39e38, almost all of float32's range) or "float16" (11 bits, up
+            to 65,504); what rounds to more becomes infinite.
     """
 
     dtype: Literal["float16", "bfloat16"] = "bfloat16"

@@ -52,11 +52,11 @@ class Gathered(Compressor[int]):
         payload = self.encode(x.reshape(1, num), random)
         under_way = comm.all_gather(payload[0])
         sent = self.decode(payload, num).to(x.dtype)
-        total = torch.zeros_like(sent[0])
+        total = sent.new_zeros(num, dtype=torch.promote_types(x.dtype, torch.float32))  # 16 bits would lose late terms
         for messages in batches((yield under_way), num):
             for vector in self.decode(messages, num).to(x.dtype):
                 total += vector
-        return sent.view(x.shape), total.div_(len(comm.members)).view(x.shape), state + 1
+        return sent.view(x.shape), total.div_(len(comm.members)).to(x.dtype).view(x.shape), state + 1
 
     def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> int:
         """See `Compressor.sent_bytes`."""

@@ -8,14 +8,15 @@ islands (``outer``), so a slow link carries each slice once; then islands put th
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from math import prod
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from lowcomm.codecs.base import Codec
 from lowcomm.comm.base import Comm, Work
 from lowcomm.compress.base import Compressor, Contraction
 from lowcomm.compress.identity import Identity
@@ -37,7 +38,7 @@ class Hierarchical(Compressor[HierarchicalState]):
     Attributes:
         island: members in each; it divides the number of members.
         inner: averages within an island.
-        outer: averages between islands.
+        outer: averages between islands. Where both draw random numbers, they need different seeds.
     """
 
     island: int = 1
@@ -55,6 +56,13 @@ class Hierarchical(Compressor[HierarchicalState]):
                     f"Hierarchical averages slices of vectors, and {part} needs whole tensors; choose another, such "
                     "as Quantized"
                 )
+        shared = sorted({seed for _, seed in set(_streams(self.inner)) & set(_streams(self.outer))})
+        if shared:
+            raise ValueError(
+                f"Hierarchical: inner={self.inner} and outer={self.outer} would draw the same random numbers, from "
+                f"seed {shared[0]}, and their errors would add up rather than average out; give outer another seed, "
+                f"such as seed={shared[-1] + 1}"
+            )
 
     def init(self, like: Tensor) -> HierarchicalState:
         """Both at their start."""
@@ -147,3 +155,17 @@ class Hierarchical(Compressor[HierarchicalState]):
         island, j = divmod(members.index(comm.rank), self.island)
         near = members[island * self.island : (island + 1) * self.island]
         return comm.sub(near), comm.sub(members[j :: self.island]), j
+
+
+def _streams(part: Compressor) -> Iterator[tuple[type, int]]:
+    """Kind and seed of all random numbers of a compressor and those within it; kinds do not depend on each other.
+
+    One with a seed and a code draws only for codes that round at random; without a code its seed is always in use.
+    """
+    inside: list[Any] = [getattr(part, field.name) for field in fields(part)] if is_dataclass(part) else []
+    codes = [value for value in inside if isinstance(value, Codec)]
+    if hasattr(part, "seed") and (not codes or any(code.stochastic for code in codes)):
+        yield Codec if codes else type(part), part.seed
+    for value in inside:
+        if isinstance(value, Compressor):
+            yield from _streams(value)

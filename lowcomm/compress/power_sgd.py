@@ -168,7 +168,7 @@ class PowerSGD(Compressor[PowerSGDState]):
         assert state.q is not None
         q = state.q if self.warm_start else self._drawn(x, state.q.shape, state.round)
         for _ in range(self.num_iterations):
-            total = yield comm.all_sum(x @ q)
+            total = yield comm.all_sum(x @ _near_unit(q))
             p = _orthonormal(total)
             mine = x.mT @ p
             total = yield comm.all_sum(mine)
@@ -215,6 +215,18 @@ class PowerSGD(Compressor[PowerSGDState]):
             return like.new_empty(tuple(shape))
         drawn = torch.randn(tuple(shape), generator=rng(self.seed, "power_sgd", round), dtype=torch.float64)
         return drawn.to(like.device, like.dtype)
+
+
+def _near_unit(q: Tensor) -> Tensor:
+    """Columns times powers of two that bring their norms to 1/2 up to 1; zeros stay.
+
+    A factor of the last round is as large as that round's x, so without this x @ q would have the size of x^2, which
+    leaves float16's range early. Powers of two change no digit of the direction.
+    """
+    norm: Tensor = torch.linalg.vector_norm(q, dim=-2, keepdim=True, dtype=torch.float64)  # no square overflows there
+    norm = norm.masked_fill(norm == 0, 0.5)
+    scaled: Tensor = q * (torch.frexp(norm).mantissa / norm)
+    return scaled.to(q.dtype)
 
 
 def _orthonormal(x: Tensor) -> Tensor:

@@ -81,7 +81,8 @@ class TopK(Compressor[int]):
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"TopK(chunk={self.chunk}): a chunk has at least 1 value; None is the whole bucket")
         if self.num is not None and not 1 <= self.num <= (self.chunk or self.num):
-            raise ValueError(f"TopK(num={self.num}): choose 1 to {self.chunk} of each chunk of {self.chunk} values")
+            most = "at least 1 of the bucket" if self.chunk is None else f"1 to {self.chunk} of each chunk"
+            raise ValueError(f"TopK(num={self.num}, chunk={self.chunk}): choose {most}")
         if self.indices not in INDEX_CODES:
             raise ValueError(f"TopK(indices={self.indices!r}): choose one of {', '.join(INDEX_CODES)}")
         if self.divide_by not in ("all", "present"):
@@ -102,16 +103,16 @@ class TopK(Compressor[int]):
         where, values = self.decode(payload[None], num)
         sent = torch.zeros(num, dtype=x.dtype, device=x.device).index_copy_(0, where[0], values[0].to(x.dtype))
 
-        total = torch.zeros_like(sent)
-        count = torch.zeros_like(sent) if self.divide_by == "present" else None
+        total = sent.new_zeros(num, dtype=torch.promote_types(x.dtype, torch.float32))  # 16 bits would lose late terms
+        count = torch.zeros_like(total) if self.divide_by == "present" else None
         for messages in batches((yield under_way), where.shape[1]):
             where, values = self.decode(messages, num)
-            for places, kept in zip(where, values.to(x.dtype), strict=True):
+            for places, kept in zip(where, values.to(x.dtype).to(total.dtype), strict=True):
                 total.index_add_(0, places, kept)  # no place twice, so the order of additions is fixed
                 if count is not None:
                     count.index_add_(0, places, torch.ones_like(kept))
         mean = total / (len(comm.members) if count is None else count.clamp(min=1))
-        return sent.view(x.shape), mean.view(x.shape), state + 1
+        return sent.view(x.shape), mean.to(x.dtype).view(x.shape), state + 1
 
     def divides_by_all(self) -> bool:
         """See `Compressor.divides_by_all`."""

@@ -101,10 +101,9 @@ def ef_bv(
             f"lam={lam} with bias {eta} and variance {omega} has r = {r:g}, which must be below 1; EFBV.best finds the "
             "factors"
         )
-    if r == 0:
-        return 1.0 / smoothness
-    s = sqrt((1 + r) / (2 * r)) - 1
-    return 1.0 / (smoothness + sqrt(fsum(x * x for x in local) / len(local)) * sqrt(r_av / r) / s)
+    # The paper's sqrt(r_av / r) / s with s = sqrt((1 + r) / (2 r)) - 1, with sqrt(r) cancelled: good at r = 0 too
+    xi = sqrt(r_av) / (sqrt((1 + r) / 2) - sqrt(r))
+    return 1.0 / (smoothness + sqrt(fsum(x * x for x in local) / len(local)) * xi)
 
 
 def _xi(contraction: float) -> float:

@@ -1,0 +1,148 @@
+"""Compressors and codes at the edges of their formats: large values, exact zeros, many ranks, shared seeds."""
+
+import pytest
+import torch
+
+from lowcomm.codecs.absmax import Absmax
+from lowcomm.codecs.float32 import Float32
+from lowcomm.codecs.half import Half
+from lowcomm.codecs.indices import index_bytes
+from lowcomm.codecs.qsgd import QSGD
+from lowcomm.comm.base import Task
+from lowcomm.comm.echo import EchoComm
+from lowcomm.compress.count_sketch import CountSketch
+from lowcomm.compress.gathered import Gathered
+from lowcomm.compress.hierarchical import Hierarchical
+from lowcomm.compress.identity import Identity
+from lowcomm.compress.power_sgd import PowerSGD
+from lowcomm.compress.quantized import Quantized
+from lowcomm.compress.random_k import RandomK
+from lowcomm.compress.top_k import TopK
+from lowcomm.feedback.ef_bv import EFBV
+from lowcomm.feedback.step_size import ef_bv
+from lowcomm.tensors import rng
+from tests.world import run_world
+
+RANDOM = Absmax(4, 64, stochastic=True)
+SCALED = RandomK(0.5, unbiased=True)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (SCALED, SCALED),
+        (Quantized(RANDOM), Gathered(QSGD(7))),
+        (RandomK(0.5, Quantized(RANDOM)), TopK(values=RANDOM)),
+        (Hierarchical(1, SCALED, Identity()), SCALED),
+    ],
+    ids=str,
+)
+def test_islands_refuse_to_draw_the_same_numbers_twice(parts):
+    """Errors within and between islands would add up: the mean of two unbiased ones was twice what it should be."""
+    with pytest.raises(ValueError, match=r"give outer another seed, such as seed=1$"):
+        Hierarchical(2, *parts)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (Quantized(), Quantized()),
+        (Quantized(RANDOM), Quantized(Absmax(4))),
+        (Quantized(RANDOM), Quantized(RANDOM, seed=1)),
+        (SCALED, Quantized(RANDOM)),
+    ],
+    ids=str,
+)
+def test_islands_accept_parts_that_do_not_share_numbers(parts):
+    assert Hierarchical(2, *parts).inner is parts[0]
+
+
+def test_islands_with_other_seeds_are_unbiased():
+    compressor, x = Hierarchical(1, SCALED, RandomK(0.5, unbiased=True, seed=1)), torch.ones(512)
+
+    def program(comm):
+        state, total = compressor.init(x), torch.zeros(512)
+        for _ in range(200):
+            _, mean, state = Task(compressor.mean(x, state, comm)).result()
+            total += mean / 200
+        return total.mean().item()
+
+    assert run_world(2, program)[0] == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize("options", [{}, {"alternate": True}, {"num_iterations": 2}], ids=str)
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float16, 10.0), (torch.float32, 1e30), (torch.float32, 1e-25)])
+def test_power_sgd_stands_large_and_small_matrices(dtype, scale, options):
+    """A warm start used to send x x^T: beyond float16 from norms of 256, and what overflowed once stayed NaN."""
+    left, right = (torch.randn(1, 256, 2, generator=rng(0, "test", i)) for i in range(2))
+    x = (scale * left @ right.mT).to(dtype)
+    compressor, comm = PowerSGD(2, **options), EchoComm(1)
+    state = compressor.init(x)
+    for _ in range(4):
+        _, mean, state = Task(compressor.mean(x, state, comm)).result()
+    miss = (mean.double() - x.double()).norm() / x.double().norm()
+    assert miss < (1e-2 if dtype == torch.float16 else 1e-5)
+
+
+def test_halves_clamp_halves_of_the_other_kind():
+    x = torch.tensor([[65504.0, -1.0, 0.25]], dtype=torch.float16)
+    assert torch.equal(Half().decode(Half().encode(x), 3), torch.tensor([[65536.0, -1.0, 0.25]]))
+    x, code = torch.tensor([[1e30, -1e30, 1.0]], dtype=torch.bfloat16), Half("float16")
+    assert torch.equal(code.decode(code.encode(x), 3), torch.tensor([[65504.0, -65504.0, 1.0]]))
+
+
+@pytest.mark.parametrize("codec", [Absmax(8, 256, stochastic=True), QSGD(127, 256)], ids=str)
+def test_integers_of_steps_are_exact_under_random_rounding(codec):
+    """One in 2^18 zeros used to come back as a step."""
+    x = torch.zeros(256, 2**14)
+    x[:, ::256] = 1.0
+    assert torch.equal(codec.decode(codec.encode(x, rng(0, "test")), x.shape[1]), x)
+
+
+@pytest.mark.parametrize("compressor", [Gathered(Float32()), TopK(1.0), TopK(1.0, divide_by="present")], ids=str)
+def test_many_ranks_of_16_bits_are_added_in_more(compressor):
+    def program(comm):
+        x = (1 + torch.rand(64, generator=rng(0, "test", comm.rank))).bfloat16()
+        sent, mean, _ = Task(compressor.mean(x, compressor.init(x), comm)).result()
+        return sent, mean
+
+    results = run_world(64, program)
+    exact = torch.stack([sent for sent, _ in results]).double().mean(0)
+    assert results[0][1].dtype == torch.bfloat16
+    assert torch.equal(results[0][1], exact.bfloat16())
+
+
+def test_ef_bv_has_no_jump_at_compressors_without_variance():
+    at, near = (ef_bv(1.0, [1.0], 0.0, omega, 0.0, EFBV(1.0, 0.1)) for omega in (0.0, 1e-12))
+    assert at == pytest.approx(1 / (1 + 0.9 * 2**0.5))
+    assert near == pytest.approx(at, rel=1e-5)
+    assert ef_bv(2.0, [1.0], 0.0, 0.0, 0.0, EFBV(1.0, 1.0)) == 0.5
+
+
+def test_the_largest_share_that_a_row_can_tell_apart_is_accepted():
+    compressor, x = CountSketch(density=0.3, rows=3, keep=0.1), torch.randn(1000, generator=rng(0, "test"))
+    _, mean, _ = Task(compressor.mean(x, compressor.init(x), EchoComm(1))).result()
+    assert mean.count_nonzero() == 100
+    with pytest.raises(ValueError, match="cannot tell more entries apart"):
+        CountSketch(density=0.3, rows=3, keep=0.1001)
+
+
+def test_top_k_says_what_to_choose():
+    with pytest.raises(ValueError, match=r"num=0, chunk=None\): choose at least 1 of the bucket"):
+        TopK(num=0, chunk=None)
+    with pytest.raises(ValueError, match=r"num=9, chunk=8\): choose 1 to 8 of each chunk"):
+        TopK(num=9, chunk=8)
+
+
+def test_codes_of_places_keep_the_bound_that_they_state():
+    for num in range(2, 40):
+        for kept in range(1, num):
+            bound = kept * (2 + torch.tensor(num / kept, dtype=torch.float64).log2().item()) + 1
+            assert 8 * (index_bytes(num, kept, "elias_fano") - 1) < bound  # filled up to whole bytes
+
+
+@pytest.mark.parametrize(("bits", "width"), [(4, 394), (8, 129034)])
+def test_random_rounding_loses_all_from_the_width_that_is_stated(bits, width):
+    codec = Absmax(bits, 2**18, stochastic=True)
+    assert codec.contraction(width) < 0
+    assert codec.contraction(width - 1) == pytest.approx(0, abs=1e-12)
