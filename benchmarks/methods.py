@@ -124,10 +124,6 @@ def _eager(x: Setting) -> Parts:
     return part("EagerDiLoCo", every=x.every, outer=_nesterov(x.others))
 
 
-def _noloco(x: Setting) -> Parts:
-    return part("NoLoCo", every=x.every, alpha=x.others[1], beta=x.others[0])
-
-
 def _noloco_baseline(x: Setting) -> Parts:
     """The DiLoCo of NoLoCo's paper: heavy-ball momentum 0.3, all replicas, rounds of twice the length."""
     return part("NoLoCo", every=2 * x.every, group_size=None, alpha=0.3, beta=0.7)
@@ -137,12 +133,8 @@ def _noloco_in_groups(size: int | None) -> Callable[[Setting], Parts]:
     return lambda x: part("NoLoCo", every=x.every, group_size=size, alpha=x.others[1], beta=x.others[0])
 
 
-def _gasloc(x: Setting) -> Parts:
-    return part("GASLoC", every=x.every, lr=x.others[0], momentum=x.others[1])
-
-
-def _gasloc_in_one_group(x: Setting) -> Parts:
-    return part("GASLoC", every=x.every, group_size=None, lr=x.others[0], momentum=x.others[1])
+def _gasloc_in_groups(size: int | None) -> Callable[[Setting], Parts]:
+    return lambda x: part("GASLoC", every=x.every, group_size=size, lr=x.others[0], momentum=x.others[1])
 
 
 def _qsr(x: Setting) -> Parts:
@@ -174,6 +166,7 @@ def _states_at_every_step(x: Setting) -> Parts:
     return part("DESLOC", periods={"param": x.every, "exp_avg": 1, "exp_avg_sq": 1})
 
 
+_noloco, _gasloc = _noloco_in_groups(2), _gasloc_in_groups(2)
 _DILOCO: tuple[Others, ...] = ((0.7, 0.6), (0.6, 0.8))
 _QH: tuple[Others, ...] = ((0.95, 0.99, 0.9), (0.98, 0.99, 0.9), (0.99, 0.99, 0.9))
 _MUON, _ADOPT, _QHADOPT = "data parallel, Muon", "data parallel, ADOPT", "data parallel, QHADOPT"
@@ -206,7 +199,7 @@ METHODS: dict[str, Method] = {
     "NoLoCo, every step": Method(_with_rounds(_noloco, 0), tuned_as="NoLoCo"),
     "GASLoC, every step": Method(_with_rounds(_gasloc, 0), tuned_as="GASLoC"),
     "NoLoCo, one group": Method(_noloco_in_groups(None), tuned_as="NoLoCo"),
-    "GASLoC, one group": Method(_gasloc_in_one_group, tuned_as="GASLoC"),
+    "GASLoC, one group": Method(_gasloc_in_groups(None), tuned_as="GASLoC"),
     "DiLoCo of GASLoC": Method(_diloco, tuned_as="GASLoC"),  # which the mean of its replicas follows
     "MuLoCo, rounds a third": Method(_with_rounds(_diloco, 1 / 3), "muon", beside=_MUON, tuned_as="MuLoCo"),
     "Local ADOPT, rounds a third": Method(

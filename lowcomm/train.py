@@ -1,4 +1,4 @@
-"""The training loop, and what it saves on the way; `lowcomm.assemble` resumes from it."""
+"""The training loop, and what it saves on the way; `lowcomm.resume` goes on from it."""
 
 from __future__ import annotations
 

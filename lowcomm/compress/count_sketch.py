@@ -74,9 +74,8 @@ class CountSketch(Compressor[int]):
             raise ValueError(f"CountSketch(rows={self.rows}): it must be odd, as the median is one of them; try 3")
         if not 0 < self.density <= 1:
             raise ValueError(f"CountSketch(density={self.density}): it must lie above 0 and be at most 1")
-        if (
-            not 0 < self.keep * self.rows <= self.density * (1 + 1e-9)
-        ):  # 0.1 of 0.3 / 3 is allowed, whatever it rounds to
+        # 3 x 0.1 rounds to more than 0.3, and is allowed
+        if not 0 < self.keep * self.rows <= self.density * (1 + 1e-9):
             raise ValueError(
                 f"CountSketch(keep={self.keep}): it must lie above 0 and be at most density / rows = "
                 f"{self.density / self.rows:.4g}: a row cannot tell more entries apart than it has cells"

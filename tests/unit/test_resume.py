@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, load_model
 from torch import nn
 
-from lowcomm.assemble import newest_common, save_weights
+from lowcomm.assemble import save_weights
 from lowcomm.checkpoint import Checkpoints
 from lowcomm.comm.base import Comm
 from lowcomm.comm.metered import Meter, MeteredComm
+from lowcomm.resume import newest_common
 from tests.world import run_world
 
 

@@ -1,0 +1,62 @@
+"""Going on from the newest checkpoint that is whole on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from lowcomm.checkpoint import Checkpoints
+from lowcomm.comm.metered import MeteredComm
+from lowcomm.state import restore
+from lowcomm.train import Replica
+
+
+def resume(replica: Replica, checkpoints: Checkpoints) -> int:
+    """Load the newest checkpoint that is whole on every member; its step, or 0 before the first one of all.
+
+    Newer ones go: not before every member has loaded, and before any member trains.
+
+    Raises:
+        ValueError: as `newest_common`, `Checkpoints.steps` and `Checkpoints.load`; nothing was deleted then.
+    """
+    comm = replica.comm.tagged("checkpoint")
+    newest = newest_common(checkpoints.steps(), checkpoints.were_on_all(), comm)
+    loaded = None if newest is None else checkpoints.load(newest)
+    if loaded is not None:
+        replica.engine.load_state_dict(loaded["engine"])
+        restore(replica.state, loaded["algorithm"], replica.device)
+        replica.stream.load_state_dict(loaded["stream"])
+    comm.all_sum(torch.ones(1)).wait()
+    checkpoints.discard_after(newest or 0)
+    comm.all_sum(torch.ones(1)).wait()
+    if loaded is not None:  # last, for its meter goes on as if nothing had been sent here
+        replica.ledger.load_state_dict(loaded["ledger"])
+    return newest or 0
+
+
+def newest_common(steps: Sequence[int], were_on_all: bool, comm: MeteredComm) -> int | None:
+    """The largest number that every member's ``steps`` hold; None for a run that no checkpoint of all was ever in.
+
+    Args:
+        were_on_all: whether this member knows that all had a checkpoint once, `Checkpoints.were_on_all`.
+
+    Raises:
+        ValueError: on every member, when a checkpoint was on all but none is now; says who has what.
+    """
+    heads = [x.tolist() for x in comm.all_gather(torch.tensor([len(steps), int(were_on_all)])).wait()]
+    longest = max(length for length, _ in heads)
+    padded = torch.tensor([*sorted(steps), *[-1] * (longest - len(steps))], dtype=torch.int64)
+    gathered = [set(x.tolist()) - {-1} for x in comm.all_gather(padded).wait()]
+    common = max(set.intersection(*gathered), default=None)
+    if common is None and any(knows for _, knows in heads):
+        ranks: dict[int, list[int]] = {}
+        for rank, theirs in zip(comm.members, gathered, strict=True):
+            ranks.setdefault(max(theirs, default=0), []).append(rank)
+        newest = "; ".join(f"{f'step {t}' if t else 'none'} on ranks {ranks[t]}" for t in sorted(ranks, reverse=True))
+        raise ValueError(
+            f"no checkpoint is whole on all ranks, though one was; the newest are: {newest}. Nothing was deleted: "
+            "bring back what is missing (each machine keeps its own ranks' checkpoints: start the same machines in the "
+            "same order, or share the directory), or start a new run in another --out"
+        )
+    return common
