@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lowcomm.sim.collectives import Ring, Schedule
 from lowcomm.sim.compute import ComputeModel, Constant, Scaled
@@ -171,6 +171,22 @@ class Cluster(ABC):
         speeds, events = [group.speed for group in self.layout().of_ranks()], self.fault_events()
         model = self.compute if set(speeds) == {1.0} else Scaled(self.compute, speeds)
         return Hindered(model, events) if any(isinstance(event, Pause | SlowDown) for event in events) else model
+
+    def check_steps(self, num_steps: int) -> None:
+        """Ask for the time of each rank's first and last step, which a file or a list may lack, before a run starts.
+
+        Raises:
+            ValueError: when one is missing, negative or not finite.
+        """
+        model = replace(self, compute=self.compute.calibrated(1.0)).compute_model()
+        for rank in range(self.num_ranks):
+            for t in (num_steps, 1):
+                seconds = model.seconds(rank, t, 0.0)
+                if not 0 <= seconds < math.inf:
+                    raise ValueError(
+                        f"step {t} of rank {rank} would take {seconds} s; check the numbers of cluster.compute, which "
+                        "must give each step a finite time of 0 s or more"
+                    )
 
     def fault_events(self) -> list[Event]:
         """Everything that goes wrong, by time; ValueErrors as `FaultPlan.events`."""

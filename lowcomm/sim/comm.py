@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from lowcomm.comm.base import Comm, Done, Work, check_summable
@@ -63,7 +64,7 @@ class World:
     _latest: dict[int, tuple[Sequence[int], View]] = field(default_factory=dict, init=False, repr=False)
 
     def comm(self, rank: int, members: Sequence[int]) -> SimComm:
-        """A rank's view of some members, itself included. For very many ranks, pass the same ``members`` object.
+        """A rank's view of some members, itself included. For very many ranks, pass the same tuple or range.
 
         Raises:
             ValueError: when members repeat, are negative, or lack the rank.
@@ -133,7 +134,9 @@ class World:
                     raise ValueError(f"members {tuple(members)} must be distinct ranks from 0 on, and at least one")
                 position = {rank: i for i, rank in enumerate(key)}
                 self._views[key] = View(key, position, self.lost & position.keys())
-            latest = self._latest[len(members)] = (members, self._views[key])
+            latest = (members, self._views[key])
+            if isinstance(members, (tuple, range)):  # a list may hold others when it is asked for again
+                self._latest[len(members)] = latest
         return latest[1]
 
     def _join(self, view: View, rank: int, call: Call, tensors: list[Tensor], peer: int | None = None) -> Exchange:
@@ -259,4 +262,6 @@ class _Pending(Generic[T]):
 
 
 def _copy(x: Tensor) -> Tensor:
-    return x.detach() if x.is_meta else x.detach().clone()
+    """Contiguous, as messages of real ranks arrive."""
+    x = x.detach()
+    return x.contiguous() if x.is_meta else x.clone(memory_format=torch.contiguous_format)

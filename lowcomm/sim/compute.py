@@ -114,7 +114,7 @@ class Replay(ComputeModel):
 
     path: str
     repeat: bool = False
-    _recorded: dict[int, array[float]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _recorded: dict[int, Sequence[float]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         rows: dict[int, dict[int, float]] = {}

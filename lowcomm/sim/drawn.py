@@ -30,7 +30,7 @@ class Drawn(ComputeModel, ABC):
     """
 
     seed: int = 0
-    _kept: dict[int, tuple[int, array[float]]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _kept: dict[int, tuple[int, Sequence[float]]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def seconds(self, rank: int, t: int, start: float) -> float:
         """The draw of (seed, rank, t)."""

@@ -22,6 +22,10 @@ class Fault(ABC):
     def events(self, regions: Sequence[str]) -> list[Event]:
         """What happens, in a cluster whose rank i stands in ``regions[i]``; in any order of time."""
 
+    def streams(self) -> Sequence[tuple[str, int]]:
+        """Which random numbers it draws, as (kind, seed)."""
+        return ()
+
 
 class Event(Fault, ABC):
     """One thing that happens at one moment, ``at_s``; it is its own only event."""
@@ -258,6 +262,13 @@ class FaultPlan:
         for earlier, later in pairwise(listed):
             if later.at_s < earlier.at_s:
                 raise ValueError(f"{later} is listed after {earlier}, but happens before it; list events by time")
+        streams = [stream for fault in self.faults for stream in fault.streams()]
+        for kind, seed in streams:
+            if streams.count((kind, seed)) > 1:
+                kinds = "Weibull or Poisson" if kind == "Weibull" else kind
+                raise ValueError(
+                    f"two faults are {kinds} with seed {seed} and would draw the same numbers; change a seed"
+                )
 
     def events(self, regions: Sequence[str]) -> list[Event]:
         """Everything that happens, by time, in a cluster whose rank i stands in ``regions[i]``.

@@ -40,7 +40,7 @@ def read_csv(path: str, columns: Sequence[str]) -> Iterator[tuple[str, list[str]
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.reader(file))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(
             f"{path} cannot be read ({error}); give a CSV file with the header {','.join(columns)}"
         ) from error

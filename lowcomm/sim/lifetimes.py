@@ -35,8 +35,13 @@ class Weibull(Fault):
     def __post_init__(self) -> None:
         check_positive("mtbf_s", self.mtbf_s)
         check_positive("until_s", self.until_s)
-        check_positive("shape", self.shape)
+        if not 0.01 <= self.shape < math.inf:
+            raise ValueError(f"shape is {self.shape}; it must be at least 0.01 and finite (1 is exponential)")
         check_repair(self.repair_s)
+
+    def streams(self) -> Sequence[tuple[str, int]]:
+        """Its own."""
+        return (("Weibull", self.seed),)
 
     def events(self, regions: Sequence[str]) -> list[Event]:
         """Crashes and returns of every rank."""
@@ -64,6 +69,10 @@ class Poisson(Fault):
     def _lifetimes(self) -> Weibull:
         return Weibull(self.mtbf_s, self.until_s, 1.0, self.repair_s, self.seed)
 
+    def streams(self) -> Sequence[tuple[str, int]]:
+        """Those of `Weibull`."""
+        return self._lifetimes().streams()
+
     def events(self, regions: Sequence[str]) -> list[Event]:
         """Crashes and returns of every rank."""
         return self._lifetimes().events(regions)
@@ -88,6 +97,10 @@ class RegionShocks(Fault):
         check_positive("mtbf_s", self.mtbf_s)
         check_positive("until_s", self.until_s)
         check_repair(self.repair_s)
+
+    def streams(self) -> Sequence[tuple[str, int]]:
+        """Its own."""
+        return (("RegionShocks", self.seed),)
 
     def events(self, regions: Sequence[str]) -> list[Event]:
         """Crashes and returns of every region's ranks."""
@@ -127,6 +140,10 @@ class Preemptions(Fault):
                 f"notices last from {self.notice_min_s} to {self.notice_max_s} s; notice_min_s must be at least 0 and "
                 "at most notice_max_s"
             )
+
+    def streams(self) -> Sequence[tuple[str, int]]:
+        """Its own."""
+        return (("Preemptions", self.seed),)
 
     def events(self, regions: Sequence[str]) -> list[Event]:
         """Notices, crashes and returns of every rank."""

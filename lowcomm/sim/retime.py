@@ -47,13 +47,14 @@ def retime(run_dir: Path, cluster: Cluster, out: Path) -> dict[str, Any]:
         ValueError: when ``out`` holds a run, there is no log, the cluster has more or fewer hosts or ranks that crash,
             or the run could have learnt something else at other times.
     """
-    if (out / "metrics.jsonl").exists():
+    if any(out.glob("metrics*.jsonl")):
         raise ValueError(f"{out} already holds a run; choose another --out")
     events = read_events(run_dir / EVENTS)
     num_ranks = len(events.programs)
     _check(cluster, num_ranks)
     names = ["metrics.jsonl", *(f"metrics.rank{rank}.jsonl" for rank in range(1, num_ranks))]
     lines = [read(run_dir / name) for name in names]
+    cluster.check_steps(max((line["t"] for line in lines[0]), default=1))
 
     out.mkdir(parents=True, exist_ok=True)
     for name in ("config.yaml", "environment.json", EVENTS):

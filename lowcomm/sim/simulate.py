@@ -89,6 +89,7 @@ def simulate(
     world = World(clock, network, cluster.schedule)
     schedule_faults(events, clock, world, network)
     members, log = tuple(range(num_ranks)), Log(num_ranks)
+    stopped_s: dict[int, float] = {}  # when ranks did that did not end of themselves
     if any(isinstance(event, Crash) for event in events):
         log.refuse("a rank crashes in it")
 
@@ -118,6 +119,9 @@ def simulate(
             if rank == 0 and not timing_only:
                 save_weights(assembled.model, out / "final.safetensors")
             return assembled.summary()
+        except BaseException:
+            stopped_s[rank] = clock.now
+            raise
         finally:
             residence.leave(rank)
             if stack is not None:
@@ -130,6 +134,7 @@ def simulate(
         with residence, explained() if timing_only else nullcontext():
             summaries = clock.run()
     finally:
+        trace.stop(stopped_s)
         write_chrome_trace(trace.spans, out / "trace.json")
     log.write(out / EVENTS)
     seen = json.loads((out / "environment.json").read_text(encoding="utf-8"))
@@ -143,7 +148,7 @@ def simulate(
 
 def _refuse(run: Run, cluster: Cluster, out: Path, timing_only: bool, num_resident: int | None, stacked: bool) -> None:
     """What cannot be simulated, as far as can be told before anything is read."""
-    if (out / "metrics.jsonl").exists():
+    if any(out.glob("metrics*.jsonl")):  # of any rank: one that ended early may have written while rank 0 did not
         raise ValueError(f"{out} already holds a run; choose another --out")
     if run.checkpoint.every:
         raise ValueError("a simulation is not checkpointed: set checkpoint.every to 0")
@@ -159,7 +164,8 @@ def _refuse(run: Run, cluster: Cluster, out: Path, timing_only: bool, num_reside
         raise ValueError(f"num_resident is {num_resident}, but timing alone has no states to move; leave it out")
     if stacked:
         require_stackable(run, timing_only, num_resident)
-    run.steps(cluster.num_ranks)  # refuses a number of steps that the batch and the replicas do not allow
+    # refuses a number of steps that the batch and the replicas do not allow
+    cluster.check_steps(run.steps(cluster.num_ranks))
 
 
 # a rank's replica, given its comm, where its metrics go, and what is put around its engine

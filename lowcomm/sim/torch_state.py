@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _autograd
 from torch.overrides import _pop_mode as pop_function_mode
 from torch.overrides import _push_mode as push_function_mode
 from torch.utils import _device
@@ -24,13 +25,14 @@ _AUTOCAST_DEVICES = ("cpu", "cuda")
 class TorchState:
     """Gradient, inference and autocast modes, mode stacks (``with torch.device(...)``), default dtype and generators.
 
-    Not kept: hooks on saved tensors, and CUDA's state where CUDA is initialised only while ranks run.
+    Hooks on saved tensors too, as activation checkpointing has them around a block. Not kept: CUDA's state where CUDA
+    is initialised only while ranks run.
 
     Attributes:
         leave_neutral: the guard that took the thread out of this state's inference mode; None where it had none.
         autocast: (on, dtype) for each of `_AUTOCAST_DEVICES`.
         nesting: how many autocast contexts are open; the outermost empties torch's cache of casts when it closes.
-        modes, dispatch_modes: the stacks, top first.
+        modes, dispatch_modes, saved_hooks: the stacks, top first.
         current_device: the default device as torch.compile sees it.
         default_device: what `torch.set_default_device` keeps.
         cuda: generators' states of all devices and the current stream; None before CUDA is initialised.
@@ -43,6 +45,7 @@ class TorchState:
     nesting: int
     modes: list[Any]
     dispatch_modes: list[Any]
+    saved_hooks: list[Any]
     current_device: torch.device | None
     default_device: Any
     default_dtype: torch.dtype
@@ -64,6 +67,8 @@ class TorchState:
             push_function_mode(mode)
         for mode in reversed(self.dispatch_modes):
             push_dispatch_mode(mode)
+        for pack, unpack in reversed(self.saved_hooks):
+            _autograd._push_saved_tensors_default_hooks(pack, unpack)
         _device.CURRENT_DEVICE = self.current_device
         torch._GLOBAL_DEVICE_CONTEXT.device_context = self.default_device
         if self.default_dtype != torch.get_default_dtype():
@@ -79,6 +84,10 @@ def take() -> TorchState:
     """Take the thread's state off it: mode stacks, nesting and inference mode are left neutral for whoever follows."""
     dispatch_modes = [pop_dispatch_mode() for _ in range(torch._C._len_torch_dispatch_stack())]
     modes = [pop_function_mode() for _ in range(torch._C._len_torch_function_stack())]
+    saved_hooks = []
+    while (hooks := _autograd._top_saved_tensors_default_hooks(True)) is not None:
+        saved_hooks.append(hooks)
+        _autograd._pop_saved_tensors_default_hooks()
     grad = torch.is_grad_enabled()
     autocast = tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _AUTOCAST_DEVICES)
     autocast_cache = torch.is_autocast_cache_enabled()
@@ -102,6 +111,7 @@ def take() -> TorchState:
         nesting,
         modes,
         dispatch_modes,
+        saved_hooks,
         _device.CURRENT_DEVICE,
         getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None),
         torch.get_default_dtype(),

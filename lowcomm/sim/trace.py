@@ -10,7 +10,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -72,6 +72,12 @@ class Trace:
         self.spans[place] = replace(span, end_s=at_s)
         self.spans.append(replace(span, start_s=until_s, end_s=span.end_s + (until_s - at_s)))
         return len(self.spans) - 1
+
+    def stop(self, at_s: Mapping[int, float]) -> None:
+        """Ranks that did not end of themselves compute no longer than until these moments."""
+        for place, span in enumerate(self.spans):
+            if span.kind == "compute" and span.end_s > at_s.get(span.rank, math.inf):
+                self.spans[place] = replace(span, end_s=at_s[span.rank])
 
     def add_flow(self, flow: FlowRecord) -> None:
         """Record a message that arrived or was cancelled; a `Network` calls it as its ``on_flow``."""

@@ -1,7 +1,9 @@
 """A step that is timed for real, once, and what a simulation does with it."""
 
 import itertools
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +32,21 @@ def test_the_median_of_five_steps_after_one_that_warms_up(flags):
     readings = iter(itertools.accumulate([0, 99, 0, 3, 0, 1, 0, 2, 0, 50, 0, 4]))  # what passes in steps is odd places
     assert measured_step_s(builder(flags), 2, lambda: next(readings)) == 3
     assert next(readings, None) is None
+
+
+def test_on_a_gpu_a_step_has_ended_when_the_gpu_is_done(flags, monkeypatch):
+    """The engine stays on the CPU here; only the replica says that it is on a GPU."""
+    seen, cuda = [], torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: seen.append(device))
+
+    def on_a_gpu(comm):
+        assembled = builder(flags)(comm)
+        batch = assembled.replica.stream.next()
+        moved = SimpleNamespace(next=lambda: SimpleNamespace(to=lambda device: batch))
+        return replace(assembled, replica=replace(assembled.replica, device=cuda, stream=moved))
+
+    measured_step_s(on_a_gpu, 2, lambda: seen.append("read") or 0.0)
+    assert seen == ["read", cuda, "read"] * 6
 
 
 def test_steps_are_those_of_one_replica_and_leave_no_trace(flags):

@@ -273,12 +273,21 @@ def default_device(device):
     torch.set_default_device(None)
 
 
+def packed(x):
+    return x
+
+
+def look_at_hooks():
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
 # what torch keeps for a thread: (enter a context, what to look at)
 CONTEXTS = {
     "no_grad": (torch.no_grad, torch.is_grad_enabled),
     "inference": (torch.inference_mode, torch.is_inference_mode_enabled),
     "autocast": (lambda: torch.autocast("cpu", torch.float16), lambda: torch.is_autocast_enabled("cpu")),
     "autocast dtype": (lambda: torch.autocast("cpu", torch.float16), lambda: torch.get_autocast_dtype("cpu")),
+    "saved": (lambda: torch.autograd.graph.saved_tensors_hooks(packed, packed), look_at_hooks),
     "device": (lambda: torch.device("meta"), lambda: torch.empty(1).device.type),
     "current device": (lambda: default_device("meta"), lambda: torch.utils._device.CURRENT_DEVICE),
     "default device": (lambda: default_device("meta"), torch.get_default_device),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from jsonargparse import ArgumentParser
 from lowcomm.config import describe
 from lowcomm.sim.cluster import Cluster, Custom, Hosts, Layout, Transport
 from lowcomm.sim.collectives import Hierarchical, Ring, Schedule, Star, Tree
-from lowcomm.sim.compute import Constant, Product, Scaled
+from lowcomm.sim.compute import ComputeModel, Constant, Diurnal, Measured, Product, Replay, Scaled
 from lowcomm.sim.drawn import LogNormal, Markov
 from lowcomm.sim.faults import Crash, Pause, RegionShock
 from lowcomm.sim.lifetimes import Weibull
@@ -130,6 +131,31 @@ def test_dtfm(scenario: Any, near: tuple[int, int, float, float], far: tuple[int
     for a, b, latency_s, bits_per_s in (near, far):
         assert links.latency(a, b) == pytest.approx(latency_s)
         assert links.path(a, b) == pytest.approx(bits_per_s)
+
+
+@pytest.mark.parametrize(
+    ("compute", "message"),
+    [
+        (Scaled(Constant(), [1.0]), "speeds has 1 values, none for rank 1"),
+        (Diurnal(shift_s=[0.0, 1.0]), "shift_s has 2 values, none for rank 2"),
+        (Diurnal(peak_s=math.nan), "step 5 of rank 0 would take nan s"),
+        (Product([Measured(), Scaled(LogNormal(), [1.0])]), "speeds has 1 values, none for rank 1"),
+    ],
+)
+def test_compute_models_that_lack_a_rank_or_give_no_time(compute: ComputeModel, message: str) -> None:
+    cluster = LAN(num_hosts=3, compute=compute)
+    with pytest.raises(ValueError, match=message):
+        cluster.check_steps(5)
+
+
+def test_compute_models_that_lack_a_step(tmp_path: Path) -> None:
+    path = tmp_path / "steps.csv"
+    path.write_text("rank,t,seconds\n0,1,2.0\n1,1,2.0\n0,2,2.0\n")
+    LAN(num_hosts=2, compute=Replay(str(path))).check_steps(1)
+    LAN(num_hosts=2, compute=Product([Measured(), Replay(str(path), repeat=True)])).check_steps(9)
+    for num_hosts, num_steps, message in ((2, 2, "ends at step 1 of rank 1, before 2"), (3, 1, "has no rank 2")):
+        with pytest.raises(ValueError, match=message):
+            LAN(num_hosts=num_hosts, compute=Replay(str(path))).check_steps(num_steps)
 
 
 def parse(text: str) -> Cluster:

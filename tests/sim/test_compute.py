@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -179,6 +180,11 @@ def test_product() -> None:
     assert [both.seconds(4, t, 0.0) for t in range(1, 9)] == [
         a.seconds(4, t, 0.0) * b.seconds(4, t, 0.0) for t in range(1, 9)
     ]
+
+
+def test_types_of_fields_can_be_read() -> None:
+    for kind in (*DRAWN, Constant, Diurnal, Replay, Measured, Scaled, Product, Hindered):
+        assert get_type_hints(kind)  # as the command line does
 
 
 def test_factors_must_not_draw_the_same_numbers() -> None:

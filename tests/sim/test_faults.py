@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,7 @@ def test_availability(tmp_path: Path) -> None:
         ("0,0,\n1,nan,\n", ":3: rank 1 is there from nan"),
         ("0,0,\none,0,\n", ":3: 'one' is not a number"),
         ("0,0,5\n1,0,6\n", "at 6.0 s all 2 ranks are down"),
+        ("0,0,\n1,0," + 200_000 * "9", "cannot be read .field larger than"),
     ],
 )
 def test_bad_availability(tmp_path: Path, rows: str, message: str) -> None:
@@ -221,6 +223,25 @@ def test_listed_times_must_not_go_back() -> None:
 
 
 @pytest.mark.parametrize(
+    ("one", "other", "kinds"),
+    [
+        (Poisson(10.0, 1.0), Poisson(30.0, 1.0), "Weibull or Poisson"),
+        (Poisson(10.0, 1.0), Weibull(30.0, 1.0), "Weibull or Poisson"),
+        (RegionShocks(10.0, 1.0), RegionShocks(20.0, 1.0), "RegionShocks"),
+        (Preemptions(10.0, 1.0), Preemptions(20.0, 1.0), "Preemptions"),
+    ],
+)
+def test_two_faults_must_not_draw_the_same_numbers(one: Fault, other: Fault, kinds: str) -> None:
+    with pytest.raises(ValueError, match=f"two faults are {kinds} with seed 0 and would draw the same.*change a seed"):
+        FaultPlan([one, Crash(0, 1.0), other])
+    FaultPlan([one, replace(other, seed=1)])  # type: ignore[type-var]
+
+
+def test_causes_of_different_kinds_may_share_a_seed() -> None:
+    FaultPlan([Poisson(10.0, 1.0), RegionShocks(10.0, 1.0), Preemptions(10.0, 1.0)])
+
+
+@pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: Pause(0, 1.0, 0.0), "seconds is 0.0"),
@@ -235,6 +256,8 @@ def test_listed_times_must_not_go_back() -> None:
         (lambda: RegionShock("eu", 1.0, -2.0), "repair_s is -2.0"),
         (lambda: Poisson(0.0, 1.0), "mtbf_s is 0.0"),
         (lambda: Weibull(1.0, 1.0, shape=0.0), "shape is 0.0"),
+        (lambda: Weibull(1.0, 1.0, shape=0.005), "shape is 0.005; it must be at least 0.01"),
+        (lambda: Weibull(1.0, 1.0, shape=math.nan), "shape is nan"),
         (lambda: Weibull(1.0, math.inf), "until_s is inf"),
         (lambda: RegionShocks(1.0, 1.0, repair_s=0.0), "repair_s is 0.0"),
         (lambda: Preemptions(1.0, 1.0, 50.0, 40.0), "notices last from 50.0 to 40.0"),

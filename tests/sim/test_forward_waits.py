@@ -1,7 +1,9 @@
 """Simulated runs whose forward waits for what it needs: they learn the same, sooner, and every second is known."""
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
 
 from lowcomm.cli import main
 from lowcomm.metrics import read
@@ -49,6 +51,41 @@ def test_overlap_learns_the_same_bits_sooner(options, tmp_path):
         end_s = max(span.end_s for span in trace.spans if span.rank == rank and span.kind != "flow")
         assert trace.total_s(rank, "compute") == pytest.approx(plain[-1]["t"] * 1.0, rel=1e-9)
         assert trace.total_s(rank, "compute") + trace.total_s(rank, "wait") == pytest.approx(end_s, rel=1e-9)
+
+
+class Blocks(torch.nn.Module):
+    """A model whose blocks may be computed again in backward instead of being kept."""
+
+    def __init__(self, vocab_size, again):
+        super().__init__()
+        self.again = again
+        self.embedding, self.head = torch.nn.Embedding(vocab_size, 8), torch.nn.Linear(8, vocab_size)
+        self.blocks = torch.nn.ModuleList(
+            torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 8)) for _ in range(3)
+        )
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = x + (checkpoint(block, x, use_reentrant=False) if self.again else block(x))
+        return self.head(x)
+
+
+def test_activations_that_are_computed_again_are_those_of_each_rank(tmp_path):
+    text = write_tiny(tmp_path).read_text()
+    start, end = text.index("model:"), text.index("data:")
+    for again in ("true", "false"):
+        model = (
+            f"{{class_path: Module, init_args: {{path: {__name__}.Blocks, args: {{vocab_size: 256, again: {again}}}}}}}"
+        )
+        (tmp_path / "run.yaml").write_text(f"{text[:start]}model: {model}\n{text[end:]}")
+        flags = ["--config", str(tmp_path / "run.yaml"), "--checkpoint.every", "0", "--num_steps", "10"]
+        flags += ["--algorithm", "StreamingDiLoCo", "--algorithm.every", "4", "--algorithm.overlap", "true"]
+        flags += ["--algorithm.delay", "1", "--clip_norm", "null", "--cluster", "Home", "--cluster.num_hosts", "3"]
+        flags += ["--cluster.compute.mean_s", "0.05", "--out", str(tmp_path / again)]
+        assert main(["simulate", *flags]) == 0
+    written = [(tmp_path / name / "final.safetensors").read_bytes() for name in ("true", "false")]
+    assert written[0] == written[1]
 
 
 def test_what_is_waited_for_in_the_midst_of_a_step_comes_on_top_of_it():

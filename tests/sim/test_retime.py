@@ -10,6 +10,7 @@ import torch
 from lowcomm.algorithms.base import Algorithm
 from lowcomm.cli import main, parse_run, parse_simulation
 from lowcomm.metrics import read
+from lowcomm.sim.compute import Replay
 from lowcomm.sim.faults import Crash
 from lowcomm.sim.log import EVENTS
 from lowcomm.sim.presets import LAN, Home
@@ -194,6 +195,14 @@ def test_what_cannot_be_replayed_is_refused(flags, tmp_path):
     refused(run, out, LAN(num_hosts=2, faults=[Crash(rank=1, at_s=3.0)]), "crashes")
     with pytest.raises(ValueError, match="already holds a run"):
         retime(run, Home(num_hosts=2), run)
+
+    steps = tmp_path / "steps.csv"
+    steps.write_text("rank,t,seconds\n0,1,1\n1,1,1\n")
+    refused(run, out, LAN(num_hosts=2, compute=Replay(str(steps))), "ends at step 1 of rank 0, before 11")
+    (tmp_path / "rest").mkdir()
+    (tmp_path / "rest" / "metrics.rank1.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="already holds a run"):
+        retime(run, LAN(num_hosts=2), tmp_path / "rest")
 
     log = (run / EVENTS).read_bytes()
     for broken in (

@@ -58,6 +58,22 @@ def test_results_are_fresh_and_inputs_are_read_at_the_call():
     assert simulate(program, program) == [[3, 1, 2, 1, 2, 2, 2], [3, 1, 2, 1, 2, 2, 1]]
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_results_are_contiguous_whatever_the_strides_of_inputs(device):
+    def program(comm, clock):
+        x = torch.arange(6.0, device=device).view(2, 3).t()
+        peer = 1 - comm.rank
+        works = [comm.all_sum(x), comm.broadcast(x, 0), comm.exchange(x, peer), comm.exchange(x, comm.rank)]
+        lists = [comm.all_gather(x), comm.all_to_all([x, x])]
+        sent = comm.send(x, peer)
+        found = [*(work.wait() for work in works), *(y for work in lists for y in work.wait()), comm.recv(x).wait()[1]]
+        sent.wait()
+        assert all(y.shape == (3, 2) and y.is_contiguous() for y in found)
+        assert device == "meta" or all(torch.equal(y, x) for y in found[1:])
+
+    simulate(program, program)
+
+
 def test_sums_are_in_rank_order_whoever_comes_first():
     values = [1e8, 3.0, -1e8, 1.0]  # in float32, 1e8 + 3 is 1e8
 
@@ -141,6 +157,18 @@ def test_views_count_their_own_exchanges():
 
 
 # ---- one to one -----------------------------------------------------------------------------------------------------
+
+
+def test_a_list_of_members_may_be_used_again_for_others():
+    def program(comm, clock):
+        members, views = [0, 0], []
+        for other in (1, 2):
+            members[1] = other
+            if comm.rank in members:
+                views.append(comm.sub(members))
+        return [view.all_sum(byte(comm.rank)).wait().item() for view in views]
+
+    assert simulate(program, program, program) == [[1, 2], [1], [2]]
 
 
 def test_receive_from_whoever_comes_first():

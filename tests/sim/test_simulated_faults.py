@@ -6,6 +6,7 @@ import pytest
 
 from lowcomm.cli import main
 from lowcomm.metrics import read
+from lowcomm.sim.trace import read_chrome_trace
 from tests.multiprocess.launch import write_tiny
 
 # 14 steps of a second, in two rounds; the wire is slow enough to be seen, and has no latency
@@ -109,6 +110,29 @@ def test_a_crash_ends_the_run_of_those_who_wait_with_a_clear_message(fault, lost
     assert files(one) == files(two) and "trace.json" in files(one)
 
 
+def test_nobody_computes_after_its_crash_or_the_end_of_the_run(run, capsys):
+    code, out = run(("Crash", {"rank": 1, "at_s": 3.5}), compute={"class_path": "LogNormal"})
+    assert code == 1
+    end_s = float(capsys.readouterr().err.split("raised this at ")[1].split()[0])
+    last_s = {}
+    for x in read_chrome_trace(out / "trace.json"):
+        if x.kind == "compute":
+            last_s[x.rank] = max(last_s.get(x.rank, 0.0), x.end_s)
+    assert last_s == {0: pytest.approx(end_s), 1: pytest.approx(3.5), 2: pytest.approx(end_s)}
+
+
+def test_what_others_wrote_before_a_crash_of_rank_0_is_not_added_to(tmp_path, capsys):
+    flags = ["--config", str(write_tiny(tmp_path)), "--checkpoint.every", "0", "--num_steps", "14"]
+    flags += ["--cluster", "LAN", "--cluster.num_hosts", "3", "--out", str(tmp_path / "out")]
+    crash = json.dumps([{"class_path": "Crash", "init_args": {"rank": 0, "at_s": 0.5}}])
+    assert main(["simulate", *flags, "--cluster.faults", crash]) == 1
+    written = (tmp_path / "out" / "metrics.rank1.jsonl").read_bytes()
+    assert written and not (tmp_path / "out" / "metrics.jsonl").exists()
+    assert main(["simulate", *flags]) == 2
+    assert "already holds a run; choose another --out" in capsys.readouterr().err
+    assert (tmp_path / "out" / "metrics.rank1.jsonl").read_bytes() == written
+
+
 def test_a_region_goes_down_together(run, capsys):
     cluster = {"regions_used": ["Ohio", "Tokyo"], "hosts_per_region": 2}
     code, _ = run(("RegionShock", {"region": "Tokyo", "at_s": 12.0}), cluster="AWS10", **cluster)
@@ -147,3 +171,11 @@ def test_what_cannot_be_is_refused_before_anything_starts(faults, words, run, ca
     code, out = run(*faults)
     assert code == 2 and not out.exists()
     assert words in capsys.readouterr().err
+
+
+def test_steps_without_a_time_are_refused_before_anything_starts(run, tmp_path, capsys):
+    path = tmp_path / "steps.csv"
+    path.write_text("rank,t,seconds\n" + "".join(f"{rank},{t},1\n" for rank in range(3) for t in range(1, 14)))
+    code, out = run(compute={"class_path": "Replay", "init_args": {"path": str(path)}})
+    assert code == 2 and not out.exists()
+    assert "ends at step 13 of rank 0, before 14; set repeat: true" in capsys.readouterr().err
