@@ -42,10 +42,26 @@ class Sync:
                 f"{algorithm} sends while backward goes on, but in a loop of one's own lowcomm does not see it; set "
                 "overlap to False"
             )
-        self._hook = optimizer.register_step_pre_hook(self._before_update)
+        self._hook = optimizer.register_step_pre_hook(self._before_step)
 
-    def _before_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        del optimizer, args, kwargs
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """What the optimizer is to be given instead of ``args``, itself the first of them, and ``kwargs``."""
+        rest = dict(kwargs)
+        closure = rest.pop("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._before_update()
+            return None
+
+        def evaluate() -> Any:
+            loss = closure()
+            self._before_update()  # not sooner: these are the gradients of the step
+            return loss
+
+        return (optimizer, evaluate, *args[2:]), rest
+
+    def _before_update(self) -> None:
         self._algorithm.before_update(self.t + 1, self._engine, self._state, self._comm)
 
     def step(self) -> None:
@@ -73,7 +89,9 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, algorithm: Algori
     """Train ``model`` together with the replicas that ``comm`` reaches.
 
     All replicas start from the parameters and buffers of the first member, which this call sends. Gradients that are
-    scaled or clipped must be so before ``optimizer.step()``; with `DataParallel` they are averaged after that.
+    scaled or clipped must be so before ``optimizer.step()``; with `DataParallel` they are averaged after that. Of a
+    closure it is the gradients of each call: an optimizer that calls it more often on one replica than on another, as
+    LBFGS does, suits algorithms that average no gradients.
 
     A gradient scaler may skip an update on one replica alone only where no gradients are averaged: with `DataParallel`,
     `SAVIC`, `DeMo` and in the first `start` steps of others the replicas would wait for each other in vain.

@@ -90,8 +90,10 @@ class DDPHook:
         if self._comm is not None:
             raise ValueError("this hook serves a model already: its state is that model's; make another by ddp_hook()")
         ignored: set[str] = set(model.parameters_to_ignore)
-        named = model.module.named_parameters()
-        self._parameters = [p for name, p in named if p.requires_grad and name not in ignored]
+        # As DDP counts them: a tied one unless all its names are ignored; one of the model itself is called ".name".
+        named = model.module.named_parameters(remove_duplicate=False)
+        kept = [p for name, p in named if (name if "." in name else f".{name}") not in ignored]
+        self._parameters = [p for p in dict.fromkeys(kept) if p.requires_grad]
         self._comm = over(model.process_group, self._parameters[0].device)
         self._state = self._reducer.init([_wide(p.detach()) for p in self._parameters])
         model.register_comm_hook(self, _average)
@@ -153,6 +155,10 @@ class FSDPHook:
     Each module that was sharded brings its shard of gradients as one vector, in the dtype in which FSDP reduces, and
     keeps a state of its own; FSDP waits for the mean. Non-finite and 16-bit gradients are treated as in `DDPHook`, but
     one module at a time: the others' states go on also if the step is then skipped.
+
+    What is remembered has its place in that vector, so all parameters must stand in it: those that got no gradient have
+    zeros. Where torch is too old for `FSDPModule.set_reduce_scatter_unused_params`, it leaves them out, and each must
+    get a gradient in every backward.
     """
 
     def __init__(self, reducer: Reducer, comm: Comm) -> None:
@@ -176,6 +182,8 @@ class FSDPHook:
             raise ValueError("no module of the model is sharded; call torch's fully_shard on it first")
         for name, module in sharded.items():
             module.set_all_reduce_hook(partial(self.average, name))
+            if hasattr(module, "set_reduce_scatter_unused_params"):
+                module.set_reduce_scatter_unused_params(True, recurse=False)
 
     def state_dict(self) -> dict[str, Any]:
         """What a restart needs beside the model's and the optimizer's own; of this rank alone."""

@@ -77,6 +77,7 @@ class Ledger:
     def start(self) -> None:
         """The clock runs from now."""
         self._say("start")
+        self.meter.settle()
         self._since_s, self._waited_s = self.now(), self.meter.wait_s
 
     def step(self, t: int, loss: Tensor, lr: float, round: int) -> None:

@@ -66,6 +66,12 @@ def buckets(like: Sequence[Tensor], bucket_bytes: int) -> list[list[int]]:
     return [group for kind_groups in groups.values() for group in kind_groups]
 
 
+def bytes_of(x: Tensor) -> Tensor:
+    """The bytes of all elements in order as one uint8 vector: of ``x`` itself if it is contiguous, else of a copy."""
+    flat = x.contiguous().reshape(-1)
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8)  # a single element may have kept another stride
+
+
 def digest(tensors: Sequence[Tensor]) -> str:
     """A 128-bit hash of shapes, dtypes and bytes: equal on two ranks exactly when the tensors are bitwise equal."""
     h = hashlib.blake2b(digest_size=16)
@@ -73,5 +79,5 @@ def digest(tensors: Sequence[Tensor]) -> str:
         h.update(f"{tuple(x.shape)}{x.dtype}".encode())
         # numpy knows no bfloat16, so the bytes are viewed rather than the values; of a copy, as memory that numpy has
         # seen cannot be resized any more
-        h.update(x.detach().to("cpu", copy=True).contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        h.update(bytes_of(x.detach().to("cpu", copy=True)).numpy().data)
     return h.hexdigest()

@@ -34,7 +34,7 @@ class Late(Exception):
 
 
 class Work(Protocol[T_co]):
-    """Something under way."""
+    """Something under way. Wait for every one, also for what was sent: a message may leave no sooner."""
 
     def wait(self) -> T_co:
         """Block until it is done and return its result; raises `PeerLost` or `Late`."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lowcomm.comm.base import Comm, Late, PeerLost, Work, check_summable
 from lowcomm.comm.sender import Sender
+from lowcomm.tensors import bytes_of
 
 T = TypeVar("T")
 
@@ -48,6 +49,25 @@ class Pending(Generic[T]):
         return self._finish()
 
 
+class _Broken:
+    """What a connection that is broken already gives in place of a message under way: its error, to who waits."""
+
+    def __init__(self, error: RuntimeError) -> None:
+        self._error = error
+
+    def wait(self) -> None:
+        """Raise it."""
+        raise self._error
+
+
+def _started(start: Callable[[], Any]) -> Any:
+    """The torch Work that ``start`` returns, or a `_Broken`."""
+    try:
+        return start()
+    except RuntimeError as error:
+        return _Broken(error)
+
+
 class DistributedComm(Comm):
     """A view of some ranks of the default process group; see `connect`.
 
@@ -61,8 +81,13 @@ class DistributedComm(Comm):
         device: torch.device,
         sender: Sender | None = None,
         group: dist.ProcessGroup | None = None,
+        timeout: timedelta | None = None,
     ) -> None:
-        """The ``sender`` is that of the view which this is a part of; None makes one. See `over` for a ``group``."""
+        """See `over` for a ``group``.
+
+        ``sender`` and ``timeout``, that of messages in parts of this view, are those of the view which this is a part
+        of; None makes a sender, and takes torch's time-out.
+        """
         if not dist.is_initialized():
             raise ValueError("torch.distributed is not initialised; call lowcomm.comm.distributed.connect() first")
         self.rank = dist.get_rank()
@@ -74,14 +99,14 @@ class DistributedComm(Comm):
         self.backend = str(dist.get_backend(group))
         self._wire = torch.device("cpu") if self.backend == "gloo" else device
         self._sender = sender or Sender()
-        self._group = group
+        self._group, self._timeout = group, timeout
         self._subs: dict[tuple[int, ...], DistributedComm] = {}
 
     def all_sum(self, x: Tensor) -> Work[Tensor]:
         """See `Comm.all_sum`."""
         check_summable(x)
         y = x.detach().to(self._wire, copy=True).contiguous()
-        work = dist.all_reduce(y, group=self._ready(), async_op=True)
+        work = _started(lambda: dist.all_reduce(y, group=self._ready(), async_op=True))
         return Pending(work, lambda: y.to(x.device))
 
     def all_gather(self, x: Tensor) -> Work[list[Tensor]]:
@@ -89,7 +114,7 @@ class DistributedComm(Comm):
         mine = self._bytes(x, copy=True)
         out = mine.new_empty(len(self.members) * mine.numel())
         parts = list(out.split(mine.numel())) if mine.numel() else [out] * len(self.members)
-        work = dist.all_gather(parts, mine, group=self._ready(), async_op=True)
+        work = _started(lambda: dist.all_gather(parts, mine, group=self._ready(), async_op=True))
         return Pending(work, lambda: [_typed(part, x) for part in parts])
 
     def all_to_all(self, xs: list[Tensor]) -> Work[list[Tensor]]:
@@ -102,25 +127,24 @@ class DistributedComm(Comm):
         out = torch.empty(len(xs) * size, dtype=torch.uint8, device=self._wire)
         parts = list(out.split(size)) if size else [out] * len(xs)
         if self.backend == "gloo":
-            work: Any = self._rotate([x.clone() for x in mine], parts)
+            work = _started(lambda: self._rotate([x.clone() for x in mine], parts))
         else:
-            work = dist.all_to_all_single(
-                out, torch.cat(mine), [size] * len(xs), [x.numel() for x in mine], group=self._ready(), async_op=True
-            )
+            packed, sizes = torch.cat(mine), ([size] * len(xs), [x.numel() for x in mine])
+            work = _started(lambda: dist.all_to_all_single(out, packed, *sizes, group=self._ready(), async_op=True))
         return Pending(work, lambda: [_typed(part, like) for part in parts])
 
     def broadcast(self, x: Tensor, source: int) -> Work[Tensor]:
         """See `Comm.broadcast`."""
         self._check(source)
         y = self._bytes(x, copy=True)
-        work = dist.broadcast(y, source, group=self._ready(), async_op=True)
+        work = _started(lambda: dist.broadcast(y, source, group=self._ready(), async_op=True))
         return Pending(work, lambda: _typed(y, x))
 
     def send(self, x: Tensor, to: int) -> Work[None]:
         """See `Comm.send`."""
         self._check(to)
         y = self._bytes(x, copy=True)
-        work = dist.isend(y, to, group=self._ready())
+        work = _started(lambda: dist.isend(y, to, group=self._ready()))
         return Pending(work, lambda: _release(y))
 
     def recv(self, like: Tensor, source: int | None = None) -> Work[tuple[int, Tensor]]:
@@ -129,11 +153,11 @@ class DistributedComm(Comm):
         if source is None:
             if self.backend != "gloo":
                 raise ValueError("recv(source=None) needs gloo: NCCL must know the sender; name the source")
-            work = dist.irecv(y, group=self._ready())
-            assert work is not None
-            return Pending(work, lambda: (work.source_rank(), _typed(y, like)))
+            work = _started(lambda: dist.irecv(y, group=self._ready()))
+            return Pending(work, lambda: (self.members[work.source_rank()], _typed(y, like)))
         self._check(source)
-        return Pending(dist.irecv(y, source, group=self._ready()), lambda: (source, _typed(y, like)))
+        work = _started(lambda: dist.irecv(y, source, group=self._ready()))
+        return Pending(work, lambda: (source, _typed(y, like)))
 
     def exchange(self, x: Tensor, peer: int) -> Work[Tensor]:
         """See `Comm.exchange`."""
@@ -141,26 +165,21 @@ class DistributedComm(Comm):
         mine = self._bytes(x, copy=True)
         if peer == self.rank:
             return Pending(None, lambda: _typed(mine, x))
-        theirs, group = torch.empty_like(mine), self._ready()
-        if self.backend == "gloo":
-            # The receive goes first: the word that one is ready must not stand in line behind one's own message.
-            works = [dist.irecv(theirs, peer, group=group, tag=_EXCHANGE_TAG)]
-            works.append(dist.isend(mine, peer, group=group, tag=_EXCHANGE_TAG))
-        else:  # in one group: each of two kernels that wait for the other's would hold up what is behind it
-            ops = [dist.P2POp(dist.isend, mine, peer, group), dist.P2POp(dist.irecv, theirs, peer, group)]
-            works = list(dist.batch_isend_irecv(ops))
-        return Pending(_All(works, mine), lambda: _typed(theirs, x))
+        theirs = torch.empty_like(mine)
+        return Pending(_started(lambda: self._swap(mine, theirs, peer)), lambda: _typed(theirs, x))
 
     def sub(self, members: Sequence[int]) -> Comm:
         """A smaller view; its process group is made by its members alone, when they first use it.
 
-        Asked again, it is the same view, as process groups stay until the end.
+        Asked again, it is the same view, as process groups stay until the end. Torch tells groups of the same ranks
+        apart by how many each rank is in already: members that are in different numbers of them never meet, and hear
+        `Late`; `lowcomm.pairwise` needs none.
         """
         if not set(members) <= set(self.members):
             raise ValueError(f"members {tuple(members)} are not all among {self.members}")
         key = tuple(sorted(members))
         if key not in self._subs:
-            self._subs[key] = DistributedComm(key, self._wire, self._sender)
+            self._subs[key] = DistributedComm(key, self._wire, self._sender, timeout=self._timeout)
         return self._subs[key]
 
     def now(self) -> float:
@@ -170,9 +189,21 @@ class DistributedComm(Comm):
     def _ready(self) -> dist.ProcessGroup | None:
         """The process group of this view; None means the default group of all ranks."""
         if self._group is None and len(self.members) < dist.get_world_size():
-            self._group = dist.new_group(list(self.members), use_local_synchronization=True)
+            self._group = dist.new_group(list(self.members), self._timeout, use_local_synchronization=True)
             _meet(self.backend, self._wire, self._group)
         return self._group
+
+    def _swap(self, mine: Tensor, theirs: Tensor, peer: int) -> _All:
+        """An exchange of bytes with another rank."""
+        group = self._ready()
+        if self.backend == "gloo":
+            # The receive goes first: the word that one is ready must not stand in line behind one's own message.
+            works = [dist.irecv(theirs, peer, group=group, tag=_EXCHANGE_TAG)]
+            works.append(dist.isend(mine, peer, group=group, tag=_EXCHANGE_TAG))
+        else:  # in one group: each of two kernels that wait for the other's would hold up what is behind it
+            ops = [dist.P2POp(dist.isend, mine, peer, group), dist.P2POp(dist.irecv, theirs, peer, group)]
+            works = list(dist.batch_isend_irecv(ops))
+        return _All(works, mine)
 
     def _rotate(self, mine: list[Tensor], parts: list[Tensor]) -> _Rotation:
         """An all-to-all of which each rank sends one message at a time, the i-th to its i-th neighbour.
@@ -192,8 +223,7 @@ class DistributedComm(Comm):
         return _Rotation(receives, self._sender.send(sends))
 
     def _bytes(self, x: Tensor, copy: bool = False) -> Tensor:
-        flat = x.detach().to(self._wire, copy=copy).contiguous().reshape(-1)
-        return flat.view(torch.uint8)
+        return bytes_of(x.detach().to(self._wire, copy=copy))
 
     def _check(self, rank: int) -> None:
         if rank not in self.members:
@@ -249,7 +279,10 @@ def _typed(raw: Tensor, like: Tensor) -> Tensor:
 
 
 def over(group: dist.ProcessGroup, device: torch.device) -> DistributedComm:
-    """A view of the members of a process group that exists already, over that group."""
+    """A view of the members of a process group that exists already, over that group.
+
+    Groups of fewer members, which it makes where they are used, have torch's own time-out.
+    """
     return DistributedComm(dist.get_process_group_ranks(group), device, group=group)
 
 
@@ -291,9 +324,10 @@ def connect(backend: str, timeout_s: float = 600.0) -> DistributedComm:
     importlib.import_module("torch.distributed.nn.functional")
     # No device_id: a group that is bound to its GPU splits its sub-groups off, for which all ranks must call, and the
     # ranks outside of a `sub` know nothing of it.
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(backend, timeout=timeout)
     _meet(backend, device, None)
-    return DistributedComm(range(dist.get_world_size()), device)
+    return DistributedComm(range(dist.get_world_size()), device, timeout=timeout)
 
 
 def disconnect() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lowcomm.comm.base import Comm, Done, Work
+from lowcomm.comm.base import Comm, Done, Work, check_summable
 
 
 class EchoComm(Comm):
@@ -24,6 +24,7 @@ class EchoComm(Comm):
 
     def all_sum(self, x: Tensor) -> Work[Tensor]:
         """n x."""
+        check_summable(x)
         return Done(x.detach() * len(self.members))
 
     def all_gather(self, x: Tensor) -> Work[list[Tensor]]:
@@ -52,7 +53,7 @@ class EchoComm(Comm):
 
     def sub(self, members: Sequence[int]) -> Comm:
         """An echo among fewer."""
-        smaller = EchoComm(len(self.members), self.rank)
+        smaller = EchoComm(self.rank + 1, self.rank)
         smaller.members = tuple(sorted(members))
         return smaller
 

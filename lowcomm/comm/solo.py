@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from lowcomm.comm.base import Comm, Done, Work
+from lowcomm.comm.base import Comm, Done, Work, check_summable
 
 
 @dataclass
@@ -25,6 +25,7 @@ class SoloComm(Comm):
 
     def all_sum(self, x: Tensor) -> Work[Tensor]:
         """A copy of ``x``."""
+        check_summable(x)
         return Done(x.detach().clone())
 
     def all_gather(self, x: Tensor) -> Work[list[Tensor]]:

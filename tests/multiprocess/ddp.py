@@ -92,6 +92,20 @@ def half_precision():
     return [[p.grad for p in model.parameters()]]
 
 
+def with_ignored(reducer):
+    """Gradients of a model of which DDP is told to ignore a parameter, by one of two names, and means another."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12))
+    model[2].weight, model.scale = model[0].weight, nn.Parameter(torch.ones(12))
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["0.weight", "0.bias", "scale"])
+    wrapped = DistributedDataParallel(model)
+    if reducer is not None:
+        lowcomm.ddp_hook(reducer).register(wrapped)
+    x = torch.randn(8, 12, generator=rng(0, "x", dist.get_rank()))
+    (wrapped(x) * model.scale).square().mean().backward()
+    return [[p.grad for name, p in model.named_parameters() if name != "0.bias"]]
+
+
 def deep(dtype):
     """Matrices of several shapes, some of them alike."""
     torch.manual_seed(0)
@@ -185,6 +199,7 @@ if __name__ == "__main__":
     traces["ddp"] = train(wrapped(), range(1, STEPS + 1))
     traces["spoilt"] = with_reducer(REDUCERS["quantized"], spoil_at=3)
     traces["half precision"] = half_precision()
+    traces["ignored"], traces["ignored, ddp"] = with_ignored(REDUCERS["exact"]), with_ignored(None)
     for name in ("quantized", "power_sgd"):
         traces[f"{name} straight"] = straight(REDUCERS[name])
         traces[f"{name} resumed"] = resumed(REDUCERS[name])

@@ -48,6 +48,36 @@ def train(model, rank, steps):
     return {name: p.detach().full_tensor() for name, p in model.named_parameters()}
 
 
+class Turns(nn.Module):
+    """Layers of several sizes, one of which is left out at each step."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 12, bias=False)]).double()
+
+    def forward(self, x, t):
+        for i, layer in enumerate(self.layers):
+            x = x if i == t % 3 else x + layer(x).tanh()
+        return x
+
+
+def taking_turns(hook, mesh, rank):
+    """The sum of each gradient over the steps."""
+    model, total = Turns(), {}
+    fully_shard(model, mesh=mesh["shard"])
+    hook.register(model)
+    for t in range(3 * STEPS):
+        for p in model.parameters():
+            p.grad = None
+        x = torch.randn(8, 12, generator=rng(0, "x", rank, t % 3), dtype=torch.float64)
+        model(x, t).square().mean().backward()
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                total[name] = total.get(name, 0) + p.grad.full_tensor()
+    return total
+
+
 def one_process(num_ranks):
     """The parameters of large batches."""
     model = plain()
@@ -74,5 +104,6 @@ if __name__ == "__main__":
         hook = lowcomm.fsdp_hook(reducer, replicas)
         hook.load_state_dict(torch.load(path))
         results[f"{name} resumed"] = train(sharded(mesh, hook, half), comm.rank, range(4, STEPS + 1))
+        results[f"{name} turns"] = taking_turns(lowcomm.fsdp_hook(reducer, replicas), mesh, comm.rank)
     torch.save(results, Path(sys.argv[1]) / f"rank{comm.rank}.pt")
     lowcomm.disconnect()

@@ -28,6 +28,7 @@ def test_ranks_stay_equal(traces):
 
 def test_an_exact_reducer_is_ddp(traces):
     assert equal(traces[0]["exact"], traces[0]["ddp"])
+    assert equal(traces[0]["ignored"], traces[0]["ignored, ddp"])
 
 
 @pytest.mark.parametrize("name", [name for name in REDUCERS if name != "exact"])

@@ -37,6 +37,13 @@ def test_the_mean_is_that_of_all_ranks(results):
         assert 0 < apart < 0.1 * (x - start[name]).norm()
 
 
+def test_what_is_remembered_is_of_the_same_parameter_at_every_step(results):
+    """The same gradients again and again, in turns: what is not sent stays small, so sums are apart by one error."""
+    for result in results:
+        for name, exact in result["exact turns"].items():
+            assert 0 < (result["quantized turns"][name] - exact).abs().max() < 0.01 * exact.abs().max()
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="whole tensors"):
         lowcomm.fsdp_hook(lowcomm.Reducer(PowerSGD()), lowcomm.SoloComm())

@@ -91,6 +91,13 @@ def _wire_laws(comm: Comm) -> None:
     rows = [torch.full((j + 1, 2), 10.0 * me + j, dtype=torch.bfloat16) for j in range(n)]
     for sender, got in enumerate(comm.all_to_all(rows).wait()):
         assert got.shape == (me + 1, 2) and (got == 10.0 * sender + me).all()
+    # whatever their strides, which torch does not look at where there is one element
+    for x in (torch.tensor([[float(me), 0.0]])[:, :1], torch.tensor([[float(me), 0.0]] * 3)[:, 0]):
+        travelled = [comm.all_gather(x).wait(), comm.all_to_all([x] * n).wait()]
+        travelled.append([comm.broadcast(x, source).wait() for source in comm.members])
+        for copies in travelled:
+            assert all(y.shape == x.shape and (y == rank).all() for rank, y in enumerate(copies))
+        assert torch.equal(comm.exchange(x, comm.rank).wait(), x)
     # what was there when it was sent travels, whatever becomes of it
     big = torch.full((500_000,), float(me))
     gathering = comm.all_gather(big)
