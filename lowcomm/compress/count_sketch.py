@@ -56,7 +56,7 @@ class CountSketch(Compressor[int]):
     Attributes:
         rows: of the table; odd, as the median is one of them.
         density: cells of the table for each value of the vector.
-        keep: the share of entries that are kept; less than the share of cells in one row, ``density / rows``.
+        keep: the share of entries that are kept; at most the share of cells in one row, ``density / rows``.
         exact: average the true values at the entries that are kept, in a second message.
         seed: of cells and signs; the same on all ranks.
     """
