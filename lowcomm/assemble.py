@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import save_model
 from torch import nn
 
@@ -19,13 +20,13 @@ from lowcomm.comm.base import Comm
 from lowcomm.comm.distributed import connect, disconnect, under_torchrun
 from lowcomm.comm.metered import Meter, MeteredComm
 from lowcomm.comm.solo import SoloComm
-from lowcomm.config import Run, describe, identity
+from lowcomm.config import Run, decisive, describe, identity
 from lowcomm.data import LoadedData
 from lowcomm.engine.base import Engine
 from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.environment import environment
 from lowcomm.ledger import Ledger
-from lowcomm.metrics import Metrics, ProgressSink, Sink, TensorBoardSink, WandbSink, truncate_after
+from lowcomm.metrics import Metrics, ProgressSink, Sink, TensorBoardSink, WandbSink, read, truncate_after
 from lowcomm.models.flops import flops_per_token, peak_flops
 from lowcomm.optim.groups import parameter_groups
 from lowcomm.resume import resume
@@ -145,6 +146,33 @@ def describe_into(run: Run, out: Path) -> None:
     (out / "environment.json").write_text(json.dumps(environment(), indent=1))
 
 
+def check_beginning(run: Run, path: Path) -> None:
+    """Check that a run that is to go on without a checkpoint, and so begins again, replaces nothing but its beginning.
+
+    Args:
+        path: this rank's metrics.
+
+    Raises:
+        ValueError: when they are of a run that ended, or of another config.
+    """
+    if path.exists() and any(record["kind"] == "summary" for record in read(path)):
+        raise ValueError(
+            f"{path.parent} holds a run that ended, and no checkpoint to go on from; choose another --out, or delete "
+            "that directory to train again"
+        )
+    config = path.parent / "config.yaml"
+    if config.exists():
+        try:
+            known = yaml.safe_load(config.read_text(encoding="utf-8"))
+        except yaml.YAMLError:
+            known = None
+        if not isinstance(known, dict) or decisive(known) != decisive(describe(run)):
+            raise ValueError(
+                f"{config} is of another run, and there is no checkpoint to go on from; give the config that it began "
+                "with, or choose another --out"
+            )
+
+
 def _run_replica(run: Run, out: Path, resumes: bool, where: Place, comm: Comm) -> dict[str, Any]:
     rank, num_replicas = comm.rank, len(comm.members)
     metered = MeteredComm(comm, Meter(), stream=where.device if where.backend == "nccl" else None)
@@ -159,6 +187,8 @@ def _run_replica(run: Run, out: Path, resumes: bool, where: Place, comm: Comm) -
         if run.checkpoint.every:
             checkpoints.require_space(num_replicas * checkpoint_bytes(replica.engine, replica.state))
         if resumes:
+            if not checkpoints.steps():
+                check_beginning(run, path)
             truncate_after(path, resume(replica, checkpoints))
         out.mkdir(parents=True, exist_ok=True)
         if rank == 0:
@@ -175,10 +205,15 @@ def save_weights(model: nn.Module, path: Path) -> None:
     """Write parameters and buffers as safetensors; tied ones once, under the first of their names.
 
     `safetensors` refuses a tensor that is a part of another, such as a buffer that is a view: it is written as a copy.
+
+    Raises:
+        OSError: when the file cannot be written.
     """
     hook = model.register_state_dict_post_hook(_copy_parts)
     try:
         save_model(model, str(path))
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         hook.remove()
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import pkgutil
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_loader
 
 import lowcomm
 from lowcomm.assemble import run_replica
@@ -27,6 +28,7 @@ from lowcomm.data import BPE, Source, Tokenizer, train_bpe, write_shards
 from lowcomm.data.shards import check_target
 from lowcomm.ledger import Diverged
 from lowcomm.metrics import summary_table
+from lowcomm.parsing import instantiate, load_yaml, reason
 from lowcomm.predict import predict
 from lowcomm.reduce import NonFinite
 from lowcomm.report import load_runs, write_report
@@ -62,8 +64,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv and argv[0] in commands:
         try:
             return commands[argv[0]](list(argv[1:]))
-        except (ValueError, argparse.ArgumentError) as error:
+        except argparse.ArgumentError as error:
+            return _say(
+                f"error: {reason(error)}\nlowcomm {argv[0]} --help lists flags and the classes that they take", 2
+            )
+        except ValueError as error:
             return _say(f"error: {error}", 2)
+        except OSError as error:  # a disk that is full or not ours to write
+            return _say(f"error: {error}", 1)
+        except KeyboardInterrupt:
+            return _say("stopped by SIGINT", 128 + signal.SIGINT)
     if argv == ["--version"]:
         print(lowcomm.__version__)
         return 0
@@ -123,7 +133,10 @@ def _parse(parser: ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
     # the default one; the classes that flags like --algorithm.every refer to are therefore named first.
     classes = {name: describe(getattr(_DEFAULT, name))["class_path"] for name in ("model", "algorithm", "schedule")}
     named = [f"--{name}={path}" for name, path in classes.items()]
-    parts: dict[str, Any] = vars(parser.instantiate(parser.parse_args([*named, *argv], defaults=False)))
+    if not any(flag.startswith("--optimizer.path") for flag in argv):  # --optimizer.args.lr changes the lr alone
+        named.append(f"--optimizer.args={json.dumps(_DEFAULT.optimizer.args)}")
+    given = parser.parse_args([*named, *argv], defaults=False)
+    parts = vars(instantiate(parser, given, {**get_type_hints(Run), "cluster": Cluster, "out": str}))
     parts.pop("config", None)
     return parts
 
@@ -136,6 +149,7 @@ def _train(argv: list[str]) -> int:
     run, own = parse_run(argv)
     if own.dry_run:
         return _dry_run(run)
+    _check_directory(own.out)
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)
     go_on = f"go on from the newest checkpoint in {own.out / 'checkpoints'} with --resume"
@@ -149,11 +163,14 @@ def _train(argv: list[str]) -> int:
         return _say(f"error: {error}, so training stopped; {last}. A lower learning rate or clip_norm may help.", 1)
     except (PeerLost, Late, NonFinite) as error:
         return _say(f"error: {error}; {go_on}", 1)
+    except OSError as error:
+        return _say(f"error: {error}; {go_on}" if (own.out / "checkpoints").exists() else f"error: {error}", 1)
     return 0
 
 
 def _simulate(argv: list[str]) -> int:
     run, cluster, own = parse_simulation(argv)
+    _check_directory(own.out)
     try:
         simulate(run, cluster, own.out, own.timing_only, own.num_resident, own.stacked)
     except Diverged as error:
@@ -168,7 +185,8 @@ def _retime(argv: list[str]) -> int:
     parser.add_argument("dir", type=str, help="the directory of a simulated run")
     parser.add_argument("--cluster", type=Cluster, sub_configs=True, required=True, help="YAML, or a preset's name")
     parser.add_argument("--out", type=str, required=True, help="a new directory")
-    given = parser.instantiate(parser.parse_args(argv, defaults=False))  # the dataclasses' own apply, see _parse
+    given = parser.parse_args(argv, defaults=False)  # the dataclasses' own apply, see _parse
+    given = instantiate(parser, given, {"cluster": Cluster})
     try:
         summary = retime(Path(given.dir), given.cluster, Path(given.out))
     except Deadlock as error:
@@ -207,7 +225,9 @@ def _data(argv: list[str]) -> int:
     )
     if not any(x.startswith("--tokenizer") for x in argv):
         argv = ["--tokenizer=lowcomm.data.Bytes", *argv]
-    given = parser.instantiate(parser.parse_args(argv))
+    given = instantiate(
+        parser, parser.parse_args(argv), {"source": Source, "tokenizer": Tokenizer, "shard_tokens": int}
+    )
     if given.train_bpe is not None:
         if not isinstance(given.tokenizer, BPE):
             raise ValueError(
@@ -237,7 +257,15 @@ def _parser(command: str, description: str) -> ArgumentParser:
         package = importlib.import_module(f"lowcomm.{room}")
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"lowcomm.{room}.{module.name}")
-    return ArgumentParser(prog=f"lowcomm {command}", description=description, exit_on_error=False)
+    set_loader("lowcomm", load_yaml, (yaml.YAMLError,))
+    prog = f"lowcomm {command}"
+    return ArgumentParser(prog=prog, description=description, exit_on_error=False, parser_mode="lowcomm")
+
+
+def _check_directory(out: Path) -> None:
+    place = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise ValueError(f"--out is {out}, but {place} is a file; name a directory for the run")
 
 
 def _interrupt(signum: int, frame: Any) -> None:

@@ -11,7 +11,7 @@ import importlib
 import inspect
 import json
 from abc import ABC
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -41,10 +41,10 @@ class Optimizer:
     decay_vectors: bool = False
 
     def __post_init__(self) -> None:
-        accepted = inspect.signature(self.load()).parameters
+        _, *accepted = inspect.signature(self.load()).parameters  # the first is for the parameters
         unknown = sorted(set(self.args) - set(accepted))
         if unknown:
-            raise ValueError(f"optimizer.args: {self.path} does not take {unknown}; it takes {list(accepted)[1:]}")
+            raise ValueError(f"optimizer.args: {self.path} does not take {unknown}; it takes {accepted}")
         lr = self.args.get("lr")
         if lr is not None and not (isinstance(lr, int | float) and lr > 0):
             raise ValueError(f"optimizer.args.lr is {lr!r}; it must be a positive number")
@@ -63,9 +63,19 @@ class Optimizer:
         return found
 
     def build(self, groups: Iterable[Any]) -> torch.optim.Optimizer:
-        """The optimizer of these parameters or parameter groups."""
+        """The optimizer of these parameters or parameter groups.
+
+        Raises:
+            ValueError: when it refuses `args`.
+        """
         args: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.args.items()}
-        return self.load()(groups, **args)
+        try:
+            return self.load()(groups, **args)
+        except (TypeError, IndexError) as error:  # what torch raises for a value of another kind
+            raise ValueError(
+                f"optimizer.args: {self.path} cannot be made with {self.args} ({error}); correct or leave out what it "
+                "cannot take"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -239,8 +249,12 @@ def describe(value: Any) -> Any:
     return value
 
 
+def decisive(described: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a described run decides its result."""
+    return {k: v for k, v in described.items() if k not in _PASSING}
+
+
 def identity(run: Run, num_replicas: int, data_fingerprint: str) -> str:
     """A hash that two runs share exactly when they must give the same result."""
-    described = {k: v for k, v in describe(run).items() if k not in _PASSING}
-    key = json.dumps([described, num_replicas, data_fingerprint], sort_keys=True)
+    key = json.dumps([decisive(describe(run)), num_replicas, data_fingerprint], sort_keys=True)
     return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()

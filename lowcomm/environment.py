@@ -19,6 +19,7 @@ def environment() -> dict[str, Any]:
     """Plain data for environment.json; None for what cannot be found out. Names no host, no user and no path."""
     num_gpus = torch.cuda.device_count()
     commit = _git("rev-parse", "HEAD")
+    changes = None if commit is None else _git("status", "--porcelain")
     return {
         "date_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "lowcomm": lowcomm.__version__,
@@ -27,7 +28,7 @@ def environment() -> dict[str, Any]:
         "numpy": numpy.__version__,
         "system": f"{platform.system()} {platform.machine()}",
         "git_commit": commit,
-        "git_dirty": None if commit is None else bool(_git("status", "--porcelain")),
+        "git_dirty": None if changes is None else bool(changes),
         "cpu": _cpu(),
         "num_cpus": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),

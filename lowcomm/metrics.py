@@ -17,6 +17,7 @@ Keys mean the same in every file. A line has those that apply; a value that is n
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -213,16 +214,20 @@ class TensorBoardSink(Sink):
         Raises:
             ValueError: when tensorboard is not installed.
         """
-        self._writer = require("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(dir))
+        self._open = functools.partial(require("torch.utils.tensorboard", "tensorboard").SummaryWriter, str(dir))
+        self._writer: Any = None
 
     def write(self, record: Record) -> None:
-        """Add its numbers at its step."""
+        """Add its numbers at its step; the first says from which step on those of an interrupted run do not count."""
+        if self._writer is None:
+            self._writer = self._open(purge_step=record["t"])
         for key, value in _numbers(record).items():
             self._writer.add_scalar(key, value, record["t"])
 
     def close(self) -> None:
         """Write out what is buffered."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 class WandbSink(Sink):

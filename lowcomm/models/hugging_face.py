@@ -30,12 +30,21 @@ class HuggingFace(ModelConfig):
             raise ValueError("name is empty; give a model's name on the hub or a local directory with a config.json")
 
     def construct(self, vocab_size: int) -> nn.Module:
+        try:
+            return self._construct(vocab_size)
+        except OSError as error:
+            raise ValueError(
+                f"HuggingFace({self.name!r}) cannot be read: {error}; check name, revision and the network, or give a "
+                "local directory with a config.json (and, for pretrained, weights)"
+            ) from error
+
+    def _construct(self, vocab_size: int) -> nn.Module:
         transformers = require("transformers")
         config = transformers.AutoConfig.from_pretrained(self.name, revision=self.revision)
         check_vocabulary(f"HuggingFace({self.name!r})", config.get_text_config().vocab_size, vocab_size)
         config.use_cache = False  # keys and values of past tokens serve generation only
         model: nn.Module
-        if self.pretrained:
+        if self.pretrained and torch.get_default_device().type != "meta":  # which has shapes alone
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 self.name, revision=self.revision, config=config, dtype=torch.float32
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +41,10 @@ class Module(ModelConfig):
             ) from error
         if not (isinstance(found, type) and issubclass(found, nn.Module)):
             raise ValueError(f"{self.path} is {found!r}; it must be a subclass of torch.nn.Module")
+        try:
+            inspect.signature(found).bind(**self.args)
+        except TypeError as error:
+            raise ValueError(f"{self.path} does not take the args {dict(self.args)}: {error}; correct them") from error
         model = found(**self.args)
         self._check_contract(model, vocab_size)
         return model

@@ -73,7 +73,17 @@ def _load_run(path: Path, name: str) -> Run:
     return Run(
         name,
         [record for record in records if record.get("rank", 0) == rank],
-        config.read_text(encoding="utf-8") if config.exists() else None,
-        json.loads(environment.read_text(encoding="utf-8")) if environment.exists() else None,
+        config.read_text(encoding="utf-8", errors="replace") if config.exists() else None,
+        _environment(environment) if environment.exists() else None,
         trace if trace.exists() else None,
     )
+
+
+def _environment(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not whole ({error}); delete it to see the run without") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no object of JSON; delete it to see the run without")
+    return found

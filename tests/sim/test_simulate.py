@@ -132,3 +132,19 @@ def test_a_bad_cluster_is_refused(cluster, words, flags, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith("lowcomm: error:") and all(word in error for word in words)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("class_path: LAN\ninit_args: {num_hosts: 2, hots: 3}", "Option 'hots' is not accepted"),
+        ("class_path: LAN\ninit_args: {bits_per_s: 1 Gbit}", "Got value: 1 Gbit"),
+        ("", "Not a valid subclass of Cluster"),
+    ],
+)
+def test_what_is_wrong_with_a_cluster_file_is_said(text, words, tmp_path, capsys):
+    path = tmp_path / "cluster.yaml"
+    path.write_text(text)
+    assert main(["simulate", "--config", str(write_tiny(tmp_path)), "--cluster", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert words in error and "loop" not in error

@@ -3,19 +3,24 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 
 from lowcomm.algorithms.diloco import DiLoCo
 from lowcomm.algorithms.local_sgd import LocalSGD
 from lowcomm.cli import main, parse_run
-from lowcomm.config import describe
+from lowcomm.config import Optimizer, describe
+from lowcomm.data import Files
 from lowcomm.metrics import read
 from lowcomm.outer.nesterov import Nesterov
 from lowcomm.outer.sgd import SGD
 from tests.multiprocess.launch import write_tiny
+
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 
 
 @pytest.fixture
@@ -56,6 +61,15 @@ def refused(capsys, *argv):
         (["--optimizer.args", "{lr: 0.1, momentun: 0.9}"], ["momentun"]),
         (["--optimizer.args.lr", "-1"], ["lr is -1"]),
         (["--schedule.num_warmup_steps", "41"], ["num_warmup_steps 41"]),
+        (["--optimizer.args", "{lr: 0.1, betas: 3}"], ["torch.optim.AdamW", "'betas': 3", "leave out"]),
+        (["--optimizer.args", "{lr: 0.1, betas: [0.9]}"], ["torch.optim.AdamW", "'betas': [0.9]"]),
+        (["--optimizer.args", "{lr: null}"], ["torch.optim.AdamW", "'lr': None"]),
+        (["--optimizer.args", "{lr: 0.1, params: 1}"], ["does not take ['params']"]),
+        (["--algorithm", "diloco"], ["diloco", "lowcomm train --help lists"]),
+        (["--algorithm.every", "null"], ["algorithm.every is null", "leave it out"]),
+        (["--algorithm.reducer", "null"], ["algorithm.reducer is null"]),
+        (["--algorithm.outer", "null"], ["algorithm.outer is null"]),
+        (["--model.tie_embeddings", "null"], ["model.tie_embeddings is null"]),
         (["--config", "/no/such/config.yaml"], ["/no/such/config.yaml"]),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else None,
@@ -66,6 +80,67 @@ def test_bad_input_is_refused_before_training(capsys, config, tmp_path, flags, w
     error = refused(capsys, "train", "--config", str(config), "--out", str(tmp_path / "out"), *flags)
     assert all(word in error for word in words), error
     assert not (tmp_path / "out").exists(), "nothing was started"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("evaluation:\n", ["evaluation is null"]),
+        ("model:\n", ["model is null"]),
+        ("compile:\n", ["compile is null"]),
+        ("optimizer: {args: }\n", ["optimizer.args is null"]),
+        ("data: {source: }\n", ["data.source is null"]),
+        ("algorithm: {class_path: LocalSGD, init_args: {reducer: {compressor: }}}\n", ["reducer.compressor is null"]),
+        ("batch: {size: 4}\nbatch: {num_micro_batches: 2}\n", ["'batch' stands here twice"]),
+        ("batch: {size: 4, size: 8}\n", ["'size' stands here twice"]),
+    ],
+)
+def test_keys_without_a_value_and_keys_that_stand_twice_are_refused(capsys, tmp_path, text, words):
+    (tmp_path / "run.yaml").write_text(f"num_steps: 3\n{text}")
+    error = refused(capsys, "train", "--config", str(tmp_path / "run.yaml"), "--dry_run")
+    assert all(word in error for word in words), error
+
+
+def test_null_stays_a_value_where_it_is_one_and_text_stays_text(tmp_path):
+    """`---` and `# ` alone are null in YAML, but text within quotes."""
+    (tmp_path / "run.yaml").write_text("num_steps: 3\nclip_norm:\nnum_tokens: null\n")
+    run, _ = parse_run(["--config", str(tmp_path / "run.yaml"), "--data.validation", "null"])
+    assert (run.clip_norm, run.num_tokens, run.data.validation) == (None, None, None)
+    for separator in ("---", "# ", "\n", "\0"):
+        source = {"class_path": "Files", "init_args": {"paths": ["a.txt"], "separator": separator}}
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump({"num_steps": 3, "data": {"source": source}}))
+        run, _ = parse_run(["--config", str(tmp_path / "run.yaml")])
+        assert run.data.source == Files(["a.txt"], separator=separator)
+
+
+def test_a_directory_that_is_a_file_is_refused(capsys, config, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    for out in (tmp_path / "out", tmp_path / "out" / "run"):
+        assert f"{tmp_path / 'out'} is a file" in refused(capsys, "train", "--config", str(config), "--out", str(out))
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize("where", ["describe_into", "save_model"])
+def test_a_full_disk_is_told_in_a_sentence(capsys, config, tmp_path, monkeypatch, where):
+    def full(*_):
+        message = "No space left on device"
+        raise SafetensorError(message) if where == "save_model" else OSError(28, message)
+
+    monkeypatch.setattr(f"lowcomm.assemble.{where}", full)
+    out = tmp_path / "out"
+    assert main(["train", "--config", str(config), "--num_steps", "20", "--out", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("lowcomm: error:") and "No space left on device" in error
+    assert ("--resume" in error) == (where == "save_model"), "there is a checkpoint to go on from"
+
+
+def test_ctrl_c_ends_a_simulation_without_a_traceback(capsys, config, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lowcomm.cli.simulate", interrupted)
+    assert main(["simulate", "--config", str(config), "--cluster", "Uniform"]) == 130
+    assert "stopped by SIGINT" in capsys.readouterr().err
 
 
 def test_empty_data_is_refused(capsys, config, tmp_path):
@@ -145,6 +220,23 @@ def test_a_checkpoint_of_another_run_is_refused(capsys, config, tmp_path):
     assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == before, "nothing is lost"
 
 
+def test_a_run_that_begins_again_replaces_no_other_one_and_none_that_ended(capsys, config, tmp_path):
+    out = tmp_path / "out"
+    flags = ["train", "--config", str(config), "--out", str(out), "--num_steps", "8", "--checkpoint.every", "0"]
+    assert main(flags) == 0
+    whole = {x: x.read_bytes() for x in out.iterdir()}
+    assert "a run that ended" in refused(capsys, *flags, "--resume")
+    assert {x: x.read_bytes() for x in out.iterdir()} == whole
+
+    metrics = out / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(lines[:-3]))  # it was interrupted
+    assert "of another run" in refused(capsys, *flags, "--resume", "--seed", "1")
+    assert metrics.read_text() == "".join(lines[:-3])
+    assert main([*flags, "--resume", "--log.every", "2"]) == 0
+    assert [line["t"] for line in read(metrics) if line["kind"] == "step"] == [2, 4, 6, 8]
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_checkpoint(capsys, config, tmp_path):
     flags = ["--optimizer", '{"path": "torch.optim.SGD", "args": {"lr": 1.0e30}}', "--schedule.num_warmup_steps", "30"]
     assert main(["train", "--config", str(config), "--out", str(tmp_path / "out"), *flags]) == 1
@@ -162,6 +254,25 @@ def test_naming_another_class_keeps_no_settings_of_the_default_one():
     assert run.algorithm == LocalSGD()
     run, _ = parse_run(["--num_steps", "1", "--algorithm.every", "7"])
     assert run.algorithm == DiLoCo(every=7, outer=Nesterov())
+
+
+def test_a_flag_of_the_default_optimizer_changes_that_argument_alone(tmp_path):
+    run, _ = parse_run(["--num_steps", "1", "--optimizer.args.lr", "0.5"])
+    assert run.optimizer == Optimizer(args={**Optimizer().args, "lr": 0.5})
+    (tmp_path / "run.yaml").write_text("num_steps: 1\noptimizer: {path: torch.optim.SGD, args: {lr: 0.1}}\n")
+    run, _ = parse_run(["--config", str(tmp_path / "run.yaml"), "--optimizer.args.momentum", "0.9"])
+    assert run.optimizer == Optimizer("torch.optim.SGD", {"lr": 0.1, "momentum": 0.9})
+    run, _ = parse_run(["--num_steps", "1", "--optimizer.path", "torch.optim.SGD", "--optimizer.args.lr", "0.5"])
+    assert run.optimizer == Optimizer("torch.optim.SGD", {"lr": 0.5})
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configs_are_complete_runs_that_read_the_same_again(path, tmp_path):
+    run, _ = parse_run(["--config", str(path)])
+    described = yaml.safe_dump(describe(run))
+    assert yaml.safe_load(described) == describe(run)
+    (tmp_path / "run.yaml").write_text(described)
+    assert parse_run(["--config", str(tmp_path / "run.yaml")])[0] == run
 
 
 @pytest.mark.parametrize(

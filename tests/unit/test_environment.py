@@ -37,5 +37,7 @@ def test_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (environment()["git_commit"], environment()["git_dirty"]) == (git("rev-parse", "HEAD"), False)
     (tmp_path / "new").touch()
     assert environment()["git_dirty"] is True
+    (tmp_path / ".git" / "index").write_bytes(b"damaged")
+    assert (environment()["git_commit"], environment()["git_dirty"]) == (git("rev-parse", "HEAD"), None)
     monkeypatch.setenv("PATH", "")
     assert environment()["git_commit"] is None

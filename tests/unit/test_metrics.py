@@ -177,6 +177,25 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 5.0), (2, 2.5)]
 
 
+def test_tensorboard_shows_a_step_that_was_done_again_once(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing import event_accumulator as reader
+
+    TensorBoardSink(tmp_path).close()  # a run that ends before its first line
+    for first, last, loss in ((1, 5, 9.0), (4, 6, 1.0)):  # interrupted after step 5, goes on from step 3
+        sink = TensorBoardSink(tmp_path)
+        for t in range(first, last + 1):
+            sink.write(step(t, loss=loss))
+        sink.close()
+    events = reader.EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [
+        *((t, 9.0) for t in (1, 2, 3)),
+        (4, 1),
+        (5, 1),
+        (6, 1),
+    ]
+
+
 class FakeWandb(ModuleType):
     """As much of wandb as a run needs."""
 

@@ -1,5 +1,6 @@
 """Models build the same weights whatever ran before; Hugging Face's and the user's own models."""
 
+import shutil
 import sys
 
 import pytest
@@ -88,11 +89,24 @@ def test_hugging_face_loads_pretrained_weights_as_fp32_in_training_mode(tiny_gpt
     assert model(torch.zeros(2, 5, dtype=torch.int64)).logits.shape == (2, 5, 40)
 
 
-def test_hugging_face_mistakes_are_told(tiny_gpt2, monkeypatch):
+def test_hugging_face_has_shapes_alone_on_the_meta_device(tiny_gpt2):
+    model = HuggingFace(tiny_gpt2, pretrained=True)
+    with torch.device("meta"):
+        shapes = model.build(40, seed=0)
+    assert {x.device.type for x in shapes.parameters()} == {"meta"}
+    assert [x.shape for x in shapes.parameters()] == [x.shape for x in model.build(40, seed=0).parameters()]
+
+
+def test_hugging_face_mistakes_are_told(tiny_gpt2, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="vocabulary of 40 tokens and the tokenizer needs 41"):
         HuggingFace(tiny_gpt2).build(41, seed=0)
     with pytest.raises(ValueError, match="name is empty"):
         HuggingFace("")
+    (tmp_path / "weightless").mkdir()
+    shutil.copy(f"{tiny_gpt2}/config.json", tmp_path / "weightless")
+    for model in (HuggingFace("/no/such/model"), HuggingFace(str(tmp_path / "weightless"), pretrained=True)):
+        with pytest.raises(ValueError, match=r"cannot be read: .* check name, revision and the network"):
+            model.build(40, seed=0)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match=r"pip install 'lowcomm\[hf\]'"):
         HuggingFace(tiny_gpt2).build(40, seed=0)
@@ -112,6 +126,8 @@ def test_module_gets_its_arguments_and_is_in_training_mode():
         ("users_models.Trigram", {}, "names nothing that can be imported"),
         ("no_such_package.Model", {}, "names nothing that can be imported"),
         ("users_models.weights", {}, r"must be a subclass of torch\.nn\.Module"),
+        ("users_models.Bigram", {}, "does not take the args {}: missing a required argument: 'vocab_size'"),
+        ("users_models.Bigram", {"vocab_size": 40, "with": 4}, "got an unexpected keyword argument 'with'"),
         ("users_models.Bigram", {"vocab_size": 39}, "does not accept token id 39 .* a vocabulary of 40"),
         ("users_models.Flat", {"vocab_size": 40}, r"maps tokens \[1, 2\] to \[2, 40\]"),
     ],

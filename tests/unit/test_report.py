@@ -178,6 +178,17 @@ def test_not_a_run_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "r.html").exists()
 
 
+@pytest.mark.parametrize("text", ["", "{", "[1]"])
+def test_an_environment_that_is_not_whole_is_named(tmp_path: Path, text: str) -> None:
+    run = write_run(tmp_path / "run", 1.0, 0)
+    (run / "config.yaml").write_bytes(b"seed: 1 # \xff\n")  # shown as text, whatever it is
+    (run / "environment.json").write_text(text)
+    with pytest.raises(ValueError, match=r"run/environment\.json .*; delete it"):
+        write_report([run], tmp_path / "r.html")
+    (run / "environment.json").unlink()
+    assert "seed: 1" in write_report([run], tmp_path / "r.html").read_text(encoding="utf-8")
+
+
 def test_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match=r"pip install 'lowcomm\[report\]'"):
