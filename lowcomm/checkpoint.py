@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 
 MANIFEST, TREE, ON_ALL = "manifest.json", "tree.json", "on_all_ranks"
@@ -69,6 +70,7 @@ class Checkpoints:
 
         Raises:
             ValueError: when the state holds something that cannot be saved; says where.
+            OSError: when files cannot be written; the checkpoints before it stay.
         """
         tensors: dict[str, Tensor] = {}
         tree = _split(dict(state), "state", tensors)
@@ -76,8 +78,12 @@ class Checkpoints:
         partial = whole.with_name(f"{whole.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        with _in_one_process():
-            state_dict_saver.save(tensors, storage_writer=FileSystemWriter(partial, sync_files=False), no_dist=True)
+        writer = FileSystemWriter(partial, sync_files=False)
+        try:
+            with _in_one_process():
+                state_dict_saver.save(tensors, storage_writer=writer, no_dist=True)
+        except (OSError, RuntimeError) as error:  # torch's writer of files knows no other
+            raise OSError(f"{partial} cannot be written ({error}); is the disk full?") from error
         (partial / TREE).write_text(json.dumps(tree), encoding="utf-8")
         files = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(partial.iterdir())}
         manifest = {**self._identity(t), "files": files}
@@ -266,10 +272,18 @@ def _set_aside(folder: Path) -> Path:
 
 @contextmanager
 def _in_one_process() -> Iterator[None]:
-    """Without torch's warning that it works in one process, which is what we ask of it."""
+    """Without torch's warning that it works in one process, which is what we ask of it.
+
+    Raises:
+        BaseException: what happened within, an interrupt too, where torch raises a table of it by rank.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield
+        try:
+            yield
+        except CheckpointException as error:
+            ((cause, _),) = error.failures.values()
+            raise cause from error
 
 
 # ---- a state as tensors by name and JSON ----------------------------------------------------------------------------

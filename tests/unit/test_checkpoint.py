@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -360,6 +361,31 @@ def test_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     saved.require_space(10**9)
     with pytest.raises(ValueError, match=r"3\.00 GB free, but 3 checkpoints of 1\.10 GB .* need 3\.30 GB more"):
         saved.require_space(11 * 10**8)
+
+
+def test_a_disk_that_fills_up_while_writing_is_named(tmp_path: Path) -> None:
+    """The limit on a file's size stands for the end of the disk."""
+    saved = checkpoints(tmp_path)
+    saved.save(1, small_state())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"rank00000.partial cannot be written .*; is the disk full\?"):
+            saved.save(2, {"x": torch.zeros(1_000_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert saved.steps() == [1] and saved.load(1)["t"] == 0
+    saved.save(2, small_state(1.0))
+    assert saved.load(2)["t"] == 1
+
+
+def test_an_interrupt_while_writing_is_no_error_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints(tmp_path).save(1, small_state())
 
 
 def test_checkpoints_that_are_there_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
