@@ -10,12 +10,11 @@ the record of the same name, made with the same arguments, are kept and the othe
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import parser, table, write_record
+from benchmarks.record import kept_runs, parser, table, write_record
 from benchmarks.simulations import Job, Parts, add_run_flags, language_run, part, simulate_all
 from lowcomm.metrics import si
 
@@ -103,24 +102,6 @@ def save(given: argparse.Namespace, runs: dict[str, dict[str, Any]]) -> Path:
     return record
 
 
-def kept_runs(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The runs of the record of this name.
-
-    Raises:
-        ValueError: when there is none, or it was made with other arguments.
-    """
-    path = given.out / given.name / "record.json"
-    if not path.exists():
-        raise ValueError(f"there is no {path} to go on with")
-    record = json.loads(path.read_text(encoding="utf-8"))
-    now = {key: value.name if isinstance(value, Path) else value for key, value in vars(given).items()}
-    other = [key for key, value in record["arguments"].items() if key not in FREE and now[key] != value]
-    if other:
-        raise ValueError(f"{path} was made with other {other}; give the same, or another --name")
-    results: dict[str, dict[str, Any]] = record["results"]
-    return results
-
-
 def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
     """Loss against bytes; the line joins the runs that no other beats in both."""
     from matplotlib.figure import Figure
@@ -160,7 +141,9 @@ def main() -> None:
     known = variants()
     if unknown := set(given.only or []) - set(known):
         flags.error(f"--only {sorted(unknown)} are unknown; there are {list(known)}")
-    ended = kept_runs(given) if given.go_on else {}
+    ended = kept_runs(given, FREE) if given.go_on else {}
+    if given.go_on and not ended:
+        flags.error(f"--go_on: there is no record {given.name} to go on with")
     wanted = [name for name in known if name not in ended and (given.only is None or name in given.only)]
     jobs = [Job(name, config(given, name, known[name]), given.replicas) for name in wanted]
     failed: list[str] = []

@@ -12,20 +12,17 @@ Bytes are those that a replica hands to the wire, evaluation left out. Beside th
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.methods import CLAIMS, METHODS, OPTIMIZERS, Others, Setting
-from benchmarks.record import parser, table, write_record
+from benchmarks.record import Runs, kept_runs, origin, origins, parser, table, write_record
 from benchmarks.simulations import Job, Parts, add_run_flags, language_run, simulate_all, warmup_of
-from lowcomm.environment import environment
 from lowcomm.metrics import si
 
 KEPT = ("num_parameters", "members", "t", "round", "tokens", "loss", "val_loss", "val_bits_per_byte", "wire_bytes")
@@ -33,8 +30,6 @@ KEPT = ("num_parameters", "members", "t", "round", "tokens", "loss", "val_loss",
 FREE = ("stage", "only", "among", "seeds", "gpus", "jobs", "limit_s", "stacked")
 # the first of these is what the others are set beside
 BASELINE = "data parallel"
-
-Results = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -82,13 +77,13 @@ def config(given: argparse.Namespace, case: Case) -> Parts:
     return run | {"compile": given.compile}
 
 
-def grid(given: argparse.Namespace, names: list[str], ended: Results) -> list[Case]:
+def grid(given: argparse.Namespace, names: list[str], ended: Runs) -> list[Case]:
     """Every method at every rate of its grid."""
     del ended
     return [Case(name, given.replicas[0], tuned, 0) for name in names for tuned in choices(given, name)]
 
 
-def rest(given: argparse.Namespace, names: list[str], ended: Results) -> list[Case]:
+def rest(given: argparse.Namespace, names: list[str], ended: Runs) -> list[Case]:
     """The best rates with more replicas and more seeds; the longest runs first."""
     best = {}
     for name in names:
@@ -105,10 +100,10 @@ def rest(given: argparse.Namespace, names: list[str], ended: Results) -> list[Ca
     ]
 
 
-STAGES: dict[str, Callable[[argparse.Namespace, list[str], Results], list[Case]]] = {"grid": grid, "rest": rest}
+STAGES: dict[str, Callable[[argparse.Namespace, list[str], Runs], list[Case]]] = {"grid": grid, "rest": rest}
 
 
-def best_of(given: argparse.Namespace, name: str, ended: Results) -> Tuned:
+def best_of(given: argparse.Namespace, name: str, ended: Runs) -> Tuned:
     """The choice of the lowest loss.
 
     Raises:
@@ -128,7 +123,7 @@ def loss_of(result: dict[str, Any]) -> float:
     return float("inf") if loss is None or loss != loss else float(loss)
 
 
-def tried(given: argparse.Namespace, name: str, results: Results) -> list[tuple[str, float]]:
+def tried(given: argparse.Namespace, name: str, results: Runs) -> list[tuple[str, float]]:
     """What a method was tried with at the first number of replicas and seed, in the grid or beyond it; its losses."""
     found = {}
     for key, run in results.items():
@@ -136,24 +131,6 @@ def tried(given: argparse.Namespace, name: str, results: Results) -> list[tuple[
         if (method, members, seed) == (name, f"{given.replicas[0]} replicas", "seed 0"):
             found[tuned.removeprefix("lr ")] = loss_of(run)
     return sorted(found.items(), key=lambda choice: float(choice[0].split()[0]))
-
-
-def kept_runs(given: argparse.Namespace) -> Results:
-    """The runs of the record of this name, if there is one.
-
-    Raises:
-        ValueError: when it was made with other arguments.
-    """
-    path = given.out / given.name / "record.json"
-    if not path.exists():
-        return {}
-    record = json.loads(path.read_text(encoding="utf-8"))
-    now = {key: value.name if isinstance(value, Path) else value for key, value in vars(given).items()}
-    other = [key for key, value in record["arguments"].items() if key not in FREE and now.get(key) != value]
-    if other:
-        raise ValueError(f"{path} was made with other {other}; give the same, or another --name")
-    results: Results = record["results"]
-    return results
 
 
 @dataclass(frozen=True)
@@ -182,7 +159,7 @@ class Row:
         return mine / its - 1
 
 
-def rows_of(given: argparse.Namespace, results: Results) -> list[Row]:
+def rows_of(given: argparse.Namespace, results: Runs) -> list[Row]:
     """What there is to compare so far."""
     rows = []
     for num_replicas in given.replicas:
@@ -199,7 +176,7 @@ def rows_of(given: argparse.Namespace, results: Results) -> list[Row]:
     return rows
 
 
-def save(given: argparse.Namespace, results: Results) -> Path:
+def save(given: argparse.Namespace, results: Runs) -> Path:
     """Write the record and the picture of the runs that have ended."""
     rows = rows_of(given, results)
     by_key = {(row.name, row.num_replicas): row for row in rows}
@@ -249,9 +226,7 @@ def save(given: argparse.Namespace, results: Results) -> Path:
     lines = [about, "", table(columns, cells), "", "![loss against bytes](pareto.png)", "", "What was expected:", ""]
     lines += [table(["expected", "by", "replicas", "measured", "holds"], claims)]
     lines += ["", "Loss at each choice:", "", table(["method", "lr", "val loss (nats)", "in the grid"], grids)]
-    commits = Counter(str(run["commit"]) for run in results.values())
-    lines += ["", f"Runs: {', '.join(f'{num} at {commit}' for commit, num in commits.items())}."]
-    record = write_record(given, results, "\n".join(lines))
+    record = write_record(given, results, "\n".join([*lines, "", origins(results)]))
     draw(rows, record / "pareto.png")
     return record
 
@@ -306,7 +281,7 @@ def main() -> None:
     given = flags.parse_args()
     if unknown := set(given.only or []) - set(METHODS):
         flags.error(f"--only {sorted(unknown)} are unknown; there are {list(METHODS)}")
-    ended = kept_runs(given)
+    ended = kept_runs(given, FREE)
     tuned = [name for name in METHODS if given.stage == "rest" or METHODS[name].tuned_as is None]
     names = [name for name in tuned if given.only is None or name in given.only]
     cases = [case for case in STAGES[given.stage](given, names, ended) if case.key not in ended]
@@ -317,8 +292,7 @@ def main() -> None:
             failed.append(run.job.name)
             print(f"{run.job.name} failed: {run.error}", file=sys.stderr, flush=True)
             continue
-        commit = given.commit or environment()["git_commit"]
-        ended[run.job.name] = {key: run.summary.get(key) for key in (*KEPT, "wall_s")} | {"commit": commit}
+        ended[run.job.name] = {key: run.summary.get(key) for key in (*KEPT, "wall_s")} | origin(given)
         print(f"{run.job.name}: {run.summary['val_loss']} nats, {run.summary['wall_s']:.0f} s", flush=True)
         save(given, ended)
     if ended:

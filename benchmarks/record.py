@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lowcomm.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
+Runs = dict[str, dict[str, Any]]
 
 
 def parser(doc: str | None, name: str) -> argparse.ArgumentParser:
@@ -38,20 +40,49 @@ def write_record(given: argparse.Namespace, results: Any, summary: str) -> Path:
     """
     seen = environment()
     commit = given.commit or seen["git_commit"]
-    arguments = {
-        key: value.name if isinstance(value, Path) else value  # the name alone: folders are the machine's own
-        for key, value in vars(given).items()
-        if key not in ("out", "commit")
-    }
+    arguments = {key: value for key, value in _arguments(given).items() if key not in ("out", "commit")}
     record = {"commit": commit, "environment": seen, "arguments": arguments, "results": results}
     folder: Path = given.out / given.name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     state = " with changes that are not committed" if seen["git_dirty"] and not given.commit else ""
-    hardware = ", ".join(seen["gpus"]) or f"{seen['num_cpus']} cores of {seen['cpu'] or seen['system']}"
-    foot = f"{seen['date_utc']}, commit {commit}{state}, {hardware}, torch {seen['torch']}, Python {seen['python']}."
+    versions = f"torch {seen['torch']}, Python {seen['python']}"
+    foot = f"{seen['date_utc']}, commit {commit}{state}, {_hardware(seen)}, {versions}."
     (folder / "summary.md").write_text(f"# {given.name}\n\n{summary.strip()}\n\n{foot}\n", encoding="utf-8")
     return folder
+
+
+def kept_runs(given: argparse.Namespace, free: Collection[str]) -> Runs:
+    """The runs of the record of this name, if there is one, to go on with.
+
+    Args:
+        free: the flags in which it may have been made otherwise.
+
+    Raises:
+        ValueError: when it was made with other arguments.
+    """
+    path = given.out / given.name / "record.json"
+    if not path.exists():
+        return {}
+    record = json.loads(path.read_text(encoding="utf-8"))
+    now = _arguments(given)
+    other = [key for key, value in record["arguments"].items() if key not in free and now.get(key) != value]
+    if other:
+        raise ValueError(f"{path} was made with other {other}; give the same, or another --name")
+    origin = {"commit": record["commit"], "hardware": _hardware(record["environment"])}
+    return {name: run if "commit" in run else run | origin for name, run in record["results"].items()}
+
+
+def origin(given: argparse.Namespace) -> dict[str, str]:
+    """What to keep with a run of now, in a record whose runs are of several commits or machines."""
+    seen = environment()
+    return {"commit": given.commit or seen["git_commit"], "hardware": _hardware(seen)}
+
+
+def origins(runs: Runs) -> str:
+    """How many of the runs were made where."""
+    places = Counter(" on ".join(filter(None, (run["commit"][:7], run.get("hardware")))) for run in runs.values())
+    return f"Runs: {'; '.join(f'{num} at {place}' for place, num in places.items())}."
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -86,3 +117,13 @@ def save_picture(path: Path, y_title: str, panels: Sequence[tuple[str, bool, Cur
     axes[0].set_ylabel(y_title)
     axes[0].legend()
     figure.savefig(path, dpi=110)
+
+
+def _arguments(given: argparse.Namespace) -> dict[str, Any]:
+    """The flags; of paths the name alone, since folders are the machine's own."""
+    return {key: value.name if isinstance(value, Path) else value for key, value in vars(given).items()}
+
+
+def _hardware(seen: Mapping[str, Any]) -> str:
+    gpus = ", ".join(f"{num} {name}" for name, num in Counter(seen["gpus"]).items())
+    return gpus or f"{seen['num_cpus']} cores of {seen['cpu'] or seen['system']}"

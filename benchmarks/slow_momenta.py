@@ -16,10 +16,12 @@ import sys
 from pathlib import Path
 
 from benchmarks.convergence import Case, Tuned, config, loss_of
-from benchmarks.record import parser, table, write_record
-from benchmarks.simulations import Job, Parts, add_run_flags, simulate_all
+from benchmarks.record import Runs, kept_runs, origin, origins, parser, table, write_record
+from benchmarks.simulations import Job, add_run_flags, simulate_all
 
 METHODS = ("data parallel, QHADOPT", "MT-DAO")
+# what runs of one record may differ in: a later call goes on with what is there
+FREE = ("betas", "lrs", "jobs", "stacked")
 SECOND_BETA, OMEGA = 0.99, 0.9
 KEPT = ("num_parameters", "t", "round", "tokens", "loss", "val_loss", "wall_s")
 
@@ -29,18 +31,16 @@ def case_of(given: argparse.Namespace, method: str, beta: float, lr: float) -> C
     return Case(method, given.replicas, Tuned(lr, (beta, SECOND_BETA, OMEGA)), 0)
 
 
-def save(given: argparse.Namespace, ended: dict[str, Parts]) -> Path:
-    """Write the record: a row for each momentum and learning rate of which both methods have ended."""
+def save(given: argparse.Namespace, ended: Runs) -> Path:
+    """Write the record: a row for each momentum and learning rate, and one for each momentum with the best rates."""
     dense, local = METHODS
-    rows = []
-    best: dict[float, list[float]] = {}
-    for beta, lr in itertools.product(given.betas, given.lrs):
-        keys = [case_of(given, method, beta, lr).key for method in METHODS]
-        if not all(key in ended for key in keys):
-            continue
-        losses = [loss_of(ended[key]) for key in keys]
-        rows.append([f"{beta:g}", f"{lr:g}", *_cells(losses)])
-        best[beta] = [min(pair) for pair in zip(best.get(beta, losses), losses, strict=True)]
+    losses = {(run["beta"], run["lr"], run["method"]): loss_of(run) for run in ended.values()}
+    pairs = sorted({(beta, lr) for beta, lr, _ in losses})
+    rows = [[f"{beta:g}", f"{lr:g}", *_cells(*(losses.get((beta, lr, x)) for x in METHODS))] for beta, lr in pairs]
+    best = []
+    for beta in sorted({beta for beta, _ in pairs}):
+        found = [min((y for (b, _, z), y in losses.items() if (b, z) == (beta, x)), default=None) for x in METHODS]
+        best.append([f"{beta:g}", *_cells(*found)])
     first = next(iter(ended.values()))
     about = (
         f"Llama {given.size} ({first['num_parameters']:,} parameters), {given.replicas} replicas simulated on one "
@@ -50,13 +50,13 @@ def save(given: argparse.Namespace, ended: dict[str, Parts]) -> Path:
     )
     columns = ["beta", "lr", dense, local, "MT-DAO against data parallel"]
     lines = [about, "", table(columns, rows), "", "The best rate of each for its momentum:", ""]
-    lines += [table([columns[0], *columns[2:]], [[f"{beta:g}", *_cells(losses)] for beta, losses in best.items()])]
-    return write_record(given, ended, "\n".join(lines))
+    lines += [table([columns[0], *columns[2:]], best)]
+    return write_record(given, ended, "\n".join([*lines, "", origins(ended)]))
 
 
-def _cells(losses: list[float]) -> list[str]:
-    dense, local = losses
-    return [f"{dense:.4f}", f"{local:.4f}", f"{local / dense - 1:+.2%}"]
+def _cells(dense: float | None, local: float | None) -> list[str]:
+    gap = "–" if dense is None or local is None else f"{local / dense - 1:+.2%}"
+    return [*("–" if loss is None else f"{loss:.4f}" for loss in (dense, local)), gap]
 
 
 def main() -> None:
@@ -70,21 +70,25 @@ def main() -> None:
     flags.add_argument("--compile", action="store_true", help="torch.compile the model")
     flags.add_argument("--stacked", action="store_true", help="compute the gradients of all replicas of a run at once")
     given = flags.parse_args()
-    cases = [
-        case_of(given, method, beta, lr) for beta, lr, method in itertools.product(given.betas, given.lrs, METHODS)
-    ]
-    jobs = [Job(case.key, config(given, case), case.num_replicas, given.stacked) for case in cases]
-    ended: dict[str, Parts] = {}
+    ended = kept_runs(given, FREE)
+    settings = {
+        case_of(given, method, beta, lr): {"method": method, "beta": beta, "lr": lr}
+        for beta, lr, method in itertools.product(given.betas, given.lrs, METHODS)
+    }
+    todo = {case.key: (case, setting) for case, setting in settings.items() if case.key not in ended}
+    jobs = [Job(key, config(given, case), case.num_replicas, given.stacked) for key, (case, _) in todo.items()]
     failed = 0
     for run in simulate_all(jobs, num_gpus=0, jobs_per_gpu=given.jobs):
         if run.summary is None:
             failed += 1
             print(f"{run.job.name} failed: {run.error}", file=sys.stderr, flush=True)
             continue
-        ended[run.job.name] = {key: run.summary.get(key) for key in KEPT}
+        _, setting = todo[run.job.name]
+        ended[run.job.name] = setting | {key: run.summary.get(key) for key in KEPT} | origin(given)
         print(f"{run.job.name}: {run.summary['val_loss']:.4f}", flush=True)
-        record = save(given, ended)
+        save(given, ended)
     if ended:
+        record = save(given, ended)
         print((record / "summary.md").read_text(encoding="utf-8"))
     if failed:
         sys.exit(f"{failed} of {len(jobs)} runs failed")
