@@ -1,6 +1,6 @@
 """Does it pay to compute equal steps of many small replicas at once? One after the other against stacked weights.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.batched_replicas --device cpu
+    OMP_NUM_THREADS=1 python -m benchmarks.batched_replicas --device cpu --name batched_replicas_cpu
     python -m benchmarks.batched_replicas --device cuda
 
 Each replica of a Llama takes AdamW steps on batches of its own. In turns, in one process:

@@ -14,12 +14,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import kept_runs, parser, table, write_record
+from benchmarks.record import Runs, kept_runs, origin, origins, parser, table, write_record
 from benchmarks.simulations import Job, Parts, add_run_flags, language_run, part, simulate_all
 from lowcomm.metrics import si
 
 # that a run may be added to a record with others of: everything else must be equal
 FREE = ("only", "jobs", "go_on")
+KEPT = ("num_parameters", "members", "t", "round", "tokens", "loss", "val_loss", "val_bits_per_byte", "wire_bytes")
 
 
 def quantized(codec: str, **options: Any) -> Parts:
@@ -66,7 +67,7 @@ def config(given: argparse.Namespace, name: str, options: Parts) -> Parts:
     return language_run(given, method, optimizer, num_steps, "replica", given.seed)
 
 
-def save(given: argparse.Namespace, runs: dict[str, dict[str, Any]]) -> Path:
+def save(given: argparse.Namespace, runs: Runs) -> Path:
     """Write the record and the picture of the runs that have ended."""
     baseline = runs.get("fp32")
     rows = []
@@ -93,16 +94,13 @@ def save(given: argparse.Namespace, runs: dict[str, dict[str, Any]]) -> Path:
         f"one seed. Feedback is EF14, with decay {SPARSE_DECAY} for top-k and 1 elsewhere; SparseLoCo is that with "
         "outer SGD(1)."
     )
-    lines = [about, "", table(columns, rows), "", "![loss against bytes](pareto.png)"]
-    kept = ("num_parameters", "members", "t", "round", "tokens", "loss", "val_loss", "val_bits_per_byte", "wire_bytes")
-    record = write_record(
-        given, {name: {key: x.get(key) for key in kept} for name, x in runs.items()}, "\n".join(lines)
-    )
+    lines = [about, "", table(columns, rows), "", "![loss against bytes](pareto.png)", "", origins(runs)]
+    record = write_record(given, runs, "\n".join(lines))
     draw(runs, record / "pareto.png")
     return record
 
 
-def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
+def draw(runs: Runs, path: Path) -> None:
     """Loss against bytes; the line joins the runs that no other beats in both."""
     from matplotlib.figure import Figure
 
@@ -152,7 +150,7 @@ def main() -> None:
             failed.append(run.job.name)
             print(f"{run.job.name} failed: {run.error}", file=sys.stderr, flush=True)
             continue
-        ended[run.job.name] = run.summary
+        ended[run.job.name] = {key: run.summary.get(key) for key in KEPT} | origin(given)
         sent = si(run.summary["wire_bytes"], "B")
         print(f"{run.job.name}: {run.summary['val_bits_per_byte']:.4f} bits/byte, {sent}", flush=True)
         record = save(given, {name: ended[name] for name in known if name in ended})

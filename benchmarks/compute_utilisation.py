@@ -311,7 +311,8 @@ def main() -> None:
     ]
     summary = summary_of(found, nearer)
     print(summary)
-    print(f"record: {write_record(given, [asdict(x) for x in found], summary)}")
+    results = {"cells": [asdict(x) for x in found], "with_fewer_parameters": [asdict(x) for x in nearer]}
+    print(f"record: {write_record(given, results, summary)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Training speed on GPUs: DiLoCo over the same loop without rounds, and data parallel, as `lowcomm train` logs it.
 
-    python -m benchmarks.gpu_throughput --gpus 2
+    python -m benchmarks.gpu_throughput --gpus 2 --name gpu_throughput_2
 
 One replica for each GPU (over NCCL when there are two), random text, no evaluation or checkpoint on the way. "no_sync"
 is DiLoCo with a round longer than the run. Speed is that of whole rounds between two lines of metrics.jsonl, from the

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from benchmarks.launch import train
 from benchmarks.record import ROOT, parser, save_picture, table, write_record
 from lowcomm.metrics import SUMMARY_COLUMNS, summary_cells
@@ -82,8 +84,16 @@ def config(given: argparse.Namespace, algorithm: dict[str, Any]) -> dict[str, An
 
 
 def text(path: Path, separator: str) -> dict[str, Any]:
-    """A source of documents; the path relative, as the record must not depend on where this machine keeps things."""
+    """A source of documents; the path relative to where a run starts."""
     return {"class_path": "Files", "init_args": {"paths": [os.path.relpath(path, ROOT)], "separator": separator}}
+
+
+def without_folders(path: Path) -> None:
+    """Leave the names alone of the texts in a run's config.yaml, as in the record: folders are the machine's own."""
+    run = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for source in (run["data"]["source"], run["data"]["validation"]):
+        source["init_args"]["paths"] = [Path(text).name for text in source["init_args"]["paths"]]
+    path.write_text(yaml.safe_dump(run, sort_keys=False), encoding="utf-8")
 
 
 def main() -> None:
@@ -121,6 +131,7 @@ def main() -> None:
             run = Path(folder, method)
             runs[method] = train(config(given, known[method]), run, given.replicas)
             record = save(given, runs)
+            without_folders(run / "config.yaml")
             for file in ("metrics.jsonl", "config.yaml"):
                 shutil.copyfile(run / file, record / f"{method}.{file}")
         write_report([Path(folder, method) for method in given.methods], record / "report.html")

@@ -24,9 +24,11 @@ Runs = dict[str, dict[str, Any]]
 def parser(doc: str | None, name: str) -> argparse.ArgumentParser:
     """A parser with the flags that all benchmarks share; ``doc`` is the script's docstring."""
     flags = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    seen = environment()  # of the start: others may commit, and records change files, while it runs
+    commit = None if seen["git_dirty"] else seen["git_commit"]
     flags.add_argument("--name", default=name, help="of the record")
     flags.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="where <name>/ is written")
-    flags.add_argument("--commit", default=None, help="of this code, where git cannot tell (a copy without .git)")
+    flags.add_argument("--commit", default=commit, help="of this code, where git cannot tell (a copy without .git)")
     return flags
 
 
@@ -81,7 +83,8 @@ def origin(given: argparse.Namespace) -> dict[str, str]:
 
 def origins(runs: Runs) -> str:
     """How many of the runs were made where."""
-    places = Counter(" on ".join(filter(None, (run["commit"][:7], run.get("hardware")))) for run in runs.values())
+    found = [(run["commit"] or "unknown", run.get("hardware")) for run in runs.values()]
+    places = Counter(f"{commit[:7]} on {where}" if where else commit[:7] for commit, where in found)
     return f"Runs: {'; '.join(f'{num} at {place}' for place, num in places.items())}."
 
 

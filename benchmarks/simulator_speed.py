@@ -86,7 +86,10 @@ def main() -> None:
     if "real" in given.parts:
         results["real"], text = real(given)
         texts.append(text)
-    folder = write_record(given, results, "\n\n".join(texts) + "\n\nSeconds are CPU time of the process.")
+    texts.append(
+        f"Seconds are CPU time of the process, in which torch computes on {results['torch_threads']} thread(s)."
+    )
+    folder = write_record(given, results, "\n\n".join(texts))
     if "scaling" in given.parts:
         save_scaling(folder / "scaling.svg", results["scaling"])
     print(f"record: {folder}")
