@@ -1,17 +1,25 @@
 """The laws of every algorithm."""
 
 import copy
+import inspect
 
 import pytest
 import torch
 
+from lowcomm.algorithms.base import Algorithm
+from lowcomm.algorithms.diloco import DiLoCo
+from lowcomm.algorithms.noloco import NoLoCo
+from lowcomm.algorithms.streaming_diloco import StreamingDiLoCo
 from lowcomm.comm.echo import EchoComm
 from lowcomm.comm.metered import Meter, MeteredComm
 from lowcomm.comm.solo import SoloComm
+from lowcomm.compress.quantized import Quantized
+from lowcomm.reduce import Reducer
 from lowcomm.state import restore, state_tree
 from tests.algorithms import all_algorithms, expected_rounds, inner_of
 from tests.replicas import backward, flat, make_batch, make_engine, train
-from tests.world import run_world
+from tests.roles import players
+from tests.world import ThreadComm, run_world
 
 STEPS = 11
 
@@ -62,6 +70,112 @@ def test_state_restored_in_the_middle_of_a_run_goes_on_bitwise(algorithm, stop):
 
     for expected, got in run_world(2, program):
         assert torch.equal(expected, got)
+
+
+OF_THREE = [DiLoCo(4, weights=[1.0, 2.0, 5.0]), StreamingDiLoCo(4, delays=[3, 1, 2]), NoLoCo(4, finalize="pick")]
+
+
+@pytest.mark.parametrize("algorithm", [*all_algorithms(), *OF_THREE], ids=str)
+def test_some_of_the_ranks_do_what_a_world_of_as_many_does(algorithm):
+    """A replica's place among the members counts, not its rank."""
+    members = (1, 3, 4)
+
+    def program(comm):
+        if comm.rank not in members:
+            return []
+        return train(algorithm, comm.sub(members), STEPS, inner_of(algorithm), members.index(comm.rank))
+
+    expected = run_world(3, lambda comm: train(algorithm, comm, STEPS, inner_of(algorithm)))
+    got = run_world(5, program)
+    for rank, trace in zip(members, expected, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(got[rank], trace, strict=True))
+
+
+class Watched(ThreadComm):
+    """Keeps what was started and not waited for yet."""
+
+    def __init__(self, comm):
+        super().__init__(comm.board, comm.rank, comm.members)
+        self.pending = []
+
+    def _together(self, kind, value, combine):
+        return self._kept(super()._together(kind, value, combine))
+
+    def send(self, x, to):
+        return self._kept(super().send(x, to))
+
+    def recv(self, like, source=None):
+        return self._kept(super().recv(like, source))
+
+    def exchange(self, x, peer):
+        return self._kept(super().exchange(x, peer))
+
+    def _kept(self, work):
+        wait = work.wait
+
+        def waited():
+            self.pending = [other for other in self.pending if other is not work]
+            return wait()
+
+        work.wait = waited
+        self.pending.append(work)
+        return work
+
+
+def test_all_that_was_started_is_waited_for(algorithm):
+    """Before a checkpoint, and at the end of a run, which here is that of a round."""
+
+    def program(comm):
+        watched, engine = Watched(comm), make_engine(inner_of(algorithm))
+        state = algorithm.init(engine, watched)
+        for t in range(1, 9):
+            backward(algorithm, t, engine, state, watched, make_batch(comm.rank, t))
+            algorithm.before_update(t, engine, state, watched)
+            engine.update()
+            algorithm.after_update(t, engine, state, watched)
+            if t == 4:
+                algorithm.settle(state)
+                assert not watched.pending
+        algorithm.finish(8, engine, state, watched)
+        assert not watched.pending
+
+    run_world(3, program)
+
+
+def num_rounds(tree):
+    """How often each bucket of a state was averaged, by compressors that count it."""
+    if isinstance(tree, dict):
+        mine = [tree["compressor"]] if tree.get("__class__") == "BucketState" else []
+        return mine + [n for value in tree.values() for n in num_rounds(value)]
+    return [n for value in tree for n in num_rounds(value)] if isinstance(tree, list) else []
+
+
+def with_reducers():
+    """Every class with each of its reducers; only NoLoCo's of anchors begins anew at the end of a run."""
+    options = {"DESLOC": {"periods": {"param": 2, "exp_avg": 3}}, "SPARTA": {"fraction": 0.3, "delay": 2}}
+    for cls in players(Algorithm, "algorithms"):
+        fields = inspect.signature(cls).parameters
+        given = options.get(cls.__name__, {"every": 2} if "every" in fields else {})
+        for name, field in fields.items():
+            if isinstance(field.default, Reducer) and name != "anchors":
+                yield cls(**given, **{name: Reducer(Quantized())})
+
+
+@pytest.mark.parametrize("algorithm", list(with_reducers()), ids=str)
+def test_what_a_reducer_keeps_goes_on_from_round_to_round(algorithm):
+    def program(comm):
+        engine = make_engine(inner_of(algorithm))
+        state = algorithm.init(engine, comm)
+        for t in range(1, STEPS + 1):
+            engine.backward(make_batch(comm.rank, t))
+            algorithm.before_update(t, engine, state, comm)
+            engine.update()
+            algorithm.after_update(t, engine, state, comm)
+        algorithm.finish(STEPS, engine, state, comm)
+        return [n for n in num_rounds(state_tree(state)) if n is not None]
+
+    for found in run_world(2, program):
+        assert found and min(found) >= 2
 
 
 def test_it_says_whether_it_ever_sends_in_backward(algorithm):

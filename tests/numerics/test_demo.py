@@ -122,6 +122,7 @@ def test_who_is_counted_changes_signs():
     """Coefficients of a tile are divided by different counts, so it matters in spite of the sign."""
     one, other = (run_world(N, lambda comm, d=d: run(demo(4, 8, divide_by=d), comm))[0] for d in ("present", "all"))
     assert not torch.equal(one[-1], other[-1])
+    assert not DeMo().reducer.compressor.divides_by_all(), "as the authors' program does"
 
 
 def test_whole_blocks_without_decay_on_one_worker_are_sign_sgd():
@@ -201,6 +202,17 @@ def test_parameters_in_bfloat16_have_a_finer_residual():
         return [bucket.feedback.error.dtype for bucket in state.reducer.buckets]
 
     assert all(set(dtypes) == {torch.float32} for dtypes in run_world(2, program))
+
+
+def test_the_rate_times_a_gradient_in_bfloat16_is_not_rounded():
+    engine, comm = make_engine(plain, torch.bfloat16), SoloComm()
+    algorithm = DeMo(Reducer(TopK(num=1, chunk=64), EF14()))
+    state = algorithm.init(engine, comm)
+    engine.backward(make_batch(0, 1, torch.bfloat16))
+    scaled = engine.lr() * flat([g.float() for g in engine.slots()["grad"]])
+    algorithm.before_update(1, engine, state, comm)
+    residual = flat([bucket.feedback.error for bucket in state.reducer.buckets])
+    assert (residual != scaled).sum() == 1, "all but the one that was sent"
 
 
 @pytest.mark.parametrize("n", [2, 5])
@@ -294,6 +306,25 @@ def test_a_state_is_refused_also_where_parameters_have_it_in_other_shapes_or_not
     assert set(engine.slots()) == {"param"}
     with pytest.raises(ValueError, match=r"inner optimizer keeps \['"):
         algorithm.after_update(1, engine, state, comm)
+
+
+class Noting(torch.optim.SGD):
+    """Says of each parameter that it keeps no momentum."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["momentum_buffer"] = None
+
+
+def test_an_entry_that_is_none_is_no_state():
+    engine, algorithm, comm = make_engine(lambda params: Noting(params, lr=0.1)), DeMo(), SoloComm()
+    state = algorithm.init(engine, comm)
+    engine.backward(make_batch(0, 1))
+    algorithm.before_update(1, engine, state, comm)
+    engine.update()
+    algorithm.after_update(1, engine, state, comm)
+    assert algorithm.num_rounds(state) == 1
 
 
 def test_a_state_that_is_there_from_the_start_is_refused_at_once():

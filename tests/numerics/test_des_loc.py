@@ -235,6 +235,46 @@ def test_second_moments_stay_at_least_zero_and_momenta_keep_their_sign(reducer):
         assert any(c.any() for c in cut), "nothing was ever cut, so this test shows nothing"
 
 
+def test_momenta_that_are_negative_on_one_replica_alone_are_not_cut():
+    def program(comm):
+        options = {"loss": lambda model, g: (model.weight * g).sum(), "clip_norm": None}
+        model = Overshoots()
+        engine = TorchEngine(model, torch.optim.Adam(model.parameters(), lr=0.0), **options)
+        algorithm = DESLOC({"param": 50, "exp_avg": 1}, reducer=Reducer(Cast()))
+        state = algorithm.init(engine, comm)
+        for t in range(1, 4):
+            engine.backward(torch.full((8,), -3.0 if comm.rank == 1 else 1.0))
+            engine.update()
+            algorithm.after_update(t, engine, state, comm)
+        return engine.slots()["exp_avg"][0].clone()
+
+    expected = torch.full((8,), -1.0 * (1 - 0.9**3))  # of the mean gradient
+    assert all(torch.allclose(u, expected, rtol=1e-2) for u in run_world(2, program))
+
+
+def test_all_that_is_due_is_under_way_before_anything_is_waited_for():
+    class Noted(SoloComm):
+        def __init__(self):
+            super().__init__()
+            self.log = []
+
+        def all_sum(self, x):
+            self.log.append("sent")
+            return Awaited(super().all_sum(x), self.log)
+
+    class Awaited:
+        def __init__(self, work, log):
+            self.work, self.log = work, log
+
+        def wait(self):
+            self.log.append("waited")
+            return self.work.wait()
+
+    comm = Noted()
+    train(DESLOC({"param": 1, "exp_avg": 1, "exp_avg_sq": 1}), comm, 1, adamw)
+    assert comm.log == ["sent"] * 3 + ["waited"] * 3
+
+
 def test_replicas_in_bfloat16_that_take_no_step_change_nothing():
     """Averages are finer than the states, and what a replica was loaded with is no difference."""
 

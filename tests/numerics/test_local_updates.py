@@ -80,6 +80,7 @@ def reference(num_replicas, every, inner, *, lr, momentum, start=0, weights=None
         {"dropped": DroppedRounds(0.4, "survivors", seed=3)},
         {"dropped": DroppedRounds(0.4, "all", seed=3)},
         {"dropped": DroppedRounds(0.9, "survivors", seed=1), "weights": [1.0, 2.0, 5.0]},
+        {"dropped": DroppedRounds(0.4, "survivors", seed=3), "weights": [1.0, 2.0, 5.0], "start": 5},
     ],
     ids=lambda o: "-".join(o) or "plain",
 )
@@ -113,6 +114,16 @@ def test_shares_are_refused_where_they_would_not_be_kept():
     with pytest.raises(ValueError, match="lost replica"):
         DiLoCo(reducer=Reducer(TopK(), EF14()), dropped=DroppedRounds(0.5))
     DiLoCo(reducer=Reducer(TopK(), EF14()), weights=[1.0, 3.0])
+    with pytest.raises(ValueError, match="weights has 2 entries for 1 replicas"):
+        DiLoCo(weights=[1.0, 3.0]).init(make_engine(), SoloComm())
+    with pytest.raises(ValueError, match="start is -1; it is a number of steps"):
+        DiLoCo(start=-1)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])
+def test_weights_that_are_no_shares_are_refused(weight):
+    with pytest.raises(ValueError, match=rf"weights \[1.0, {weight}\]: each must be positive and finite"):
+        DiLoCo(weights=[1.0, weight])
 
 
 def test_nothing_comes_from_a_lost_replica():
@@ -184,6 +195,33 @@ def test_data_parallel_is_one_large_batch(inner):
             assert close(got[rank][t - 1], flat(list(model.parameters())))
 
 
+@pytest.mark.parametrize("start", [STEPS, STEPS + 1])
+def test_a_run_that_ends_before_local_steps_begin_is_data_parallel(start):
+    parallel = run_world(N, lambda comm: train(DataParallel(), comm, STEPS))
+    for got in run_world(N, lambda comm: train(DiLoCo(every=4, start=start), comm, STEPS)):
+        assert all(torch.equal(a, b) for a, b in zip(got, parallel[0], strict=True))
+
+
+def test_data_parallel_before_local_steps_takes_gradients_in_bf16_as_they_are():
+    """In the same buckets as data parallel alone."""
+    reducer = Reducer(Cast("float16"), EF14(), bucket_bytes=32)
+
+    def program(comm, algorithm):
+        engine = make_engine(dtype=torch.bfloat16)
+        state = algorithm.init(engine, comm)
+        for t in range(1, 5):
+            engine.backward(make_batch(comm.rank, t, torch.bfloat16))
+            algorithm.before_update(t, engine, state, comm)
+            engine.update()
+            algorithm.after_update(t, engine, state, comm)
+        return flat(engine.slots()["param"])
+
+    first, alone = (
+        run_world(2, partial(program, algorithm=x)) for x in (DiLoCo(start=9, reducer=reducer), DataParallel(reducer))
+    )
+    assert all(torch.equal(x, alone[0]) for x in [*first, *alone])
+
+
 @pytest.mark.parametrize("algorithm", [DataParallel(), LocalSGD(every=4), DiLoCo(every=4), DiLoCo(every=4, start=3)])
 @pytest.mark.parametrize("k", [2, 4])
 def test_k_identical_replicas_are_one(algorithm, k):
@@ -239,6 +277,14 @@ def test_a_partial_last_round_is_synced_once(every):
     assert all(torch.equal(final[0], x) for x in final)
     mean = torch.stack(last).mean(0)
     assert close(final[0], mean), "the final parameters are the mean of the last local ones"
+
+
+def test_nobody_misses_a_partial_last_round():
+    dropped = DroppedRounds(0.9, seed=0)
+    assert not any(dropped.arrived(1, N)), "a full round would be lost on all"
+    got = run_world(N, lambda comm: train(LocalSGD(every=100, dropped=dropped), comm, STEPS))
+    mean = torch.stack([trace[-2] for trace in got]).mean(0)
+    assert all(close(trace[-1], mean) for trace in got)
 
 
 @pytest.mark.parametrize("dropped", [None, DroppedRounds(0.5, seed=2)])

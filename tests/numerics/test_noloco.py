@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -210,6 +211,24 @@ def test_an_ensemble_goes_on_after_a_partial_last_round():
         assert all(map(close, got, wanted))
 
 
+def test_a_run_that_ended_with_a_full_round_goes_on_from_the_average():
+    """No round uses the anchors that were sent ahead before the end; by one tensor none are."""
+
+    def program(comm, gamma):
+        engine, algorithm = make_engine(adamw), NoLoCo(3, gamma=gamma)
+        state = algorithm.init(engine, comm)
+        for t in range(1, STEPS + 1):
+            engine.backward(make_batch(comm.rank, t))
+            engine.update()
+            algorithm.after_update(t, engine, state, comm)
+            if t == 6:
+                algorithm.finish(t, engine, state, comm)
+        return flat(state.anchor)
+
+    one, two = (run_world(4, partial(program, gamma=gamma)) for gamma in (None, 0.7))
+    assert all(map(close, one, two))
+
+
 @pytest.mark.parametrize("finalize", ["average", "pick", "ensemble"])
 @pytest.mark.parametrize("gamma", [None, 0.5])
 def test_what_a_run_leaves_behind(finalize, gamma):
@@ -298,4 +317,5 @@ def test_bad_values(options, message):
 def test_alone_and_published_values():
     assert NoLoCo() == NoLoCo(every=50, alpha=0.5, beta=0.7, gamma=None, group_size=2)
     NoLoCo(alpha=0.9, group_size=None)  # one group of all has no partners to drift from
+    NoLoCo(gamma=0.0, group_size=None)
     assert train(NoLoCo(4), SoloComm(), STEPS)[-1].isfinite().all()

@@ -9,6 +9,7 @@ from torch import nn
 
 import lowcomm
 from lowcomm.algorithms.diloco import DiLoCo
+from lowcomm.algorithms.overlapped import Groups
 from lowcomm.algorithms.participation import DroppedRounds
 from lowcomm.algorithms.streaming_diloco import StreamingDiLoCo
 from lowcomm.codecs.absmax import Absmax
@@ -64,6 +65,7 @@ def test_overlap_changes_no_bit(inner, compressor, bucket_bytes):
 OPTIONS = {
     "every step": {"every": 1},
     "after data parallel": {"every": 3, "start": 2},
+    "every step after data parallel": {"every": 1, "start": 2},
     "weights": {"every": 3, "weights": [1.0, 2.0, 4.0]},
     "dropped": {"every": 2, "dropped": DroppedRounds(0.6, seed=3)},
 }
@@ -137,6 +139,13 @@ def test_fragments_that_are_sent_together_take_turns_by_depth_whoever_is_ready_f
     assert sizes([2, 1, 0]) == [[7], [7, 6], [7, 6, 5]]
     assert sizes([0, 2, 1]) == [[], [7], [7, 6, 5]]
     assert sizes([1, 0, 2]) == [[], [], [7, 6, 5]]
+
+
+def test_groups_set_out_in_the_order_in_which_they_are_complete():
+    """Which of several dtypes is not that of their last parameters."""
+    dtypes = torch.float32, torch.bfloat16, torch.bfloat16, torch.float32
+    like = [torch.zeros(2, dtype=dtype) for dtype in dtypes]
+    assert Groups(Reducer(), overlap=True).cut(like) == [[2, 1], [3, 0]]
 
 
 PER_PARAMETER = [

@@ -116,9 +116,21 @@ def test_warm_up_does_not_go_by_the_rising_rate():
     assert QSR(base=4, num_warmup_steps=10).round_steps(9, 1e-6) == 4
     assert QSR(base=4, num_warmup_steps=10, peak_lr=0.004).round_steps(9, 1e-6) == 19
     assert QSR(base=4, num_warmup_steps=10, peak_lr=0.004).round_steps(10, 0.008) == 4
+    rule = QSR(base=4, alpha=1.0, num_warmup_steps=1)
+    assert rule.round_steps(1, PEAK) == 100
+    assert LocalSGD(rule).init(make_engine(Linear()), SoloComm()).ends_t == 4, "the first round begins in warm-up"
 
 
-@pytest.mark.parametrize("rule", [RULE, replace(RULE, power=1.0), replace(RULE, power=3.0, alpha=0.15)], ids=str)
+@pytest.mark.parametrize(
+    "rule",
+    [
+        RULE,
+        replace(RULE, power=1.0),
+        replace(RULE, power=3.0, alpha=0.15),
+        replace(RULE, alpha=0.1975, num_warmup_steps=7),  # a round begins after step 6, the last that is of warm-up
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("start", [0, 9])
 @pytest.mark.parametrize("method", ["LocalSGD", "DiLoCo"])
 def test_it_is_the_reference(rule, start, method):

@@ -121,6 +121,21 @@ def test_the_scaling_is_the_same_everywhere_and_changes_at_syncs_only(reducer, d
             assert t == 0 or torch.equal(trace[t], trace[t - 1]) == (t % 3 != 0)
 
 
+def test_the_mean_of_gradients_in_bfloat16_is_not_rounded():
+    def program(comm):
+        engine, algorithm = make_engine(scaled_sgd, torch.bfloat16), SAVIC(1, alpha=1e-9, beta=0.0)
+        state = algorithm.init(engine, comm)
+        engine.backward(make_batch(comm.rank, 1, torch.bfloat16))
+        mine = flat(engine.slots()["grad"]).float()
+        algorithm.before_update(1, engine, state, comm)
+        engine.update()
+        algorithm.after_update(1, engine, state, comm)
+        return mine, flat(engine.slots()["scale"])
+
+    (one, scale), (other, _) = run_world(2, program)
+    assert torch.allclose(scale, (one + other).abs() / 2, rtol=1e-6, atol=1e-9)
+
+
 def test_gradients_are_measured_before_they_are_clipped():
     model = make_model()
     engine = TorchEngine(model, scaled_sgd(list(model.parameters())), loss=mse, clip_norm=1e-3)
@@ -193,6 +208,18 @@ def test_scaled_sgd_divides_by_its_scale_and_keeps_it():
     other = ScaledSGD(params, lr=0.1)
     other.load_state_dict(saved)
     assert other.state[params[0]]["scale"].tolist() == [2.0, 2.0]
+
+
+def test_scaled_sgd_takes_a_closure_that_computes_the_gradients():
+    p = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+
+    def closure():
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    assert ScaledSGD([p], lr=0.5, scale=2.0).step(closure) == 5.0
+    assert p.tolist() == [0.5, 1.0]
 
 
 @pytest.mark.parametrize("options", [{"lr": -1.0}, {"weight_decay": -0.1}, {"scale": 0.0}, {"scale": float("inf")}])

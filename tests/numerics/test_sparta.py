@@ -250,6 +250,23 @@ def test_zero_local_steps_change_nothing_in_bf16(reducer):
         assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
 
+def test_late_averages_of_bf16_are_rounded_once():
+    def program(comm):
+        engine, algorithm = make_engine(adamw, torch.bfloat16), SPARTA(fraction=0.5, delay=1)
+        state = algorithm.init(engine, comm)
+        for t in range(1, STEPS + 1):
+            engine.backward(make_batch(comm.rank, t, torch.bfloat16))
+            engine.update()
+            params = engine.slots()["param"]
+            sent, before = state.under_way[:1], [p.clone() for p in params]
+            algorithm.after_update(t, engine, state, comm)
+            for k, i in enumerate(places(params, 2, sent[0].number, 0, 1) if sent else []):
+                average, since = state.last[k].take(i), before[k].take(i).float() - sent[0].own[k]
+                assert torch.equal(params[k].take(i), (average + since).bfloat16())
+
+    run_world(2, program)
+
+
 def test_parameters_that_do_not_lie_in_one_row_of_memory():
     def program(comm):
         engine = make_engine(sgd)

@@ -26,6 +26,12 @@ def test_sequential_fragments_are_neighbours():
     assert [DEEP[i] for i in others] == ["embed.weight", "head.weight"]
 
 
+def test_blocks_are_counted_by_their_numbers_wherever_they_stand():
+    names = ["layers.2.weight", "layers.0.weight", "layers.10.weight", "layers.1.weight"]
+    assert cut(names, 2, "sequential") == [[1, 3], [0, 2]]
+    assert cut(names, 2, "strided") == [[0, 1], [2, 3]]
+
+
 def test_one_fragment_holds_everything():
     assert cut(DEEP, None, "strided") == [list(range(len(DEEP)))]
     assert cut(["weight", "bias"], 1, "strided") == [[0, 1]], "no blocks"

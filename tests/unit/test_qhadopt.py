@@ -185,6 +185,29 @@ def test_groups_have_options_of_their_own_and_parameters_without_gradient_stay()
     assert optimizer.step(lambda: 2.5) == 2.5
 
 
+def test_a_closure_may_compute_the_gradients():
+    p = nn.Parameter(start())
+
+    def closure():
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    assert QHADOPT([p], lr=0.05).step(closure) == start().square().sum()
+    assert torch.equal(p.grad, 2 * start())
+
+
+def test_each_parameter_is_clipped_by_its_own_number_of_calls():
+    a, b = (nn.Parameter(start()) for _ in range(2))
+    optimizer, gs = QHADOPT([a, b], lr=0.05), gradients()
+    for k, g in enumerate(gs):
+        a.grad, b.grad = g.clone(), gs[k - 5].clone() if k >= 5 else None
+        optimizer.step()
+    for p, num in ((a, len(gs)), (b, len(gs) - 5)):
+        alone, _, _ = trace(lambda ps: QHADOPT(ps, lr=0.05), gs[:num])
+        assert torch.equal(p, alone[-1])
+
+
 def test_the_engine_sees_its_states_and_updates_in_parts():
     def engine():
         model = make_model()

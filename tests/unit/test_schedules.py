@@ -40,6 +40,7 @@ def cosine_to_a_tenth(t: int) -> float:
         (Cosine(4, final=0.1), lambda t: t / 4 if t <= 4 else cosine_to_a_tenth(t)),
         (WSD(4), lambda t: t / 4 if t <= 4 else 1.0 if t <= 16 else (20 - t) / 4),
         (WSD(4, final=0.5, decay_fraction=0.5), lambda t: t / 4 if t <= 4 else 1 - 0.5 * max(0, t - 10) / 10),
+        (WSD(0, decay_fraction=0.18), lambda t: min(1.0, (20 - t) / 4)),  # 3.6 steps
         (WSD(0, num_decay_steps=5), lambda t: min(1.0, (20 - t) / 5)),
         (WSD(2, num_decay_steps=0), lambda t: min(t / 2, 1.0)),
         (WSD(4, decay="1-sqrt"), lambda t: t / 4 if t <= 4 else 1 - math.sqrt(max(0, t - 16) / 4)),
@@ -115,6 +116,13 @@ def test_only_matrices_decay_and_a_tied_weight_stands_once():
     (everything,) = parameter_groups(model, decay_vectors=True)
     assert list(everything) == ["params"]
     assert {id(p) for _, p in everything["params"]} == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_more_dimensions_decay_as_matrices_do():
+    model = nn.Conv1d(2, 3, 4)
+    matrices, vectors = parameter_groups(model)
+    assert [name for name, _ in matrices["params"]] == ["weight"]
+    assert [name for name, _ in vectors["params"]] == ["bias"]
 
 
 def test_a_group_without_parameters_is_left_out():
