@@ -225,7 +225,7 @@ def test_a_run_that_ended_with_a_full_round_goes_on_from_the_average():
                 algorithm.finish(t, engine, state, comm)
         return flat(state.anchor)
 
-    one, two = (run_world(4, partial(program, gamma=gamma)) for gamma in (None, 0.7))
+    one, two = (run_world(6, partial(program, gamma=gamma)) for gamma in (None, 0.7))
     assert all(map(close, one, two))
 
 
