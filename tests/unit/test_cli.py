@@ -92,7 +92,13 @@ def test_bad_input_is_refused_before_training(capsys, config, tmp_path, flags, w
         ("data: {source: }\n", ["data.source is null"]),
         ("algorithm: {class_path: LocalSGD, init_args: {reducer: {compressor: }}}\n", ["reducer.compressor is null"]),
         ("batch: {size: 4}\nbatch: {num_micro_batches: 2}\n", ["'batch' stands here twice"]),
+        (
+            "algorithm: {class_path: LocalSGD, init_args: {dropped: {probability: 0.1, seed: }}}\n",
+            ["dropped.seed is null"],
+        ),
         ("batch: {size: 4, size: 8}\n", ["'size' stands here twice"]),
+        ("batch: {size: 4, num_micro_batches: 2, size: 8}\n", ["'size' stands here twice"]),
+        ("optimizer: {args: {params: [{lr: 1, lr: 2}]}}\n", ["'lr' stands here twice"]),
     ],
 )
 def test_keys_without_a_value_and_keys_that_stand_twice_are_refused(capsys, tmp_path, text, words):
@@ -111,6 +117,31 @@ def test_null_stays_a_value_where_it_is_one_and_text_stays_text(tmp_path):
         (tmp_path / "run.yaml").write_text(yaml.safe_dump({"num_steps": 3, "data": {"source": source}}))
         run, _ = parse_run(["--config", str(tmp_path / "run.yaml")])
         assert run.data.source == Files(["a.txt"], separator=separator)
+
+
+OWN = """
+from __future__ import annotations
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from lowcomm.outer.base import Outer
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+@dataclass(frozen=True)
+class Own(Outer[None]):
+    rates: Sequence[float] = (1.0,)
+    def init(self, anchor): ...
+    def apply(self, anchor, delta, state): ...
+"""
+
+
+def test_a_class_of_ones_own_may_have_annotations_that_cannot_be_read_here(tmp_path, monkeypatch):
+    (tmp_path / "own_outer.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    outer = {"class_path": "own_outer.Own", "init_args": {"rates": [0.5]}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"num_steps": 3, "algorithm": {"outer": outer}}))
+    run, _ = parse_run(["--algorithm", "DiLoCo", "--config", str(tmp_path / "run.yaml")])
+    assert isinstance(run.algorithm, DiLoCo) and list(run.algorithm.outer.rates) == [0.5]
 
 
 def test_a_directory_that_is_a_file_is_refused(capsys, config, tmp_path):

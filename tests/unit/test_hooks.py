@@ -1,0 +1,138 @@
+"""The hooks of torch's own wrappers, given gradients without them or in a world of one."""
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import lowcomm
+from lowcomm.comm.solo import SoloComm
+from lowcomm.compress.quantized import Quantized
+from lowcomm.feedback.ef14 import EF14
+from lowcomm.reduce import Reducer
+from lowcomm.tensors import rng
+from tests.world import run_world
+
+
+@pytest.fixture
+def world_of_one():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@dataclass
+class Piece:
+    """One of DDP's buckets."""
+
+    of: list[Tensor]
+    at: int
+    last: bool
+    flat: Tensor = field(init=False)
+
+    def __post_init__(self):
+        self.flat = torch.cat([p.detach().reshape(-1) for p in self.of])
+
+    def buffer(self):
+        return self.flat
+
+    def gradients(self):
+        pieces = self.flat.split([p.numel() for p in self.of])
+        return [piece.view(p.shape) for piece, p in zip(pieces, self.of, strict=True)]
+
+    def parameters(self):
+        return self.of
+
+    def index(self):
+        return self.at
+
+    def is_last(self):
+        return self.last
+
+
+def registered(model, reducer):
+    hook = lowcomm.ddp_hook(reducer)
+    hook.register(DistributedDataParallel(model))
+    return hook
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_a_hook_serves_one_model():
+    hook = registered(nn.Linear(2, 1), Reducer())
+    with pytest.raises(ValueError, match="serves a model already"):
+        hook.register(DistributedDataParallel(nn.Linear(2, 1)))
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_frozen_parameters_have_no_gradients_to_average():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    model[0].weight.requires_grad_(False)
+    wrapped = DistributedDataParallel(model)
+    lowcomm.ddp_hook(Reducer()).register(wrapped)
+    wrapped(torch.ones(2, 3)).sum().backward()
+    assert model[0].weight.grad is None and model[1].bias.grad.tolist() == [2.0]
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_what_a_backward_left_that_broke_off_is_forgotten():
+    model = nn.Linear(3, 2)
+    hook = registered(model, Reducer())
+    hook.average(Piece([model.bias], 0, last=False))
+    futures = [hook.average(Piece([model.bias], 0, last=False)), hook.average(Piece([model.weight], 1, last=True))]
+    assert torch.equal(futures[0].value(), model.bias) and torch.equal(futures[1].value(), model.weight.reshape(-1))
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_gradients_in_bfloat16_are_averaged_in_the_buckets_of_the_state():
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 1)).bfloat16()
+    hook = registered(model, Reducer(Quantized(), EF14(), bucket_bytes=32))
+    averaged = hook.average(Piece(list(model.parameters()), 0, last=True)).value()
+    assert averaged.dtype == torch.bfloat16
+    assert all(b["feedback"]["error"].dtype == torch.float32 for b in hook.state_dict()["reducer"]["buckets"])
+
+
+def test_shards_in_bfloat16_are_averaged_in_float32():
+    gradients = [torch.randn(64, generator=rng(0, "gradient", rank)).bfloat16() for rank in range(3)]
+
+    def program(comm):
+        mine = gradients[comm.rank].clone()
+        lowcomm.fsdp_hook(Reducer(), comm).average("", mine)
+        return mine
+
+    total = torch.stack(gradients).float().sum(0)
+    expected = (total / 3).bfloat16()
+    assert not torch.equal(total.bfloat16() / 3, expected), "which is not to round the sum"
+    assert all(torch.equal(x, expected) for x in run_world(3, program))
+
+
+def test_shards_that_are_not_finite_on_one_rank_become_nan_on_all():
+    def program(comm):
+        hook, seen = lowcomm.fsdp_hook(Reducer(Quantized(), EF14()), comm), []
+        for spoilt in (False, True, False):
+            gradient = torch.full((4,), float("inf") if spoilt and comm.rank == 1 else 1.0)
+            hook.average("", gradient)
+            seen.append(gradient.isnan().all().item() if spoilt else gradient.isfinite().all().item())
+        return seen
+
+    assert run_world(2, program) == [[True] * 3] * 2
+
+
+def test_the_state_of_shards_has_what_was_loaded_until_each_goes_on():
+    def states(hook):
+        return {name: state["buckets"][0]["feedback"]["num_rounds"] for name, state in hook.state_dict().items()}
+
+    make = partial(lowcomm.fsdp_hook, Reducer(Quantized(), EF14()), SoloComm())
+    hook = make()
+    for name in ("a", "a", "b"):
+        hook.average(name, torch.ones(4))
+    assert states(hook) == {"a": 2, "b": 1}
+    resumed = make()
+    resumed.average("a", torch.ones(4))
+    resumed.load_state_dict(hook.state_dict())
+    assert states(resumed) == {"a": 2, "b": 1}, "also before the first backward"
+    resumed.average("a", torch.ones(4))
+    assert states(resumed) == {"a": 3, "b": 1}
