@@ -40,10 +40,14 @@ class ScaledSGD(Optimizer):
             raise ValueError(f"ScaledSGD(scale={scale}): gradients are divided by it; it must be positive and finite")
         defaults: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "scale": scale}
         super().__init__(params, defaults)
-        for group in self.param_groups:
-            for p in group["params"]:
-                wide = torch.promote_types(p.dtype, torch.float32)
-                self.state[p]["scale"] = torch.full_like(p, group["scale"], dtype=wide, requires_grad=False)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """See torch's, which the constructor calls for each group; its parameters have a scale at once."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for p in group["params"]:
+            wide = torch.promote_types(p.dtype, torch.float32)
+            self.state[p]["scale"] = torch.full_like(p, group["scale"], dtype=wide, requires_grad=False)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -50,7 +50,10 @@ def test_steady_state_gain_of_nesterov_is_lr_over_one_less_momentum():
     assert torch.allclose(before - anchor[0], torch.tensor([7.0], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("make", [lambda: Nesterov(lr=0), lambda: Nesterov(momentum=1.0), lambda: SGD(lr=float("nan"))])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: Nesterov(lr=0), lambda: Nesterov(momentum=1.0), lambda: SGD(lr=0), lambda: SGD(lr=float("nan"))],
+)
 def test_bad_settings_are_refused(make):
     with pytest.raises(ValueError, match="it must be"):
         make()

@@ -210,6 +210,16 @@ def test_scaled_sgd_divides_by_its_scale_and_keeps_it():
     assert other.state[params[0]]["scale"].tolist() == [2.0, 2.0]
 
 
+def test_each_group_of_scaled_sgd_has_its_own_scale_also_one_that_comes_later():
+    a, b, c = params = [torch.nn.Parameter(torch.ones(1)) for _ in range(3)]
+    optimizer = ScaledSGD([{"params": [a]}, {"params": [b], "scale": 4.0}], lr=1.0, scale=2.0)
+    optimizer.add_param_group({"params": [c], "scale": 8.0})
+    for p in params:
+        p.grad = torch.ones(1)
+    optimizer.step()
+    assert torch.cat(params).tolist() == [0.5, 0.75, 0.875]
+
+
 def test_scaled_sgd_takes_a_closure_that_computes_the_gradients():
     p = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
 
