@@ -10,12 +10,11 @@ the record of the same name, made with the same arguments, are kept and the othe
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import Runs, kept_runs, origin, origins, parser, table, write_record
-from benchmarks.simulations import Job, Parts, add_run_flags, language_run, part, simulate_all
+from benchmarks.record import Runs, kept_runs, origins, parser, table, write_record
+from benchmarks.simulations import Job, Parts, add_run_flags, add_runs, language_run, part
 from lowcomm.metrics import si
 
 # that a run may be added to a record with others of: everything else must be equal
@@ -142,23 +141,9 @@ def main() -> None:
     ended = kept_runs(given, FREE) if given.go_on else {}
     if given.go_on and not ended:
         flags.error(f"--go_on: there is no record {given.name} to go on with")
-    wanted = [name for name in known if name not in ended and (given.only is None or name in given.only)]
+    wanted = [name for name in known if given.only is None or name in given.only]
     jobs = [Job(name, config(given, name, known[name]), given.replicas) for name in wanted]
-    failed: list[str] = []
-    for run in simulate_all(jobs, num_gpus=0, jobs_per_gpu=given.jobs):
-        if run.summary is None:
-            failed.append(run.job.name)
-            print(f"{run.job.name} failed: {run.error}", file=sys.stderr, flush=True)
-            continue
-        ended[run.job.name] = {key: run.summary.get(key) for key in KEPT} | origin(given)
-        sent = si(run.summary["wire_bytes"], "B")
-        print(f"{run.job.name}: {run.summary['val_bits_per_byte']:.4f} bits/byte, {sent}", flush=True)
-        record = save(given, {name: ended[name] for name in known if name in ended})
-    if len(failed) < len(jobs):
-        print((record / "summary.md").read_text(encoding="utf-8"))
-        print(f"record: {record}")
-    if failed:
-        sys.exit(f"{len(failed)} of {len(jobs)} runs failed")
+    add_runs(given, ended, jobs, KEPT, lambda runs: save(given, {name: runs[name] for name in known if name in runs}))
 
 
 if __name__ == "__main__":

@@ -17,12 +17,13 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.methods import CLAIMS, METHODS, OPTIMIZERS, Others, Setting
-from benchmarks.record import Runs, kept_runs, origin, origins, parser, table, write_record
-from benchmarks.simulations import Job, Parts, add_run_flags, language_run, simulate_all, warmup_of
+from benchmarks.record import Runs, kept_runs, origins, parser, table, write_record
+from benchmarks.simulations import Job, Parts, add_run_flags, add_runs, language_run, warmup_of
 from lowcomm.metrics import si
 
 KEPT = ("num_parameters", "members", "t", "round", "tokens", "loss", "val_loss", "val_bits_per_byte", "wire_bytes")
@@ -284,23 +285,9 @@ def main() -> None:
     ended = kept_runs(given, FREE)
     tuned = [name for name in METHODS if given.stage == "rest" or METHODS[name].tuned_as is None]
     names = [name for name in tuned if given.only is None or name in given.only]
-    cases = [case for case in STAGES[given.stage](given, names, ended) if case.key not in ended]
+    cases = STAGES[given.stage](given, names, ended)
     jobs = [Job(case.key, config(given, case), case.num_replicas, given.stacked) for case in cases]
-    failed: list[str] = []
-    for run in simulate_all(jobs, given.gpus, given.jobs, given.limit_s):
-        if run.summary is None:
-            failed.append(run.job.name)
-            print(f"{run.job.name} failed: {run.error}", file=sys.stderr, flush=True)
-            continue
-        ended[run.job.name] = {key: run.summary.get(key) for key in (*KEPT, "wall_s")} | origin(given)
-        print(f"{run.job.name}: {run.summary['val_loss']} nats, {run.summary['wall_s']:.0f} s", flush=True)
-        save(given, ended)
-    if ended:
-        record = save(given, ended)
-        print((record / "summary.md").read_text(encoding="utf-8"))
-        print(f"record: {record}")
-    if failed:
-        sys.exit(f"{len(failed)} of {len(jobs)} runs failed: {failed}")
+    add_runs(given, ended, jobs, (*KEPT, "wall_s"), partial(save, given), given.gpus, given.limit_s)
 
 
 if __name__ == "__main__":

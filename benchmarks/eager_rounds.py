@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
+from functools import partial
 from pathlib import Path
 
 from benchmarks.convergence import loss_of
 from benchmarks.methods import OPTIMIZERS
-from benchmarks.record import Runs, kept_runs, origin, origins, parser, table, write_record
-from benchmarks.simulations import Job, Parts, add_run_flags, language_run, part, simulate_all
+from benchmarks.record import Runs, kept_runs, origins, parser, table, write_record
+from benchmarks.simulations import Job, Parts, add_run_flags, add_runs, language_run, part
 
 # DiLoCo's outer step is its own, as in `benchmarks.methods`
 DILOCO_OUTER = (0.7, 0.6)
@@ -41,7 +41,7 @@ def job_of(given: argparse.Namespace, setting: Parts) -> Job:
     algorithm = part(setting["method"], every=setting["every"], outer=outer)
     num_steps = -(-given.tokens // (given.batch * given.seq_len))
     run = language_run(given, algorithm, OPTIMIZERS["adamw"](given.lr, ()), num_steps, "run", 0)
-    return Job(" | ".join(f"{key} {value}" for key, value in setting.items()), run, given.replicas)
+    return Job(" | ".join(f"{key} {value}" for key, value in setting.items()), run, given.replicas, setting=setting)
 
 
 def save(given: argparse.Namespace, ended: Runs) -> Path:
@@ -74,23 +74,8 @@ def main() -> None:
         "--outers", nargs="+", default=["0.4/0", "0.7/0", "0.7/0.3"], help="learning rates and momenta of eager DiLoCo"
     )
     given = flags.parse_args()
-    ended = kept_runs(given, FREE)
-    todo = {(job := job_of(given, setting)).name: (job, setting) for setting in settings(given)}
-    jobs = [job for name, (job, _) in todo.items() if name not in ended]
-    failed = 0
-    for run in simulate_all(jobs, num_gpus=0, jobs_per_gpu=given.jobs):
-        if run.summary is None:
-            failed += 1
-            print(f"{run.job.name} failed: {run.error}", file=sys.stderr, flush=True)
-            continue
-        _, setting = todo[run.job.name]
-        ended[run.job.name] = setting | {key: run.summary.get(key) for key in KEPT} | origin(given)
-        print(f"{run.job.name}: {run.summary['val_loss']:.4f}", flush=True)
-        save(given, ended)
-    if ended:
-        print((save(given, ended) / "summary.md").read_text(encoding="utf-8"))
-    if failed:
-        sys.exit(f"{failed} of {len(jobs)} runs failed")
+    jobs = [job_of(given, setting) for setting in settings(given)]
+    add_runs(given, kept_runs(given, FREE), jobs, KEPT, partial(save, given))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from benchmarks.language_model import number, text
-from benchmarks.record import ROOT
+from benchmarks.record import ROOT, Runs, origin
 from lowcomm.metrics import read
 
 Parts = dict[str, Any]
@@ -93,12 +93,14 @@ class Job:
         config: of `lowcomm simulate`.
         num_replicas: on equal hosts.
         stacked: compute the gradients of all replicas at once.
+        setting: what a record says of it beside what came out.
     """
 
     name: str
     config: Parts
     num_replicas: int
     stacked: bool = False
+    setting: Parts = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,45 @@ def simulate_all(
         futures = [pool.submit(run, job, Path(folder, str(i))) for i, job in enumerate(jobs)]
         for future in as_completed(futures):
             yield future.result()
+
+
+def add_runs(
+    given: argparse.Namespace,
+    ended: Runs,
+    jobs: Sequence[Job],
+    kept: Sequence[str],
+    save: Callable[[Runs], Path],
+    num_gpus: int = 0,
+    limit_s: float | None = None,
+) -> None:
+    """Simulate those that have not ended yet, print and record each as it ends, and print the record.
+
+    Args:
+        given: jobs, of a GPU at a time, and commit.
+        ended: by name; what ends is added.
+        kept: of a run's summary, for the record.
+        save: writes the record of what has ended, and returns its folder.
+        num_gpus, limit_s: see `simulate_all`.
+
+    Raises:
+        SystemExit: when some failed, once all others have ended.
+    """
+    todo = [job for job in jobs if job.name not in ended]
+    failed: list[str] = []
+    for run in simulate_all(todo, num_gpus, given.jobs, limit_s):
+        if run.summary is None:
+            failed.append(run.job.name)
+            print(f"{run.job.name} failed: {run.error}", file=sys.stderr, flush=True)
+            continue
+        ended[run.job.name] = run.job.setting | {key: run.summary.get(key) for key in kept} | origin(given)
+        print(f"{run.job.name}: {run.summary['val_loss']} nats, {run.summary['wall_s']:.0f} s", flush=True)
+        save(ended)
+    if ended:
+        record = save(ended)
+        print((record / "summary.md").read_text(encoding="utf-8"))
+        print(f"record: {record}")
+    if failed:
+        sys.exit(f"{len(failed)} of {len(todo)} runs failed: {failed}")
 
 
 def _simulate(job: Job, out: Path, gpu: int | None, until: float | None) -> Ended:

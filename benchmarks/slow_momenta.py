@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
+from functools import partial
 from pathlib import Path
 
 from benchmarks.convergence import Case, Tuned, config, loss_of
-from benchmarks.record import Runs, kept_runs, origin, origins, parser, table, write_record
-from benchmarks.simulations import Job, add_run_flags, simulate_all
+from benchmarks.record import Runs, kept_runs, origins, parser, table, write_record
+from benchmarks.simulations import Job, add_run_flags, add_runs
 
 METHODS = ("data parallel, QHADOPT", "MT-DAO")
 # what runs of one record may differ in: a later call goes on with what is there
@@ -70,28 +70,11 @@ def main() -> None:
     flags.add_argument("--compile", action="store_true", help="torch.compile the model")
     flags.add_argument("--stacked", action="store_true", help="compute the gradients of all replicas of a run at once")
     given = flags.parse_args()
-    ended = kept_runs(given, FREE)
-    settings = {
-        case_of(given, method, beta, lr): {"method": method, "beta": beta, "lr": lr}
-        for beta, lr, method in itertools.product(given.betas, given.lrs, METHODS)
-    }
-    todo = {case.key: (case, setting) for case, setting in settings.items() if case.key not in ended}
-    jobs = [Job(key, config(given, case), case.num_replicas, given.stacked) for key, (case, _) in todo.items()]
-    failed = 0
-    for run in simulate_all(jobs, num_gpus=0, jobs_per_gpu=given.jobs):
-        if run.summary is None:
-            failed += 1
-            print(f"{run.job.name} failed: {run.error}", file=sys.stderr, flush=True)
-            continue
-        _, setting = todo[run.job.name]
-        ended[run.job.name] = setting | {key: run.summary.get(key) for key in KEPT} | origin(given)
-        print(f"{run.job.name}: {run.summary['val_loss']:.4f}", flush=True)
-        save(given, ended)
-    if ended:
-        record = save(given, ended)
-        print((record / "summary.md").read_text(encoding="utf-8"))
-    if failed:
-        sys.exit(f"{failed} of {len(jobs)} runs failed")
+    jobs = []
+    for beta, lr, method in itertools.product(given.betas, given.lrs, METHODS):
+        case, setting = case_of(given, method, beta, lr), {"method": method, "beta": beta, "lr": lr}
+        jobs.append(Job(case.key, config(given, case), case.num_replicas, given.stacked, setting))
+    add_runs(given, kept_runs(given, FREE), jobs, KEPT, partial(save, given))
 
 
 if __name__ == "__main__":

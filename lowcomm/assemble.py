@@ -20,16 +20,16 @@ from lowcomm.comm.base import Comm
 from lowcomm.comm.distributed import connect, disconnect, under_torchrun
 from lowcomm.comm.metered import Meter, MeteredComm
 from lowcomm.comm.solo import SoloComm
-from lowcomm.config import Run, decisive, describe, identity
+from lowcomm.config import Run, describe, identity
 from lowcomm.data import LoadedData
 from lowcomm.engine.base import Engine
 from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.environment import environment
 from lowcomm.ledger import Ledger
-from lowcomm.metrics import Metrics, ProgressSink, Sink, TensorBoardSink, WandbSink, read, truncate_after
+from lowcomm.metrics import Metrics, ProgressSink, Sink, TensorBoardSink, WandbSink, truncate_after
 from lowcomm.models.flops import flops_per_token, peak_flops
 from lowcomm.optim.groups import parameter_groups
-from lowcomm.resume import resume
+from lowcomm.resume import check_beginning, resume
 from lowcomm.state import state_tree
 from lowcomm.tensors import digest, num_bytes, rng
 from lowcomm.train import Plan, Replica, train
@@ -144,33 +144,6 @@ def describe_into(run: Run, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").write_text(yaml.safe_dump(describe(run), sort_keys=False))
     (out / "environment.json").write_text(json.dumps(environment(), indent=1))
-
-
-def check_beginning(run: Run, path: Path) -> None:
-    """Check that a run that is to go on without a checkpoint, and so begins again, replaces nothing but its beginning.
-
-    Args:
-        path: this rank's metrics.
-
-    Raises:
-        ValueError: when they are of a run that ended, or of another config.
-    """
-    if path.exists() and any(record["kind"] == "summary" for record in read(path)):
-        raise ValueError(
-            f"{path.parent} holds a run that ended, and no checkpoint to go on from; choose another --out, or delete "
-            "that directory to train again"
-        )
-    config = path.parent / "config.yaml"
-    if config.exists():
-        try:
-            known = yaml.safe_load(config.read_text(encoding="utf-8"))
-        except yaml.YAMLError:
-            known = None
-        if not isinstance(known, dict) or decisive(known) != decisive(describe(run)):
-            raise ValueError(
-                f"{config} is of another run, and there is no checkpoint to go on from; give the config that it began "
-                "with, or choose another --out"
-            )
 
 
 def _run_replica(run: Run, out: Path, resumes: bool, where: Place, comm: Comm) -> dict[str, Any]:

@@ -16,7 +16,11 @@ from jsonargparse import ArgumentParser, Namespace, get_loader
 
 
 def instantiate(parser: ArgumentParser, given: Namespace, kinds: Mapping[str, Any]) -> Namespace:
-    """The objects that were described; ``kinds`` are their types by name."""
+    """The objects that were described; ``kinds`` are their types by name.
+
+    Raises:
+        ValueError: where null stands that is no value there, or what the objects themselves refuse.
+    """
     for name, value in vars(given).items():
         _refuse_null(kinds.get(name, Any), value, name)
     made: Namespace = parser.instantiate(given)
@@ -24,7 +28,11 @@ def instantiate(parser: ArgumentParser, given: Namespace, kinds: Mapping[str, An
 
 
 def load_yaml(text: str) -> Any:
-    """YAML as the parser reads it, but no key stands twice, and text that is no null, such as "---", stays text."""
+    """YAML as the parser reads it, but no key stands twice, and text that is no null, such as "---", stays text.
+
+    Raises:
+        yaml.YAMLError: when it is none, or a key stands twice; says where.
+    """
     _refuse_twice(yaml.compose(text, yaml.SafeLoader))
     value = get_loader("yaml")(text)
     return text if value is None and text.strip().lower() not in ("", "~", "null") else value

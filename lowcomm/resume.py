@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+import yaml
 
 from lowcomm.checkpoint import Checkpoints
 from lowcomm.comm.metered import MeteredComm
+from lowcomm.config import Run, decisive, describe
+from lowcomm.metrics import read
 from lowcomm.state import restore
 from lowcomm.train import Replica
 
@@ -60,3 +64,30 @@ def newest_common(steps: Sequence[int], were_on_all: bool, comm: MeteredComm) ->
             "same order, or share the directory), or start a new run in another --out"
         )
     return common
+
+
+def check_beginning(run: Run, path: Path) -> None:
+    """Check that a run that is to go on without a checkpoint, and so begins again, replaces nothing but its beginning.
+
+    Args:
+        path: this rank's metrics.
+
+    Raises:
+        ValueError: when they are of a run that ended, or of another config.
+    """
+    if path.exists() and any(record["kind"] == "summary" for record in read(path)):
+        raise ValueError(
+            f"{path.parent} holds a run that ended, and no checkpoint to go on from; choose another --out, or delete "
+            "that directory to train again"
+        )
+    config = path.parent / "config.yaml"
+    if config.exists():
+        try:
+            known = yaml.safe_load(config.read_text(encoding="utf-8"))
+        except yaml.YAMLError:
+            known = None
+        if not isinstance(known, dict) or decisive(known) != decisive(describe(run)):
+            raise ValueError(
+                f"{config} is of another run, and there is no checkpoint to go on from; give the config that it began "
+                "with, or choose another --out"
+            )

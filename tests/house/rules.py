@@ -43,7 +43,7 @@ RUN: dict[str, set[str]] = {
     "checkpoint": {"tensors", "state"},
     "config": {*PARTS},
     "train": {"tensors", "comm.base", "comm", "engine.base", "algorithms", "state", "ledger", "checkpoint"},
-    "resume": {"comm.base", "comm", "state", "checkpoint", "train"},
+    "resume": {"comm.base", "comm", "state", "checkpoint", "config", "metrics", "train"},
     "assemble": {*PARTS, "resume", "state", "environment", "ledger", "metrics", "checkpoint", "config", "train"},
     "predict": {*PARTS, "config", "assemble"},
     "attach": {"comm.base", "comm", "engine.base", "engine", "algorithms", "state"},

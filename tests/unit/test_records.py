@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from benchmarks.language_model import text, without_folders
+from benchmarks.record import kept_runs, origins, parser, write_record
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 RECORDS = sorted(RESULTS.glob("*/record.json"))
@@ -41,3 +42,21 @@ def test_a_language_models_config_keeps_the_names_of_its_texts_alone(tmp_path: P
     for name, source in sources.items():
         source["init_args"]["paths"] = [f"{name}.txt.xz"]
     assert yaml.safe_load(config.read_text(encoding="utf-8")) == run
+
+
+def test_a_record_goes_on_where_only_free_flags_differ_and_says_where_each_run_was_made(tmp_path: Path) -> None:
+    flags = parser(None, "some")
+    flags.add_argument("--size", default="1m")
+    flags.add_argument("--jobs", type=int, default=1)
+    common = ["--out", str(tmp_path), "--commit", "1234567890"]
+    given = flags.parse_args(common)
+    assert kept_runs(given, ()) == {}
+    write_record(given, {"old": {"loss": 1.0}, "known": {"loss": 2.0, "commit": "abc"}}, "text")
+
+    found = kept_runs(flags.parse_args([*common, "--jobs", "2"]), ("jobs",))
+    assert found["known"] == {"loss": 2.0, "commit": "abc"}
+    assert found["old"]["commit"] == "1234567890" and found["old"]["hardware"]
+    assert origins(found) == f"Runs: 1 at 1234567 on {found['old']['hardware']}; 1 at abc."
+    assert origins({"one": {"commit": None}}) == "Runs: 1 at unknown."
+    with pytest.raises(ValueError, match=r"other \['size', 'jobs'\]"):
+        kept_runs(flags.parse_args([*common, "--jobs", "2", "--size", "2m"]), ())
