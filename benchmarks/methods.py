@@ -152,12 +152,12 @@ def _with_rounds(algorithm: Callable[[Setting], Parts], factor: float) -> Callab
     return lambda x: algorithm(replace(x, every=max(1, round(factor * x.every))))
 
 
-def _averaged_states(exp_avg: int, exp_avg_sq: int) -> Callable[[Setting], Parts]:
-    """Periods of the moments, in those of the parameters."""
+def _averaged_states(exp_avg: int, exp_avg_sq: int, start: int = 0) -> Callable[[Setting], Parts]:
+    """Periods of the moments, in those of the parameters; first some warm-ups of data parallel."""
 
     def algorithm(x: Setting) -> Parts:
         periods = {"param": x.every, "exp_avg": exp_avg * x.every, "exp_avg_sq": exp_avg_sq * x.every}
-        return part("DESLOC", periods=periods)
+        return part("DESLOC", periods=periods, start=start * x.num_warmup_steps)
 
     return algorithm
 
@@ -202,6 +202,14 @@ METHODS: dict[str, Method] = {
     "GASLoC, one group": Method(_gasloc_in_groups(None), tuned_as="GASLoC"),
     "DiLoCo of GASLoC": Method(_diloco, tuned_as="GASLoC"),  # which the mean of its replicas follows
     "MuLoCo, rounds a third": Method(_with_rounds(_diloco, 1 / 3), "muon", beside=_MUON, tuned_as="MuLoCo"),
+    # with the first 40 % of the steps, eight warm-ups, in data parallel, as DES-LOC's paper starts some of its runs
+    "DES-LOC, from data parallel": Method(_averaged_states(3, 6, start=8), "adopt", beside=_ADOPT, tuned_as="DES-LOC"),
+    "Local ADOPT, from data parallel": Method(
+        _averaged_states(1, 1, start=8), "adopt", beside=_ADOPT, tuned_as="DES-LOC"
+    ),
+    "MT-DAO, from data parallel": Method(
+        _averaged_states(1, 1, start=8), "qhadopt", beside=_QHADOPT, is_seeded=True, tuned_as="MT-DAO"
+    ),
     "Local ADOPT, rounds a third": Method(
         _with_rounds(_averaged_states(1, 1), 1 / 3), "adopt", beside=_ADOPT, tuned_as="DES-LOC"
     ),

@@ -37,6 +37,7 @@ ALGORITHMS: list[Algorithm] = [
     DESLOC(_PERIODS),
     DESLOC(_PERIODS, Nesterov(), Reducer(Cast(), bucket_bytes=64)),
     DESLOC(_PERIODS, reducer=Reducer(TopK(0.25, chunk=8), EF14())),
+    DESLOC(_PERIODS, reducer=Reducer(Cast(), bucket_bytes=64), start=5),
     StreamingDiLoCo(4, blocks_per_fragment=1),
     StreamingDiLoCo(4, 3, blocks_per_fragment=1, reducer=Reducer(Quantized(), EF14())),
     StreamingDiLoCo(4, 4, blend=0.0, blocks_per_fragment=None, reducer=Reducer(PowerSGD(1), EF14())),
@@ -109,10 +110,10 @@ def _sparta_rounds(sparta: Algorithm, num_steps: int) -> int:
 
 
 def _des_loc_rounds(algorithm: Any, num_steps: int) -> int:
-    """Steps after which a slot is due, and a partial last round of the parameters."""
-    periods = algorithm.periods.values()
-    due = {t for t in range(1, num_steps + 1) if any(t % every == 0 for every in periods)}
-    return len(due) + (num_steps % algorithm.periods["param"] != 0)
+    """Steps of data parallel and after which a slot is due, and a partial last round of the parameters."""
+    start, periods = min(algorithm.start, num_steps), algorithm.periods
+    due = {t for t in range(1, num_steps - start + 1) if any(t % every == 0 for every in periods.values())}
+    return start + len(due) + ((num_steps - start) % periods["param"] != 0)
 
 
 def _diloco_rounds(algorithm: Any, num_steps: int) -> int:

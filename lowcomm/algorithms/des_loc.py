@@ -6,13 +6,15 @@ Alg. 1).
     every `periods[name]`:        s_i[name] <- mean_j s_j[name]
 
 A state that forgets slowly may be averaged rarely. Parameters take the rounds of DiLoCo; outer SGD(1) averages them.
-With equal periods it is Local Adam; with a period for "param" alone it is Local SGD.
+With equal periods it is Local Adam; with a period for "param" alone it is Local SGD. Periods count from step `start`;
+up to it data parallel keeps parameters and states equal.
 
 What travels of a state: under an exact reducer the state itself, which needs no memory. Under any other the difference
 to its last average, for what a compressor leaves out then keeps the value of that average; the state itself would lose
 it, and a second moment near 0 makes a step as long as 1 / eps. There is no last average at first, so that round goes
-uncompressed. Rounding may still carry an average below 0, where no second moment can be: a mean of numbers none of
-which is negative is therefore cut off at 0, and each rank says for each tensor whether it has a negative one.
+uncompressed; with `start` the last state of data parallel is one. Rounding may still carry an average below 0, where no
+second moment can be: a mean of numbers none of which is negative is therefore cut off at 0, and each rank says for each
+tensor whether it has a negative one.
 
 Differs from the paper in: a state is averaged after a step's update, not before it, as in the authors' code: after such
 a step it is equal on all replicas. States are found by name; the authors' code sorts them and counts. Averages are kept
@@ -28,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowcomm.algorithms.anchors import anchor_of
 from lowcomm.algorithms.base import Algorithm
 from lowcomm.algorithms.diloco import DiLoCo, DiLoCoState
 from lowcomm.comm.base import Comm, Task, Work
@@ -56,7 +59,8 @@ class Averaged:
 class DESLOCState:
     """Attributes:
     params: the rounds of the parameters.
-    averaged: optimizer states by name, each from its first average on; none where the reducer is exact.
+    averaged: optimizer states by name, each from its first average or the last step of data parallel on; none where the
+        reducer is exact.
     round: steps so far after which something was averaged.
     """
 
@@ -78,14 +82,18 @@ class DESLOC(Algorithm[DESLOCState]):
             "exp_avg". A state without a period stays with its replica. By default those of Adam at 3 and 6 times the
             parameters' period, as the paper advises for its second moment that forgets slowly.
         outer: how the parameters follow their mean delta: SGD(1) averages, Nesterov is DES-LOC-Nesterov.
-        reducer: how differences to the last average are averaged, each of its own.
+        reducer: how differences to the last average are averaged, each of its own; with `start` gradients too.
+        start: steps of data parallel first. The paper begins runs of 700M parameters with 2,048 of them.
     """
 
     periods: dict[str, int] = field(default_factory=lambda: {"param": 32, "exp_avg": 96, "exp_avg_sq": 192})
     outer: Outer = SGD(lr=1.0)
     reducer: Reducer = Reducer()
+    start: int = 0
 
     def __post_init__(self) -> None:
+        if self.start < 0:
+            raise ValueError(f"start is {self.start}; it is a number of steps, at least 0")
         if "param" not in self.periods:
             raise ValueError(
                 f"periods {self.periods} has none for 'param', so the replicas would never meet; add one, such as 32"
@@ -103,14 +111,18 @@ class DESLOC(Algorithm[DESLOCState]):
         """The anchor of the parameters; optimizer states are there only after the first update."""
         return DESLOCState(self._params().init(engine, comm))
 
+    def before_update(self, t: int, engine: Engine, state: DESLOCState, comm: Comm) -> None:
+        """Data parallel up to step `start`."""
+        self._params().before_update(t, engine, state.params, comm)
+
     def after_update(self, t: int, engine: Engine, state: DESLOCState, comm: Comm) -> None:
         """Average what is due; all that is due is under way at once.
 
         Raises:
             ValueError: after the first step, when the optimizer lacks a state that has a period.
         """
-        due = sorted(name for name, every in self.periods.items() if t % every == 0)
-        slots = engine.slots() if t == 1 or due else {}
+        due = self._due(t)
+        slots = engine.slots() if t in (1, self.start) or due else {}
         if t == 1:
             self._check_names(slots)
         tasks = {
@@ -122,7 +134,10 @@ class DESLOC(Algorithm[DESLOCState]):
             torch._foreach_copy_(slots[name], averaged.anchor)
             if not self._is_exact():
                 state.averaged[name] = averaged
-        state.round += 1 if due else 0
+        if t == self.start and not self._is_exact():
+            anchors = {name: anchor_of(slots[name]) for name in self.periods if name != "param"}
+            state.averaged = {name: Averaged(anchor, self.reducer.init(anchor)) for name, anchor in anchors.items()}
+        state.round += 1 if due or t <= self.start else 0
 
     def finish(self, t: int, engine: Engine, state: DESLOCState, comm: Comm) -> None:
         """Sync a partial last round of the parameters; optimizer states are not needed any more."""
@@ -138,8 +153,12 @@ class DESLOC(Algorithm[DESLOCState]):
         """The parameters' anchor."""
         return self._params().consensus(engine, state.params)
 
+    def _due(self, t: int) -> list[str]:
+        """What is averaged after step ``t``, in one order on all replicas."""
+        return sorted(name for name, every in self.periods.items() if t > self.start and (t - self.start) % every == 0)
+
     def _params(self) -> DiLoCo:
-        return DiLoCo(self.periods["param"], self.outer, self.reducer)
+        return DiLoCo(self.periods["param"], self.outer, self.reducer, self.start)
 
     def _is_exact(self) -> bool:
         return isinstance(self.reducer.compressor, Identity) and isinstance(self.reducer.feedback, NoFeedback)
