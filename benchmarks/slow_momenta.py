@@ -4,14 +4,16 @@
 
 for a small one, --size 500k --tokens 1200k --seq_len 128 --batch 4 --eval_tokens 100k --precision fp32 --device cpu.
 
-MT-DAO's claim is that a momentum which outlives a round keeps the replicas together. Each run is a `lowcomm simulate`
-of its own; the replicas share a device and the batch, so steps and tokens are equal.
+MT-DAO's claim is that a momentum which outlives a round keeps the replicas together. A third method begins with 40 % of
+the steps in data parallel. Each run is a `lowcomm simulate` of its own; the replicas share a device and the batch, so
+steps and tokens are equal.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,9 +21,10 @@ from benchmarks.convergence import Case, Tuned, config, loss_of
 from benchmarks.record import Runs, kept_runs, origins, parser, table, write_record
 from benchmarks.simulations import Job, add_run_flags, add_runs
 
-METHODS = ("data parallel, QHADOPT", "MT-DAO")
+# the first is what the others are set beside
+METHODS = ("data parallel, QHADOPT", "MT-DAO", "MT-DAO, from data parallel")
 # what runs of one record may differ in: a later call goes on with what is there
-FREE = ("betas", "lrs", "jobs", "stacked")
+FREE = ("betas", "lrs", "methods", "jobs", "stacked")
 SECOND_BETA, OMEGA = 0.99, 0.9
 KEPT = ("num_parameters", "t", "round", "tokens", "loss", "val_loss", "wall_s")
 
@@ -33,14 +36,14 @@ def case_of(given: argparse.Namespace, method: str, beta: float, lr: float) -> C
 
 def save(given: argparse.Namespace, ended: Runs) -> Path:
     """Write the record: a row for each momentum and learning rate, and one for each momentum with the best rates."""
-    dense, local = METHODS
     losses = {(run["beta"], run["lr"], run["method"]): loss_of(run) for run in ended.values()}
+    methods = [x for x in METHODS if any(method == x for _, _, method in losses)]
     pairs = sorted({(beta, lr) for beta, lr, _ in losses})
-    rows = [[f"{beta:g}", f"{lr:g}", *_cells(*(losses.get((beta, lr, x)) for x in METHODS))] for beta, lr in pairs]
+    rows = [[f"{beta:g}", f"{lr:g}", *_cells([losses.get((beta, lr, x)) for x in methods])] for beta, lr in pairs]
     best = []
     for beta in sorted({beta for beta, _ in pairs}):
-        found = [min((y for (b, _, z), y in losses.items() if (b, z) == (beta, x)), default=None) for x in METHODS]
-        best.append([f"{beta:g}", *_cells(*found)])
+        found = [min((y for (b, _, z), y in losses.items() if (b, z) == (beta, x)), default=None) for x in methods]
+        best.append([f"{beta:g}", *_cells(found)])
     first = next(iter(ended.values()))
     about = (
         f"Llama {given.size} ({first['num_parameters']:,} parameters), {given.replicas} replicas simulated on one "
@@ -48,15 +51,17 @@ def save(given: argparse.Namespace, ended: Runs) -> Path:
         f"all, {first['t']:,} steps, {given.every} steps a round, {given.precision}, one seed. QHADOPT with omega "
         f"{OMEGA} and {SECOND_BETA} for its second moment."
     )
-    columns = ["beta", "lr", dense, local, "MT-DAO against data parallel"]
+    columns = ["beta", "lr", *methods, *(f"{x} against data parallel" for x in methods[1:])]
     lines = [about, "", table(columns, rows), "", "The best rate of each for its momentum:", ""]
     lines += [table([columns[0], *columns[2:]], best)]
     return write_record(given, ended, "\n".join([*lines, "", origins(ended)]))
 
 
-def _cells(dense: float | None, local: float | None) -> list[str]:
-    gap = "–" if dense is None or local is None else f"{local / dense - 1:+.2%}"
-    return [*("–" if loss is None else f"{loss:.4f}" for loss in (dense, local)), gap]
+def _cells(losses: Sequence[float | None]) -> list[str]:
+    """The losses, then by how much each but the first is above the first."""
+    dense, *others = losses
+    gaps = ["–" if dense is None or loss is None else f"{loss / dense - 1:+.2%}" for loss in others]
+    return [*("–" if loss is None else f"{loss:.4f}" for loss in losses), *gaps]
 
 
 def main() -> None:
@@ -69,9 +74,10 @@ def main() -> None:
     flags.add_argument("--lrs", type=float, nargs="+", default=[0.67e-3, 1.33e-3, 2.67e-3, 5.33e-3])
     flags.add_argument("--compile", action="store_true", help="torch.compile the model")
     flags.add_argument("--stacked", action="store_true", help="compute the gradients of all replicas of a run at once")
+    flags.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS[:2])
     given = flags.parse_args()
     jobs = []
-    for beta, lr, method in itertools.product(given.betas, given.lrs, METHODS):
+    for beta, lr, method in itertools.product(given.betas, given.lrs, given.methods):
         case, setting = case_of(given, method, beta, lr), {"method": method, "beta": beta, "lr": lr}
         jobs.append(Job(case.key, config(given, case), case.num_replicas, given.stacked, setting))
     add_runs(given, kept_runs(given, FREE), jobs, KEPT, partial(save, given))
