@@ -152,12 +152,17 @@ def _with_rounds(algorithm: Callable[[Setting], Parts], factor: float) -> Callab
     return lambda x: algorithm(replace(x, every=max(1, round(factor * x.every))))
 
 
-def _averaged_states(exp_avg: int, exp_avg_sq: int, start: int = 0) -> Callable[[Setting], Parts]:
-    """Periods of the moments, in those of the parameters; first some warm-ups of data parallel."""
+def _averaged_states(
+    exp_avg: int, exp_avg_sq: int, start: int = 0, outer: Others | None = None
+) -> Callable[[Setting], Parts]:
+    """Periods of the moments, in those of the parameters; steps of data parallel first, in warm-ups; Nesterov's numbers
+    where the parameters are not just averaged.
+    """
 
     def algorithm(x: Setting) -> Parts:
         periods = {"param": x.every, "exp_avg": exp_avg * x.every, "exp_avg_sq": exp_avg_sq * x.every}
-        return part("DESLOC", periods=periods, start=start * x.num_warmup_steps)
+        followed = {} if outer is None else {"outer": _nesterov(outer)}
+        return part("DESLOC", periods=periods, start=start * x.num_warmup_steps, **followed)
 
     return algorithm
 
@@ -203,12 +208,15 @@ METHODS: dict[str, Method] = {
     "DiLoCo of GASLoC": Method(_diloco, tuned_as="GASLoC"),  # which the mean of its replicas follows
     "MuLoCo, rounds a third": Method(_with_rounds(_diloco, 1 / 3), "muon", beside=_MUON, tuned_as="MuLoCo"),
     # with the first 40 % of the steps, eight warm-ups, in data parallel, as DES-LOC's paper starts some of its runs
-    "DES-LOC, from data parallel": Method(_averaged_states(3, 6, start=8), "adopt", beside=_ADOPT, tuned_as="DES-LOC"),
-    "Local ADOPT, from data parallel": Method(
-        _averaged_states(1, 1, start=8), "adopt", beside=_ADOPT, tuned_as="DES-LOC"
+    "DES-LOC, from data parallel": Method(_averaged_states(3, 6, 8), "adopt", beside=_ADOPT, tuned_as="DES-LOC"),
+    "DES-LOC-Nesterov, from data parallel": Method(
+        _averaged_states(3, 6, 8, _DILOCO[0]), "adopt", beside=_ADOPT, tuned_as="DES-LOC"
     ),
     "MT-DAO, from data parallel": Method(
-        _averaged_states(1, 1, start=8), "qhadopt", beside=_QHADOPT, is_seeded=True, tuned_as="MT-DAO"
+        _averaged_states(1, 1, 8), "qhadopt", beside=_QHADOPT, is_seeded=True, tuned_as="MT-DAO"
+    ),
+    "MT-DAO-Nesterov, from data parallel": Method(
+        _averaged_states(1, 1, 8, _DILOCO[0]), "qhadopt", beside=_QHADOPT, is_seeded=True, tuned_as="MT-DAO"
     ),
     "Local ADOPT, rounds a third": Method(
         _with_rounds(_averaged_states(1, 1), 1 / 3), "adopt", beside=_ADOPT, tuned_as="DES-LOC"
@@ -261,5 +269,19 @@ CLAIMS = [
         0.01,
     ),
     Claim("DES-LOC within 1 % of data parallel", "arXiv:2505.22549", "DES-LOC", _ADOPT, 0.01),
+    Claim(
+        "DES-LOC within 1 % of data parallel where both share the first 40 % of the steps",
+        "arXiv:2505.22549",
+        "DES-LOC, from data parallel",
+        _ADOPT,
+        0.01,
+    ),
     Claim("MT-DAO no worse than data parallel", "arXiv:2510.05361", "MT-DAO", _QHADOPT, 0.0),
+    Claim(
+        "MT-DAO no worse than data parallel where both share the first 40 % of the steps",
+        "arXiv:2510.05361",
+        "MT-DAO, from data parallel",
+        _QHADOPT,
+        0.0,
+    ),
 ]

@@ -4,8 +4,8 @@
 
 for a small one, --size 500k --tokens 1200k --seq_len 128 --batch 4 --eval_tokens 100k --precision fp32 --device cpu.
 
-MT-DAO's claim is that a momentum which outlives a round keeps the replicas together. A third method begins with 40 % of
-the steps in data parallel. Each run is a `lowcomm simulate` of its own; the replicas share a device and the batch, so
+MT-DAO's claim is that a momentum which outlives a round keeps the replicas together. Two more methods begin with 40 %
+of the steps in data parallel, one with outer Nesterov. Each run is a `lowcomm simulate` of its own; the replicas share a device and the batch, so
 steps and tokens are equal.
 """
 
@@ -22,7 +22,12 @@ from benchmarks.record import Runs, kept_runs, origins, parser, table, write_rec
 from benchmarks.simulations import Job, add_run_flags, add_runs
 
 # the first is what the others are set beside
-METHODS = ("data parallel, QHADOPT", "MT-DAO", "MT-DAO, from data parallel")
+METHODS = (
+    "data parallel, QHADOPT",
+    "MT-DAO",
+    "MT-DAO, from data parallel",
+    "MT-DAO-Nesterov, from data parallel",
+)
 # what runs of one record may differ in: a later call goes on with what is there
 FREE = ("betas", "lrs", "methods", "jobs", "stacked")
 SECOND_BETA, OMEGA = 0.99, 0.9
