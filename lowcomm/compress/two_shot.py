@@ -37,7 +37,8 @@ def two_shot(
         return sent.reshape(-1)[: x.numel()].view(x.shape), sent.reshape(-1)[: x.numel()].view(x.shape).clone()
 
     received = yield comm.all_to_all(list(payload))
-    exact = codec.decode(torch.stack(received), chunk).to(x.dtype).sum(0).div_(n)
+    wide = torch.promote_types(x.dtype, torch.float32)  # sums may leave the range of 16 bits, where means do not
+    exact = codec.decode(torch.stack(received), chunk).to(wide).sum(0).div_(n)
     gathered = yield comm.all_gather(codec.encode(exact[None], random)[0])
     means = codec.decode(torch.stack(gathered), chunk).to(x.dtype)
     sent[me] += n * (means[me] - exact)

@@ -47,6 +47,14 @@ def test_rows_are_coded_alone(codec, shape):
     assert torch.equal(codec.decode(both, shape[1])[: shape[0]], codec.decode(together, shape[1]))
 
 
+def test_a_payload_shares_nothing_with_its_values(codec):
+    x = draw("normal", (2, 64), 0).float()
+    payload = codec.encode(x, rng(0, "rounding"))
+    before = payload.clone()
+    x.fill_(7.0)
+    assert torch.equal(payload, before)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_runs_without_values(codec, shape):
     payload = codec.encode(torch.empty(shape, device="meta"), rng(0, "rounding"))

@@ -16,6 +16,7 @@ from lowcomm.codecs.packing import pack, unpack
 from lowcomm.codecs.qsgd import QSGD
 from lowcomm.codecs.scales import SCALE_BYTES, SCALE_GROWTH, scale_from_bytes, scale_to_bytes
 from lowcomm.codecs.sign import Sign
+from lowcomm.codecs.sign_magnitude import SignMagnitude
 from lowcomm.tensors import rng
 
 NUM = 2**20
@@ -101,6 +102,7 @@ def test_packing(bits, num):
     assert torch.equal(unpack(packed, num, bits), codes)
     wider = torch.cat([codes[:, :1], codes], 1) if num else codes
     assert torch.equal(pack(wider[:, wider.shape[1] - num :], bits), packed), "views of other tensors"
+    assert torch.equal(pack(wider[:1, wider.shape[1] - num :], bits), packed[:1]), "views that are contiguous"
 
 
 @pytest.mark.parametrize("how", SCALE_BYTES)
@@ -124,8 +126,21 @@ def test_nearest_level_is_nearest():
     places = nearest_level(levels.values, 1.0, torch.device("cpu"))(x).long()
     missed, least = (exact[places] - x).abs(), (exact - x.double()[:, None]).abs().amin(1)
     assert (missed <= least + 2 * cell_size(1.0)).all() and (missed == least).double().mean() > 0.99
+    middles = ((exact[1:] + exact[:-1]) / 2 * (1 - 1e-5)).float()
+    places = nearest_level(levels.values, 1.0, torch.device("cpu"))(middles).long()
+    assert torch.equal(exact[places].abs(), torch.minimum(exact[1:].abs(), exact[:-1].abs())), (
+        "towards zero if in doubt"
+    )
     grid = torch.tensor(levels.values)
     assert nearest_level(levels.values, 1.0, torch.device("cpu"))(grid).tolist() == list(range(16))
+
+
+def test_levels_of_nf4_are_those_of_its_paper():
+    """Quantiles at equal steps on each side of zero, from that of 1 / 2 to the mean of 1 - 1 / 32 and 1 - 1 / 30."""
+    last = 1 - (1 / 32 + 1 / 30) / 2
+    sides = [torch.special.ndtri(torch.linspace(0.5, last, num, dtype=torch.float64))[1:] for num in (8, 9)]
+    quantiles = torch.cat([-sides[0].flip(0), torch.zeros(1), sides[1]]) / sides[1][-1]
+    assert NF4().levels().values == pytest.approx(quantiles.tolist(), abs=1e-6)
 
 
 def test_e3m0_rounds_in_the_linear_domain():
@@ -165,6 +180,17 @@ def test_zeros_come_back_from_signs_as_the_scale():
     assert Sign().decode(Sign().encode(x), 4).tolist() == [[1.0, 1.0, -1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
 
 
+@pytest.mark.parametrize("codec", [Sign(), SignMagnitude()], ids=str)
+def test_means_of_the_largest_magnitudes_stay_within_float32(codec):
+    x = torch.tensor([[3.4e38, -3.4e38]]).repeat(1, 2048)
+    assert torch.allclose(codec.decode(codec.encode(x), 4096), x, rtol=0.01)
+
+
+def test_bins_of_one_side_stay_within_float32():
+    x = torch.tensor([[1e-20] + [-1e30] * 7])
+    assert torch.allclose(Bins().decode(Bins().encode(x), 8), x)
+
+
 @pytest.mark.parametrize(("kind", "largest"), [("float16", 65504.0), ("bfloat16", torch.finfo(torch.bfloat16).max)])
 def test_half_stays_finite(kind, largest):
     x = torch.tensor([[3.4e38, -3.4e38, 1.0]])
@@ -173,15 +199,19 @@ def test_half_stays_finite(kind, largest):
 
 def test_float16_scales_saturate_without_wrapping():
     x = torch.tensor([[1e9, -1e9, 0.0, 1e9]])
-    for codec in (Absmax(8, 4, "float16"), Absmax(4, 4, "float16"), NF4(4, "float16"), FP8("e4m3", 4, "float16")):
-        y = codec.decode(codec.encode(x), 4)
-        assert y.isfinite().all() and torch.equal(y.sign(), x.sign()) and (y.abs() <= 1.01e9).all()
+    integers = [
+        (Absmax(bits, 4, "float16", random), top) for bits, top in ((8, 127), (4, 7)) for random in (False, True)
+    ]
+    for codec, top in (*integers, (NF4(4, "float16"), 1), (FP8("e4m3", 4, "float16"), 448)):
+        y = codec.decode(codec.encode(x, rng(0, "rounding")), 4)
+        assert torch.equal(y, x.sign() * top * 65504), codec
 
 
 WORST = [
     # one value as large as it can be, the others where rounding loses most
     (Absmax(), [127.0] + [0.4999] * 255),
     (Absmax(4, 64), [7.0] + [0.4999] * 63),
+    (Absmax(4, 64), [7.0, 0.4999]),
     (Absmax(4, 64, "e8m0"), [3.5001] + [0.4999] * 63),
     (FP8("e4m3"), [448.0] + [271.9] * 255),
     (NF4(scale="float32"), [1.0] + [-0.09105004 / 2 * 0.999] * 63),

@@ -53,9 +53,10 @@ def test_bytes_of_an_epoch_are_the_published_ones(rank, mib):
         assert len(state.buckets) == len(stacks)
 
 
-@pytest.mark.parametrize("shape", [(4,), (), (3, 3), (1, 100), (100, 1), (7, 0)], ids=str)
-def test_what_would_not_shrink_is_exact_and_never_larger(shape):
-    compressor, comm = PowerSGD(rank=2), EchoComm(2)
+@pytest.mark.parametrize("alternate", [False, True])
+@pytest.mark.parametrize("shape", [(4,), (), (3, 3), (8, 8), (1, 100), (100, 1), (7, 0)], ids=str)
+def test_what_would_not_shrink_is_exact_and_never_larger(shape, alternate):
+    compressor, comm = PowerSGD(rank=2, alternate=alternate), EchoComm(2)
     x = normal(2, *shape)
     sent, mean, _ = Task(compressor.mean(x, compressor.init(x), comm)).result()
     assert torch.equal(sent, x)

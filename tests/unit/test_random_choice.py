@@ -86,6 +86,12 @@ def test_everything_is_sent_at_density_one():
         assert torch.equal(next(rounds(compressor, x, SoloComm(), 1)), x)
 
 
+@pytest.mark.parametrize("cls", [RandomK, RandomBlock])
+def test_at_least_one_value_is_sent(cls):
+    assert next(rounds(cls(0.01), torch.ones(17), SoloComm(), 1)).count_nonzero() == 1
+    assert cls(0.01).sent_bytes([17], 4, 2) == 4
+
+
 def test_chosen_values_may_be_coded():
     values = Quantized(Absmax(8))
     assert RandomK(0.01, values).sent_bytes([1000, 1000], 4, 4) == values.sent_bytes([10_000], 4, 4)
