@@ -45,7 +45,7 @@ class Hindered(Around):
     def seconds(self, rank: int, t: int, start: float) -> float:
         """Until the model's time of the step has been worked off."""
         work = self.model.seconds(rank, t, start)
-        if rank not in self._changes:
+        if work == 0 or rank not in self._changes:
             return work
         moments, slowness = self._changes[rank]
         next_change = bisect_right(moments, start)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -307,7 +308,7 @@ def read_events(path: Path) -> Events:
             head, *lines = (json.loads(line) for line in file)
         if head["refusal"] is None:
             return _events(head, lines)
-    except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{path} is no log of a simulation ({error!r}); simulate the run anew") from error
     raise ValueError(f"{path.parent} cannot be timed anew: {head['refusal']}; simulate it on the other cluster instead")
 

@@ -110,6 +110,8 @@ def test_actions_run_between_turns_unless_cancelled():
 
     clock, _ = run(go)
     assert log == ["a", "b", "turn"] and clock.now == 2.0
+    clock.spawn(0, lambda: clock.sleep(200.0), at=2.0)
+    assert clock.run() == [None] and log == ["a", "b", "turn"], "what was due after the end is forgotten"
 
 
 def test_cancelled_actions_do_not_pile_up():
@@ -203,6 +205,15 @@ def test_a_killed_rank_may_start_again():
     assert run(lambda clock: clock.sleep(2.0), go)[1] == ["second life", None]
 
 
+def test_a_killed_rank_has_no_result_whatever_it_catches():
+    def stubborn(clock):
+        with contextlib.suppress(BaseException):
+            clock.sleep(9.0)
+        return "result"
+
+    assert run(stubborn, lambda clock: clock.kill(0))[1] == [None, None]
+
+
 def test_deadlock_names_all_who_wait_and_for_what():
     ended = []
 
@@ -213,8 +224,12 @@ def test_deadlock_names_all_who_wait_and_for_what():
         finally:
             ended.append(clock.now)
 
-    with pytest.raises(Deadlock) as caught:
-        run(waits, lambda clock: None, waits, lambda clock: clock.park(lambda: "a call"))
+    def kills(clock):
+        clock.sleep(0.5)
+        clock.kill(4)
+
+    with pytest.raises(Deadlock) as caught:  # of rank 4, which waited too, nothing is said
+        run(waits, kills, waits, lambda clock: clock.park(lambda: "a call"), lambda clock: clock.park(lambda: "nobody"))
     assert caught.value.waiting == {0: "a letter", 2: "a letter", 3: "a call"}
     assert str(caught.value).splitlines() == [
         "at 1 s nothing is due, but 3 ranks wait:",
@@ -254,6 +269,8 @@ def test_user_mistakes():
         for time in (0.5, float("nan"), float("inf")):
             with pytest.raises(ValueError, match=f"{time} s, but it is 1.0"):
                 clock.at(time, lambda: None)
+        with pytest.raises(ValueError, match="rank 5 is due at 0.5 s, but it is 1.0"):
+            clock.spawn(5, lambda: None, at=0.5)
         with pytest.raises(ValueError, match="rank 0 has a program"):
             clock.spawn(0, lambda: None, at=1.0)
         with pytest.raises(ValueError, match="at least 0"):

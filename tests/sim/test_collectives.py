@@ -158,6 +158,29 @@ def test_times_are_those_of_the_table(schedule, all_sum, all_gather, broadcast):
         assert seconds(transfers, links) == pytest.approx(expected, rel=1e-5), kind
 
 
+@pytest.mark.parametrize("num_members", range(2, 18))
+def test_a_tree_takes_as_many_steps_as_its_lowest_leaf_is_deep(num_members):
+    members, sizes = tuple(range(num_members)), [1] * num_members
+    down, depth = Tree().transfers("broadcast", members, sizes, 0), {0: 0}
+    for transfer in down:
+        depth[transfer.to] = depth[transfer.source] + 1
+    assert {transfer.num_latencies for transfer in down} == {max(depth.values())}
+    both_ways = {transfer.num_latencies for transfer in Tree().transfers("all_sum", members, sizes)}
+    assert both_ways == {2 * max(depth.values())}
+
+
+def test_what_goes_through_the_center_takes_two_steps():
+    assert Star(center=0).transfers("broadcast", (0, 1, 2), [5] * 3, 1) == [(1, 0, 5, 1), (0, 2, 5, 2)]
+
+
+@pytest.mark.parametrize(("kind", "inside", "between"), [("all_sum", 2, 2), ("all_gather", 2, 1), ("broadcast", 1, 1)])
+def test_within_an_island_a_step_is_an_edge_of_its_chain(kind, inside, between):
+    islands, source = Hierarchical(((0, 1, 2, 3), (4, 5, 6))), 0 if kind == "broadcast" else None
+    for transfer in islands.transfers(kind, tuple(range(7)), [5] * 7, source):
+        is_first, is_same = transfer.source < 4, (transfer.source < 4) == (transfer.to < 4)
+        assert transfer.num_latencies == (inside * (3 if is_first else 2) if is_same else between)
+
+
 def test_islands_spare_the_slow_paths_between_them():
     islands = Hierarchical(((0, 1, 2, 3), (4, 5, 6, 7)))
     members, sizes = tuple(range(8)), [8_000_000] * 8

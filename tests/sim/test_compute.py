@@ -111,13 +111,16 @@ def test_ranks_and_steps_are_independent() -> None:
     logs = torch.tensor([[math.log(model.seconds(rank, t, 0.0)) for t in range(1, 1025)] for rank in range(2)])
     assert abs(torch.corrcoef(logs)[0, 1].item()) < 0.1
     assert abs(torch.corrcoef(torch.stack([logs[0, :-64], logs[0, 64:]]))[0, 1].item()) < 0.1
+    # and so are models of different classes, though their seeds are equal
+    other = torch.tensor([math.log(Pareto().seconds(0, t, 0.0)) for t in range(1, 1025)])
+    assert abs(torch.corrcoef(torch.stack([logs[0], other]))[0, 1].item()) < 0.1
 
 
 def test_diurnal() -> None:
-    model = Diurnal(2.0, swing=0.5, peak_s=100.0, period_s=1000.0, shift_s=[0.0, 500.0])
+    model = Diurnal(2.0, swing=0.5, peak_s=100.0, period_s=1000.0, shift_s=[0.0, 250.0])
     assert model.seconds(0, 1, 100.0) == pytest.approx(3.0)
     assert model.seconds(0, 7, 1600.0) == pytest.approx(1.0)
-    assert model.seconds(1, 1, 600.0) == pytest.approx(3.0)
+    assert model.seconds(1, 1, 350.0) == pytest.approx(3.0)
     assert sum(model.seconds(0, 1, float(x)) for x in range(1000)) / 1000 == pytest.approx(2.0)
     with pytest.raises(ValueError, match="shift_s has 2 values, none for rank 2"):
         model.seconds(2, 1, 0.0)
@@ -215,6 +218,7 @@ def test_hindered() -> None:
     for start in (0.0, 7.0, 8.5, 10.0, 12.0, 14.5, 17.0, 18.0, 29.0, 33.0, 35.0, 100.0):
         assert model.seconds(0, 1, start) == pytest.approx(reference(start), abs=0.02)
     assert model.seconds(1, 1, 12.0) == 3.0
+    assert Hindered(LogNormal(sigma=50.0), events).seconds(0, 1, 14.5) == 0.0  # drawn so small that it is no time
     assert Hindered(Measured(), events).calibrated(3.0).seconds(0, 1, 14.0) == pytest.approx(6.5)
 
 

@@ -238,7 +238,9 @@ def test_two_faults_must_not_draw_the_same_numbers(one: Fault, other: Fault, kin
 
 
 def test_causes_of_different_kinds_may_share_a_seed() -> None:
-    FaultPlan([Poisson(10.0, 1.0), RegionShocks(10.0, 1.0), Preemptions(10.0, 1.0)])
+    causes = [Poisson(10.0, 1e3), RegionShocks(10.0, 1e3), Preemptions(10.0, 1e3)]
+    FaultPlan(causes)
+    assert len({cause.events(["eu"])[0].at_s for cause in causes}) == 3, "they draw numbers of their own"
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ from tests.sim.slow import byte
 
 
 def run(programs, faults):
-    """What program(comm, clock) returns on each rank; a link carries a byte a second, and nothing else takes time."""
+    """What program(comm, clock) returns on each rank; up-links carry a byte a second, down-links two."""
     clock = Clock(isolate_torch=False)
     n = len(programs)
-    links = Links([8.0] * n, [8.0] * n, lambda source, to: 0.0, bandwidth_factor=1.0)
+    links = Links([8.0] * n, [16.0] * n, lambda source, to: 0.0, bandwidth_factor=1.0)
     network = Network(clock, links)
     world = World(clock, network)
     schedule_faults(FaultPlan(faults).events(["here"] * n), clock, world, network)
@@ -47,7 +47,7 @@ def receives(num_bytes):
     [
         ([], 12.0),
         ([SlowDown(0, 4.0, 2.0, 8.0, "network")], 18.0),  # 2 bytes, 2 in the window, 8 from 10 s on
-        ([SlowDown(1, 4.0, 2.0, 8.0, "network")], 18.0),
+        ([SlowDown(1, 4.0, 2.0, 8.0, "network")], 16.0),  # 2 bytes, 4 in the window, 6
         ([SlowDown(0, 4.0, 2.0, 8.0)], 12.0),  # of compute
         # 2 bytes, 1 at half, 1 at a quarter until 8 s, 2 at half until 12 s, 6
         ([SlowDown(0, 2.0, 2.0, 10.0, "network"), SlowDown(0, 2.0, 4.0, 4.0, "network")], 18.0),

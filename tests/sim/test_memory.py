@@ -97,6 +97,7 @@ def test_the_longest_waiting_goes_first(tmp_path):
         residence.enter(1)
         assert [x[rank].untyped_storage().nbytes() for rank in range(3)] == [0, 20, 20]
         assert x[1].tolist() == [1.0] * 5
+        assert residence.num_moves == 2, "who is there is not moved"
 
 
 def test_views_and_identities_outlive_a_move(tmp_path):

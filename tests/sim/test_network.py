@@ -42,7 +42,8 @@ def end_times(wires, flows, then=()):
 def test_one_flow_takes_its_latency_and_its_bytes():
     wires = links([MBYTE_S] * 2, latency_s=0.05)
     assert end_times(wires, [(0, 1, 2e6)]) == pytest.approx([2.05])
-    lv08 = replace(wires, latency_factor=13.01, bandwidth_factor=0.97)
+    there_and_back = [[0.0, 0.05], [0.2, 0.0]]
+    lv08 = replace(wires, latency_s=there_and_back, latency_factor=13.01, bandwidth_factor=0.97)
     assert end_times(lv08, [(0, 1, 2e6)]) == pytest.approx([2 / 0.97 + 13.01 * 0.05])
 
 
@@ -91,7 +92,9 @@ def test_three_flows_the_classic_example():
 
 def test_a_path_is_shared_by_the_flows_of_its_pair_alone():
     wires = links([9 * MBYTE_S] * 3, path_bits_per_s=[[0, 1 * MBYTE_S, float("inf")]] + [[MBYTE_S] * 3] * 2)
-    assert end_times(wires, [(0, 1, 1e6), (0, 1, 1e6), (0, 2, 7e6)]) == pytest.approx([2.0, 2.0, 7 / 8])
+    flows = [(0, 1, 1e6), (0, 1, 1e6), (0, 2, 7e6)]
+    assert end_times(wires, flows) == pytest.approx([2.0, 2.0, 7 / 8])
+    assert end_times(replace(wires, bandwidth_factor=0.5), flows) == pytest.approx([4.0, 4.0, 7 / 4])
 
 
 def test_windows_cap_a_flow_by_its_round_trip():
@@ -119,7 +122,8 @@ def test_many_streams_fill_what_one_window_cannot():
 
 def test_links_change_in_mid_flow():
     slow_down = [(1.0, lambda network: network.set_rate(0, up_bits_per_s=MBYTE_S))]
-    assert end_times(links([2 * MBYTE_S] * 2), [(0, 1, 4e6)], slow_down) == pytest.approx([3.0])
+    half = links([4 * MBYTE_S] * 2, bandwidth_factor=0.5)  # of the new rate, too
+    assert end_times(half, [(0, 1, 4e6)], slow_down) == pytest.approx([5.0])
     speed_up = [(1.0, lambda network: network.set_rate(1, down_bits_per_s=4 * MBYTE_S))]
     assert end_times(links([8 * MBYTE_S] * 2, down=[MBYTE_S] * 2), [(0, 1, 9e6)], speed_up) == pytest.approx([3.0])
 
@@ -180,6 +184,14 @@ def test_the_end_of_a_flow_may_send_the_next():
     network.send(0, 1, 1e6, again)
     clock.run()
     assert ends == pytest.approx([1.0, 2.0, 3.0])
+
+
+def test_flows_that_end_together_end_in_the_order_in_which_they_were_sent():
+    clock, ends = FakeClock(), []
+    network = Network(clock, links([2 * MBYTE_S] * 5))
+    for i, (source, to, num_bytes) in enumerate([(0, 1, 3e6), (0, 2, 1e6), (3, 4, 4e6)]):
+        network.send(source, to, num_bytes, partial(ends.append, i))  # the end of 2 is in sight before that of 0
+    assert clock.run() == 2.0 and ends == [1, 0, 2]
 
 
 def test_a_rank_goes_on_when_its_flow_ends():
@@ -370,6 +382,7 @@ def test_impossible_links_are_refused(wrong, message):
         (lambda network: network.send(0, 2, 1.0, lambda: None), "rank 2 is unknown: the links connect ranks 0 to 1"),
         (lambda network: network.send(1, 1, 1.0, lambda: None), "rank 1 would send to itself"),
         (lambda network: network.send(0, 1, -1.0, lambda: None), "a flow of -1.0 bytes"),
+        (lambda network: network.send(0, 1, 1.0, lambda: None, -2.0), "after -2.0 latencies"),
         (lambda network: network.set_rate(0, up_bits_per_s=0.0), "up_bits_per_s of rank 0 is 0.0"),
         (lambda network: network.set_rate(5), "rank 5 is unknown"),
         (lambda network: network.block(0, -1), "rank -1 is unknown"),

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from lowcomm.algorithms.base import Algorithm
+from lowcomm.assemble import open_ledger
 from lowcomm.cli import main, parse_run, parse_simulation
 from lowcomm.metrics import read
-from lowcomm.sim.compute import Replay
+from lowcomm.sim.compute import Measured, Replay
 from lowcomm.sim.faults import Crash
 from lowcomm.sim.log import EVENTS
 from lowcomm.sim.presets import LAN, Home
@@ -145,7 +146,11 @@ def talk(flags, topic, cluster, out):
     simulate(replace(parse_run(flags)[0], algorithm=Talker(topic)), cluster, out)
 
 
-def test_all_kinds_of_messages_are_replayed_and_back_again(flags, clusters, tmp_path):
+def test_all_kinds_of_messages_are_replayed_and_back_again(flags, clusters, tmp_path, monkeypatch):
+    # as on a device whose speed is known, so that its utilisation is, too
+    monkeypatch.setattr(
+        "lowcomm.assemble.open_ledger", lambda *args: replace(open_ledger(*args), token_flops=1e3, peak_flops=1e9)
+    )
     here, there = (parse_simulation([*flags, "--cluster", path])[1] for path in clusters.values())
     talk(flags, "everything", here, tmp_path / "here")
     talk(flags, "everything", there, tmp_path / "there")
@@ -193,6 +198,7 @@ def test_what_cannot_be_replayed_is_refused(flags, tmp_path):
     talk(flags, "everything", LAN(num_hosts=2), run)
     refused(run, out, LAN(num_hosts=3), "3 hosts.*2 replicas")
     refused(run, out, LAN(num_hosts=2, faults=[Crash(rank=1, at_s=3.0)]), "crashes")
+    refused(run, out, LAN(num_hosts=2, compute=Measured()), "give Measured a step_s")
     with pytest.raises(ValueError, match="already holds a run"):
         retime(run, Home(num_hosts=2), run)
 
@@ -208,6 +214,7 @@ def test_what_cannot_be_replayed_is_refused(flags, tmp_path):
     for broken in (
         b"",
         log[:100],
+        log[:10] + b"\xff" * 20 + log[30:],
         gzip.compress(b"[]"),
         gzip.compress(gzip.decompress(log).replace(b"Wait", b"Weight")),
     ):

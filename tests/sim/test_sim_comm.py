@@ -121,6 +121,29 @@ def test_an_exchange_starts_when_the_last_member_is_there():
     assert simulate(*[program] * 3) == [10.0 + 2 * 2 * 6 / 3] * 3
 
 
+def test_a_message_takes_the_time_of_its_bytes():
+    def program(comm, clock):
+        x = torch.zeros(3, dtype=torch.float64)
+        sent = comm.send(x, 1 - comm.rank)
+        comm.recv(x).wait()
+        sent.wait()
+        return clock.now
+
+    assert simulate(program, program) == [24.0, 24.0]
+
+
+def test_an_exchange_that_is_over_is_forgotten():
+    def program(comm, clock):
+        works = [comm.all_sum(byte(1)), comm.all_to_all([byte(1)] * 2), comm.exchange(byte(1), 1 - comm.rank)]
+        assert len(comm._view.exchanges) == 3
+        clock.sleep(9.0)
+        assert not comm._view.exchanges, "its tensors would stay to the end of the run"
+        for work in works:
+            work.wait()
+
+    simulate(program, program)
+
+
 ALL = torch.zeros(4, dtype=torch.uint8)
 
 

@@ -152,6 +152,17 @@ def test_messages_and_crashes():
     assert results == ["survived", None, None] and not log
 
 
+def test_a_message_that_overtook_another_was_there_before_the_crash():
+    def sender(comm, clock):
+        long, short = comm.send(torch.zeros(9, dtype=torch.uint8), 1), comm.send(byte(1), 1)
+        with pytest.raises(PeerLost):
+            long.wait()
+        short.wait()
+        return clock.now
+
+    assert simulate(sender, lambda comm, clock: clock.sleep(50.0), crashes=[(1, 3.0)])[0] == 3.0
+
+
 def test_anyone_is_awaited_while_somebody_is_left():
     def server(comm, clock):
         source, _ = comm.recv(byte(0)).wait()

@@ -114,6 +114,17 @@ def test_each_replica_gets_the_gradients_that_it_would_alone(dtype, autocast, lo
         assert all(a is b for a, b in zip(x, y.slots()["param"], strict=True))
 
 
+def test_autocast_is_on_for_all_replicas_at_once():
+    seen = []
+
+    def loss(model, batch):
+        seen.append(model(batch).dtype)
+        return next_token_loss(model, batch)
+
+    Stack(torch.bfloat16, loss).join(0, engines(1, torch.float32)[0]).backward(batches(1, 1)[0][0])
+    assert seen == [torch.bfloat16]
+
+
 def test_without_announcing_it_is_an_engine_like_any_other():
     alone, inner = engines(1), engines(1)
     engine = Stack(loss=loss_in_its_dtype).join(0, inner[0])

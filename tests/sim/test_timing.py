@@ -108,6 +108,11 @@ def test_slots_are_those_of_a_real_engine_and_the_learning_rate_moves():
         assert [x.shape for x in tensors] == [x.shape for x in shapes.params] and all(x.is_meta for x in tensors)
 
 
+def test_gradients_are_of_the_dtype_of_their_parameters():
+    shapes = shapes_of(run_of(precision="bf16"), 2)
+    assert {x.dtype for x in [*shapes.params, *shapes.gradients]} == {torch.bfloat16}
+
+
 AFTER_UPDATE = next(x for x in VARIANTS if x.row == "DiLoCo" and x.name == "after the update" and x.wire == "16 bits")
 
 

@@ -13,7 +13,7 @@ import pytest
 from lowcomm.cli import main
 from lowcomm.metrics import read
 from lowcomm.sim.network import FlowRecord
-from lowcomm.sim.trace import Span, Trace, chrome_trace, gantt, read_chrome_trace, write_chrome_trace
+from lowcomm.sim.trace import Kind, Span, Trace, chrome_trace, gantt, read_chrome_trace, write_chrome_trace
 from tests.multiprocess.launch import write_tiny
 
 
@@ -34,7 +34,7 @@ def test_totals() -> None:
 
 
 def test_chrome_trace(tmp_path: Path) -> None:
-    spans = recorded().spans
+    spans = [*recorded().spans, Span(0, "flow", 3.25, 4.0, "to rank 2", 1e6)]
     write_chrome_trace(spans, tmp_path / "trace.json")
     document = json.loads((tmp_path / "trace.json").read_text())
     assert document == chrome_trace(spans) and set(document) == {"traceEvents", "displayTimeUnit"}
@@ -126,6 +126,23 @@ def test_gantt() -> None:
         assert word in svg
     with_more = [*recorded().spans, Span(1, "wait", 2.5, 3.5, "all_sum")]
     assert bars(gantt(with_more)) == bars(svg) + 1
+
+
+def test_gantt_has_what_a_rank_did_beside_its_name_and_what_it_sent_below() -> None:
+    done: list[tuple[int, Kind]] = [(0, "compute"), (0, "flow"), (1, "wait")]
+    svg = gantt([Span(rank, kind, start_s, start_s + 1, "") for rank, kind in done for start_s in (0.0, 2.0)])
+    first, second = (float(y) for y in re.findall(r' y="([\d.]+)" [^>]*>rank \d<', svg))
+    tops: dict[str, float] = {}
+    for path, colour in re.findall(r'<path d="(M [^"]*?)"[^>]*style="fill: (#\w{6})"', svg):
+        y = min(float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", path))
+        tops.setdefault(colour, y)  # the legend comes after the bars
+    compute, flow, wait = (tops[colour] for colour in ("#4878a8", "#6aa378", "#d8a24a"))
+    assert compute < first and compute < flow < wait < second
+
+
+def test_gantt_of_flows_within_a_flow_is_its_bar() -> None:
+    spans = [Span(0, "flow", start_s, end_s, "to rank 1") for start_s, end_s in ((0.0, 9.0), (1.0, 2.0), (5.0, 6.0))]
+    assert bars(gantt(spans)) == bars(gantt(spans[:1]))
 
 
 def test_gantt_shows_a_window_of_some_ranks() -> None:
