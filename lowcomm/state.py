@@ -89,7 +89,7 @@ class _Restoring:
             return old
         if old is None or new is None or (type(old) in _SCALARS and type(new) in _SCALARS):
             return self.built(new, where)
-        raise ValueError(f"{where} is a {type(old).__name__}, but a {type(new).__name__} was saved")
+        raise ValueError(f"{where} is a {type(old).__name__}, but a {_saved_name(new)} was saved")
 
     def built(self, new: Any, where: str) -> Any:
         """``new`` as fresh objects."""
@@ -111,8 +111,9 @@ class _Restoring:
         if new is None:
             return None
         if not isinstance(new, dict) or new.get(_CLASS) != name:
-            saved = new.get(_CLASS, "dict") if isinstance(new, dict) else type(new).__name__
-            raise ValueError(f"{where} is a {name}, but a {saved} was saved; resume with the algorithm the run had")
+            raise ValueError(
+                f"{where} is a {name}, but a {_saved_name(new)} was saved; resume with the algorithm the run had"
+            )
         if differ := names ^ (new.keys() - {_CLASS}):
             raise ValueError(
                 f"{where}: the fields {sorted(differ)} of {name} stand in only one of state and checkpoint"
@@ -125,6 +126,11 @@ class _Restoring:
         except dataclasses.FrozenInstanceError:
             return dataclasses.replace(old, **changed)
         return old
+
+
+def _saved_name(tree: Any) -> str:
+    """The type of what `state_tree` made ``tree`` from."""
+    return str(tree.get(_CLASS, "dict")) if isinstance(tree, dict) else type(tree).__name__
 
 
 def _classes(value: Any, found: dict[str, type]) -> dict[str, type]:

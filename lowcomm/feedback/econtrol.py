@@ -86,7 +86,9 @@ class EControl(Feedback[EControlState]):
 
 def _share(sent: Tensor, wanted: Tensor) -> Tensor:
     """How much of ``wanted`` got through as ``sent``, in [0, 1]; 0 where nothing was wanted."""
-    values = sent.count_nonzero().to(sent.dtype) / max(sent.numel(), 1)
-    energy = wanted.square().sum()
-    left = (wanted - sent).square().sum() / torch.where(energy > 0, energy, torch.ones_like(energy))
-    return torch.where(energy > 0, torch.minimum(values, 1 - left).clamp(0, 1), torch.zeros_like(energy))
+    wide = torch.promote_types(sent.dtype, torch.float32)  # squares and counts leave the range of float16
+    values = sent.count_nonzero().to(wide) / max(sent.numel(), 1)
+    energy = wanted.to(wide).square().sum()
+    left = (wanted - sent).to(wide).square().sum() / torch.where(energy > 0, energy, torch.ones_like(energy))
+    share = torch.where(energy > 0, torch.minimum(values, 1 - left).clamp(0, 1), torch.zeros_like(energy))
+    return share.to(sent.dtype)

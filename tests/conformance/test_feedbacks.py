@@ -85,6 +85,29 @@ def test_states_are_not_modified_and_share_nothing_with_the_means(feedback, comp
         state = after
 
 
+def test_members_that_stay_lose_nothing_when_they_meet_again(feedback):
+    reducer, comm = Reducer(TopK(num=2, chunk=16), feedback), EchoComm(2)
+    _, state = rounds(reducer, reducer.init(tensors(0, 0)), comm, range(1, 4))
+    again = reducer.resync(state, comm).result()
+    assert digest(leaves(state_tree(again))) == digest(leaves(state_tree(state)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_means_and_states_keep_the_dtype(feedback, dtype):
+    """Values as large as scaled gradients, of which float16 could not hold the squares."""
+
+    def drawn(number):
+        return [x.to(dtype) for x in tensors(0, number, scale=300.0)]
+
+    reducer = Reducer(TopK(num=2, chunk=16), feedback)
+    state = reducer.init(drawn(0))
+    kinds = [x.dtype for x in leaves(state_tree(state))]
+    for number in range(1, 4):
+        means, state = reducer.mean(drawn(number), state, EchoComm(2)).result()
+        assert all(mean.dtype == dtype and mean.isfinite().all() for mean in means)
+    assert set(kinds) == {x.dtype for x in leaves(state_tree(state))}
+
+
 @pytest.mark.parametrize("compressor", FEW, ids=str)
 def test_zeros_stay_zero(feedback, compressor):
     reducer, xs = Reducer(compressor, feedback), tensors(0, 0, scale=0.0)

@@ -1,5 +1,7 @@
 """The laws of every outer optimizer."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -52,7 +54,10 @@ def test_steady_state_gain_of_nesterov_is_lr_over_one_less_momentum():
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: Nesterov(lr=0), lambda: Nesterov(momentum=1.0), lambda: SGD(lr=0), lambda: SGD(lr=float("nan"))],
+    [
+        *(partial(cls, lr=lr) for cls in (Nesterov, SGD) for lr in (0, -0.7, float("inf"), float("nan"))),
+        *(partial(Nesterov, momentum=momentum) for momentum in (1.0, -0.1, float("nan"))),
+    ],
 )
 def test_bad_settings_are_refused(make):
     with pytest.raises(ValueError, match="it must be"):

@@ -212,6 +212,9 @@ def test_ef_bv_finds_the_factors_of_its_special_cases():
     assert EFBV.best(0.5, 0.0, 0.0) == EFBV(1.0, 1.0)  # biased without variance: EF21
     assert EFBV.best(0.0, 3.0, 0.0) == EFBV(0.25, 1.0)  # unbiased, very many members: DIANA
     assert EFBV.best(0.5, 1.0, 0.5) == EFBV(0.4, 2 / 3)
+    assert EFBV.diana(3.0, False) == EFBV(0.25, 1.0, False) and EFBV.best(0.5, 1.0, 0.5, False) == EFBV(
+        0.4, 2 / 3, False
+    )
     for wrong in [(1.0, 0.0, 0.0), (-0.1, 0.0, 0.0), (0.0, 1.0, 2.0), (0.0, float("inf"), 1.0)]:
         with pytest.raises(ValueError, match="no compressor"):
             EFBV.best(*wrong)
@@ -240,7 +243,11 @@ def test_ef21_w_is_ef21_for_compressors_that_commute_with_factors():
 
 @pytest.mark.parametrize(
     "make",
-    [partial(EF14, -0.1), partial(EF14, 1.1), partial(EF21SGDM, 0.0), partial(EControl, 2.0), partial(EFBV, 0.0)],
+    [
+        *(partial(cls, eta) for cls, eta in [(EF14, -0.1), (EF14, 1.1), (EControl, -0.1), (EControl, 1.1)]),
+        *(partial(cls, eta) for cls, eta in [(EF21SGDM, 0.0), (EF21SGDM, 1.1), (EFBV, 0.0), (EFBV, 1.1)]),
+        *(partial(EFBV, 1.0, nu) for nu in (0.0, 1.1)),
+    ],
 )
 def test_options_out_of_range_are_refused(make):
     with pytest.raises(ValueError, match="must lie within"):

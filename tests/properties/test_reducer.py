@@ -7,7 +7,10 @@ from hypothesis import strategies as st
 
 from lowcomm.compress.cast import Cast
 from lowcomm.compress.dct import DCT
+from lowcomm.compress.hierarchical import Hierarchical
 from lowcomm.compress.identity import Identity
+from lowcomm.compress.power_sgd import PowerSGD
+from lowcomm.compress.random_k import RandomK
 from lowcomm.compress.top_k import TopK
 from lowcomm.feedback.econtrol import EControl
 from lowcomm.feedback.ef14 import EF14
@@ -72,6 +75,12 @@ def test_buckets_partition_and_keep_their_limit(shapes, data, bucket_bytes):
         assert len(group) == 1 or num_bytes([xs[i] for i in group]) <= bucket_bytes
 
 
+def test_stacks_of_one_shape_keep_the_limit_too():
+    like = [torch.zeros(4, 5), torch.zeros(3), *[torch.zeros(4, 5)] * 4]
+    for limit, num_buckets in [(80, 6), (160, 4), (400, 2)]:
+        assert len(Reducer(PowerSGD(), bucket_bytes=limit).init(like).buckets) == num_buckets
+
+
 @given(shapes=SHAPES)
 def test_unflatten_undoes_flatten(shapes):
     xs = tensors(shapes, [torch.float32] * len(shapes), 0, 0)
@@ -111,7 +120,8 @@ def test_rng_depends_on_its_purpose_alone():
 @pytest.mark.parametrize("feedback", [EF21(), EF21SGDM(), EFBV(), EControl()], ids=lambda x: type(x).__name__)
 def test_a_mean_over_those_that_sent_is_not_added_up(feedback):
     present = TopK(divide_by="present")
-    for compressor in (present, DCT(present)):
+    islands = Hierarchical(2, present, Identity()), Hierarchical(2, Identity(), present)
+    for compressor in (present, DCT(present), RandomK(0.5, present), *islands):
         with pytest.raises(ValueError, match="divide_by='all'"):
             Reducer(compressor, feedback)
         Reducer(compressor, EF14())

@@ -98,12 +98,21 @@ def _wire_laws(comm: Comm) -> None:
         for copies in travelled:
             assert all(y.shape == x.shape and (y == rank).all() for rank, y in enumerate(copies))
         assert torch.equal(comm.exchange(x, comm.rank).wait(), x)
-    # what was there when it was sent travels, whatever becomes of it
-    big = torch.full((500_000,), float(me))
-    gathering = comm.all_gather(big)
-    big.fill_(-1.0)
-    for rank, got in enumerate(gathering.wait()):
-        assert (got == rank).all()
+    x = torch.arange(6.0).view(2, 3).t() if me % 2 else torch.arange(6.0).view(2, 3).t().contiguous()
+    assert torch.equal(comm.all_sum(x).wait(), n * x)
+    # what was there when it was sent travels, whatever becomes of it, and what was sent stays what it is
+    for start in (comm.all_gather, lambda x: comm.all_to_all([x] * n)):
+        big = torch.full((500_000,), float(me))
+        work = start(big)
+        big.fill_(-1.0)
+        for rank, got in enumerate(work.wait()):
+            assert (got == rank).all()
+    for begin, expected in ((comm.all_sum, n * (n - 1) / 2), (lambda x: comm.broadcast(x, comm.members[-1]), n - 1)):
+        big = torch.full((500_000,), float(me))
+        coming = begin(big)
+        assert (big == me).all()
+        big.fill_(-1.0)
+        assert torch.equal(coming.wait(), torch.full_like(big, expected)) and (big == -1.0).all()
     # several all-to-alls under way at once, large and empty, with another message to the same rank between them
     many = [[torch.full((k * (j + 1),), 100.0 * k + 10 * me + j) for j in range(n)] for k in (30_000, 0, 3)]
     first = comm.all_to_all(many[0])
@@ -124,7 +133,10 @@ def _wire_laws(comm: Comm) -> None:
     if n > 1:
         for turn in (0, 1):  # NCCL: where two ranks send to each other, one of them must receive first
             if me % 2 == turn:
-                sent = [comm.send(torch.tensor([me, k]), right) for k in range(2)]
+                messages = [torch.tensor([me, k]) for k in range(2)]
+                sent = [comm.send(x, right) for x in messages]
+                for x in messages:
+                    x.zero_()
             else:
                 received = [comm.recv(torch.zeros(2, dtype=torch.int64), left) for _ in range(2)]
         for k, arrival in enumerate(received):  # in order
@@ -162,7 +174,9 @@ def _exchange_laws(comm: Comm) -> None:
     # as any Comm: groups of which the others know nothing
     for group in (comm.members, comm.members[: n - n % 2][me // 2 * 2 :][:2]):
         if comm.rank in group and len(group) > 0:
-            _wire_laws_of_pairs(Pairwise(comm, group))
+            pairs = Pairwise(comm, group[::-1])
+            assert pairs.members == group, "in order, as those of any Comm"
+            _wire_laws_of_pairs(pairs)
 
 
 def _wire_laws_of_pairs(comm: Comm) -> None:

@@ -100,7 +100,8 @@ def test_optimizer_and_views_round_trip(tmp_path: Path) -> None:
     assert_equal(checkpoints(tmp_path).load(1), state)
     size = sum(f.stat().st_size for f in folder.iterdir())
     assert size <= state_bytes(state) < size + 50_000
-    assert state_bytes({"x": torch.zeros(10**6)}) == pytest.approx(4e6, rel=0.01)
+    for x in (torch.zeros(10**6), "a" * 4 * 10**6):
+        assert state_bytes({"x": x}) == pytest.approx(4e6, rel=0.01)
 
 
 def test_saved_tensors_are_snapshots(tmp_path: Path) -> None:
@@ -326,6 +327,22 @@ def test_a_folder_renamed_to_another_step_is_refused(tmp_path: Path) -> None:
         checkpoints(tmp_path).steps()
 
 
+def test_a_folder_of_another_rank_is_refused(tmp_path: Path) -> None:
+    folder = checkpoints(tmp_path, rank=1).save(1, small_state())
+    folder.rename(folder.with_name("rank00000"))
+    with pytest.raises(ValueError, match="saved with rank 1, but here rank is 0"):
+        checkpoints(tmp_path).steps()
+
+
+def test_steps_may_have_more_digits_than_most(tmp_path: Path) -> None:
+    saved = checkpoints(tmp_path)
+    for t in (10**8, 99_999_999):
+        saved.save(t, {})
+    assert saved.steps() == [99_999_999, 10**8]
+    saved.discard_after(99_999_999)
+    assert saved.steps() == [99_999_999]
+
+
 @pytest.mark.parametrize(
     ("keep", "confirmed_t", "left"),
     [(1, 4, [4, 5]), (2, 4, [3, 4, 5]), (2, 5, [4, 5]), (9, 5, [1, 2, 3, 4, 5]), (2, 1, [1, 2, 3, 4, 5])],
@@ -342,6 +359,14 @@ def test_prune(tmp_path: Path, keep: int, confirmed_t: int, left: list[int]) -> 
     assert saved.steps() == left
     assert other.steps() == [1]
     assert list(tmp_path.rglob("*.partial")) == [theirs]
+
+
+def test_prune_deletes_what_is_older_and_damaged(tmp_path: Path) -> None:
+    saved = checkpoints(tmp_path, keep=9)
+    for t in (1, 2, 3):
+        (saved.save(t, {}) / TREE).write_text("" if t == 1 else '{"dict": []}')
+    saved.prune(3)
+    assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["t00000002", "t00000003"]
 
 
 def test_discard_after(tmp_path: Path) -> None:

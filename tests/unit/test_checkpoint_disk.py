@@ -24,6 +24,7 @@ def small_state(t: int) -> dict[str, Any]:
 
 def test_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = checkpoints(tmp_path / "new")
+    saved.require_space(1)  # of a disk on which no folder of the run is yet
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * 10**9))
     saved.require_space(10**9)
     with pytest.raises(ValueError, match=r"3\.00 GB free, but 3 checkpoints of 1\.10 GB .* need 3\.30 GB more"):
@@ -72,5 +73,8 @@ def test_checkpoints_of_all_ranks_count(tmp_path: Path, monkeypatch: pytest.Monk
             checkpoints(tmp_path, rank, world_size=4).save(t, {"x": torch.zeros(250_000)})
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4_000_000))
     checkpoints(tmp_path, 3, world_size=4).require_space(4_000_000)
+    partial = tmp_path / "checkpoints" / "t00000003" / "rank00003.partial"  # which the next one replaces
+    partial.mkdir(parents=True)
+    (partial / "x").write_bytes(bytes(1_000_000))
     with pytest.raises(ValueError, match="free space"):
         checkpoints(tmp_path, 3, world_size=4).require_space(4_100_000)

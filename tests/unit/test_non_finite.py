@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lowcomm.codecs.absmax import Absmax
+from lowcomm.comm.echo import EchoComm
 from lowcomm.compress.cast import Cast
 from lowcomm.compress.identity import Identity
 from lowcomm.compress.power_sgd import PowerSGD
@@ -61,6 +62,42 @@ def test_all_ranks_refuse_and_go_on(compressor, value, guilty):
         return digest(reducer.mean(tensors(comm.rank, 3), state, comm).result()[0])
 
     assert run_world(3, program) == run_world(3, untroubled)
+
+
+def test_a_smaller_view_names_who_it_was():
+    def program(comm):
+        if comm.rank == 0:
+            return
+        pair, reducer = comm.sub((1, 2)), Reducer(Quantized(Absmax(8)))
+        x = torch.full((2,), float("nan") if comm.rank == 1 else 1.0)
+        with pytest.raises(NonFinite) as caught:
+            reducer.mean([x], reducer.init([x]), pair).result()
+        assert caught.value.ranks == (1,)
+
+    run_world(3, program)
+
+
+def test_nothing_of_it_is_sent_and_what_is_under_way_comes_to_its_end(monkeypatch):
+    made, waited = [], []
+
+    class Noted:
+        def __init__(self, result):
+            self.result = result
+            made.append(self)
+
+        def wait(self):
+            waited.append(self)
+            return self.result
+
+    compressed, mean = [], TopK.mean
+    monkeypatch.setattr("lowcomm.comm.echo.Done", Noted)
+    monkeypatch.setattr(TopK, "mean", lambda self, x, *rest: compressed.append(x) or mean(self, x, *rest))
+    reducer, bad = Reducer(TopK(0.3), EF14(), bucket_bytes=64), tensors(0, 1)
+    bad[1][4] = float("nan")
+    with pytest.raises(NonFinite):
+        reducer.mean(bad, reducer.init(bad), EchoComm(2)).result()
+    assert len(compressed) == 2 and all(x.isfinite().all() for x in compressed)
+    assert len(made) == 3 and {id(work) for work in made} == {id(work) for work in waited}
 
 
 def test_exact_means_carry_it():

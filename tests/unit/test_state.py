@@ -114,6 +114,7 @@ def test_frozen_states_are_replaced() -> None:
         (lambda s: setattr(s, "outer", InFlight(0, torch.zeros(1))), "State.outer is a Momentum, but a InFlight was"),
         (lambda s: setattr(s, "outer", 3), "State.outer is a Momentum, but a int was"),
         (lambda s: setattr(s, "anchor", 3), "State.anchor is a list, but a int was"),
+        (lambda s: setattr(s, "slots", Momentum([])), "State.slots is a dict, but a Momentum was"),
         (lambda s: s.anchor.__setitem__(0, 3), r"State.anchor\[0\] is a Tensor, but a int was"),
     ],
 )
@@ -129,6 +130,16 @@ def test_other_fields_are_refused() -> None:
     del tree["round"]
     with pytest.raises(ValueError, match=r"\['round'\] of State stand in only one"):
         restore(fresh(), tree)
+    with pytest.raises(ValueError, match=r"\['newer'\] of State stand in only one"):
+        restore(fresh(), state_tree(fresh()) | {"newer": 1})
+
+
+def test_a_tuple_that_is_built_anew_is_one_and_parameters_are_filled() -> None:
+    state, weight = fresh(), torch.nn.Parameter(torch.zeros(2))
+    state.anchor[0], state.outer = weight, None
+    restore(state, state_tree(trained()) | {"outer": ([1], (2, 3))})
+    assert state.outer == ([1], (2, 3))
+    assert state.anchor[0] is weight and weight.requires_grad and weight.tolist() == [1.0, 1.0]
 
 
 def test_unknown_class_is_refused() -> None:

@@ -28,6 +28,20 @@ def test_step_sizes():
         step_size.ef21(1.0, [1.0, 0.0], 0.5)
 
 
+def test_the_means_of_the_members_and_the_factors_of_ef_bv():
+    """By hand: xi(1/2) = 1 + sqrt 2; then lam = 1/2 and nu = 3/4 at bias 1/2 and variances 1 and 1/4."""
+    xi, quadratic = 1 + 2**0.5, 5**0.5
+    assert step_size.ef21(1.0, [1.0, 3.0], 0.5) == pytest.approx(1 / (1 + quadratic * xi))
+    assert step_size.ef21_w(1.0, [1.0, 3.0], 0.5) == pytest.approx(1 / (1 + 2 * xi))
+    r, r_av = 0.75**2 + 0.25, 0.625**2 + 0.75**2 / 4
+    xi = (r_av / r) ** 0.5 / (((1 + r) / (2 * r)) ** 0.5 - 1)
+    assert step_size.ef_bv(1.0, [1.0, 3.0], 0.5, 1.0, 0.25, EFBV(0.5, 0.75)) == pytest.approx(1 / (1 + quadratic * xi))
+    with pytest.raises(ValueError, match="contraction is 1.5"):
+        step_size.ef21(1.0, [1.0], 1.5)
+    with pytest.raises(ValueError, match="at least one member"):
+        step_size.ef21_w_weights([])
+
+
 def price(contraction, eta):
     """The xi of EControl."""
     return (1 / step_size.econtrol(1.0, [0.5, 0.5], contraction, eta) - 1.0) / 0.5

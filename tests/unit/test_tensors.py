@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowcomm.tensors import bytes_of, digest
+from lowcomm.tensors import buckets, bytes_of, digest, flatten, num_bytes
 
 EQUAL = {
     "a column of one element": (torch.tensor([[3.0, 4.0]])[:, :1], torch.tensor([[3.0]])),
@@ -19,3 +19,28 @@ def test_bytes_do_not_depend_on_strides(case):
     strided, plain = EQUAL[case]
     assert torch.equal(bytes_of(strided), bytes_of(plain))
     assert digest([strided]) == digest([plain])
+
+
+def test_a_digest_tells_shapes_dtypes_bits_and_the_cut_of_a_list_apart():
+    zeros = torch.zeros(4)
+    lists = [[zeros], [zeros.view(2, 2)], [zeros.int()], [-zeros], [zeros[:2], zeros[:2]], [zeros, zeros[:0]], []]
+    assert len({digest(xs) for xs in lists}) == len(lists)
+    digest([zeros])
+    zeros.resize_(8)  # whose memory nobody else holds
+
+
+@pytest.mark.parametrize(("dtype", "bucket_bytes"), [(torch.float32, 16), (torch.bfloat16, 8), (torch.float64, 32)])
+def test_buckets_are_filled_to_the_last_byte(dtype, bucket_bytes):
+    xs = [torch.zeros(2, dtype=dtype)] * 5
+    assert num_bytes(xs[:2]) == bucket_bytes
+    assert buckets(xs, bucket_bytes) == [[0, 1], [2, 3], [4]] and buckets(xs, bucket_bytes - 1) == [
+        [i] for i in range(5)
+    ]
+
+
+def test_a_flat_vector_is_a_copy():
+    x = torch.ones(2, 2)
+    for tensors in ([x], [x, x]):
+        flat = flatten(tensors)
+        x.add_(1)
+        assert torch.equal(flat, torch.full((4 * len(tensors),), x[0, 0].item() - 1))
