@@ -28,6 +28,7 @@ from lowcomm.environment import environment
 from lowcomm.ledger import Ledger
 from lowcomm.metrics import Metrics, ProgressSink, Sink, TensorBoardSink, WandbSink, truncate_after
 from lowcomm.models.flops import flops_per_token, peak_flops
+from lowcomm.models.length import check_length
 from lowcomm.optim.groups import parameter_groups
 from lowcomm.resume import check_beginning, resume
 from lowcomm.state import state_tree
@@ -120,7 +121,9 @@ def assemble(
     batch_size, num_steps = run.batch.of_replica(num_replicas), run.steps(num_replicas)
     data = loaded.open(comm.members.index(comm.rank), num_replicas, batch_size, run.seed)
     validation = data.validation(run.evaluation.batch_size, run.evaluation.num_tokens)
-    model = run.model.build(data.vocab_size, run.seed).to(device, _DTYPES[run.precision])
+    model = run.model.build(data.vocab_size, run.seed)
+    check_length(model, run.data.seq_len)
+    model = model.to(device, _DTYPES[run.precision])
     run_id = identity(run, num_replicas, data.fingerprint)
     engine = around(build_engine(run, model, num_steps))  # before the first exchange: whatever moves it must know it
     check_agreement(comm.tagged("start"), {"config": run_id, "model": digest(list(model.state_dict().values()))})

@@ -328,6 +328,12 @@ def test_dry_run_prints_the_run_and_its_traffic_and_writes_nothing(capsys, confi
     assert not (tmp_path / "out").exists()
 
 
+def test_dry_run_under_torchrun_is_of_that_world(capsys, config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert main(["train", "--config", str(config), "--dry_run"]) == 0
+    assert re.findall(r"# (\d+) replicas", capsys.readouterr().out) == ["3"]
+
+
 def test_dry_run_says_what_it_cannot_count(capsys, config):
     flags = ["--optimizer.path", "tests.sim.test_timing.AsksForValues", "--optimizer.args", "{lr: 0.1}"]
     assert main(["train", "--config", str(config), *flags, "--dry_run"]) == 0

@@ -77,6 +77,16 @@ def test_validation_of_its_own_and_none_at_all(path, tmp_path):
     assert not none.validation(1, 8).batches
 
 
+def test_streamed_with_a_validation_of_its_own_trains_on_every_document(path, tmp_path):
+    (tmp_path / "v.txt").write_text("judge " * 50, encoding="utf-8")
+    judged = Files([str(tmp_path / "v.txt")], separator=" ", streaming=True)
+    source = Files([path], separator="|", streaming=True)
+    opened = Data(source, seq_len=8, validation=judged, streamed_validation_tokens=20).open(0, 1, 4, 0)
+    trained = "".join(map(chr, torch.cat([opened.train.next()[:, 1:] for _ in range(80)]).flatten().tolist()))
+    assert all(f"document {i} " in trained for i in range(1, 40))
+    assert sum(map(len, opened.validation(1, 10**6).batches)) == 2  # of four documents of six tokens
+
+
 def test_streamed(path):
     source = Files([path], separator="|", streaming=True)
     opened = Data(source, seq_len=8, streamed_validation_tokens=60).open(1, 2, 2, 0)

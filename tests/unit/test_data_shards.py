@@ -104,6 +104,13 @@ def test_last_shard_missing_and_no_shard_at_all(folder, tmp_path):
         Shards(str(tmp_path / "nowhere")).read(Bytes())
 
 
+def test_a_shard_of_another_folder_is_seen(source, folder, tmp_path):
+    write_shards(source, Bytes(), str(tmp_path / "five"), shard_tokens=1)
+    (tmp_path / "five" / "tokens-00001.bin").replace(folder / "tokens-00001.bin")
+    with pytest.raises(ValueError, match=r"holds the shards \[0, 1, 2\] of 3; copy the folder again"):
+        Shards(str(folder)).read(Bytes())
+
+
 def test_other_tokenizer(folder, source, tmp_path):
     bpe = train_bpe(source, 260, str(tmp_path / "bpe.json"))
     with pytest.raises(ValueError, match=r"made by a tokenizer with fingerprint .* not BPE"):

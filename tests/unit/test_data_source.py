@@ -135,6 +135,8 @@ def test_identity_follows_content_not_place(tmp_path):
         return Files([str(path)]).identity()
 
     assert identity("one", "abc") == identity("two", "abc") != identity("one", "abcd")
+    path = str(tmp_path / "one" / "a.txt")
+    assert len({Files([path], *how).identity() for how in ((), ("body",), ("text", "b"))}) == 3
 
 
 def test_missing_library_names_the_extra():

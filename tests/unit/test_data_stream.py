@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from lowcomm.data import Bytes, Files, HuggingFace, PackedStream, WindowStream, bits_per_byte, tokenize, window_stream
+from lowcomm.data.corpus import token_dtype
+from lowcomm.data.packed import stream_fingerprint
 from lowcomm.data.stream import document_groups
 from lowcomm.data.tokenizer import Tokenizer
 from lowcomm.data.validation import bytes_per_target, hold_out, validation_batches
@@ -30,6 +32,19 @@ def test_corpus_fingerprint():
     prints = [tokenize(texts, Bytes()).fingerprint for texts in (["ab"], ["ab"], ["ac"], ["a\0"], ["a", ""])]
     assert prints[0] == prints[1]
     assert len(set(prints)) == 4  # also where tokens agree and only the documents differ
+
+
+def test_each_choice_of_documents_has_a_fingerprint_of_its_own(corpus):
+    chosen = [corpus.select(np.arange(10) % 2 == k) for k in (0, 1)]
+    assert len({x.fingerprint for x in [corpus, *chosen]}) == 3
+
+
+def test_whole_documents_until_there_are_enough_tokens():
+    assert [tokenize(TEXTS, Bytes(), limit).num_tokens for limit in (1, 2, 3, 5, 6)] == [2, 2, 5, 5, 9]
+
+
+def test_ids_fit_in_the_dtype_of_their_vocabulary():
+    assert [token_dtype(vocab_size).itemsize for vocab_size in (2**16, 2**16 + 1)] == [2, 4]
 
 
 def test_no_documents():
@@ -59,8 +74,9 @@ def test_too_little_text_says_how_much_is_needed(corpus):
     WindowStream(corpus, 4, 8, seed=0, replica=0, num_replicas=2)  # 16 windows take 65 tokens
     with pytest.raises(ValueError, match=r"has 65 tokens, but one batch of 17 windows of 4 .* takes 69"):
         WindowStream(corpus, 4, 17, seed=0)
-    with pytest.raises(ValueError, match=r"leave \d+ tokens in the smallest, .* takes 33"):
-        window_stream(corpus, "documents", 4, 8, 0, replica=1, num_replicas=2)
+    for replica in (0, 1):  # of 35 and of 30 tokens
+        with pytest.raises(ValueError, match=r"leave 30 tokens in the smallest, .* takes 33"):
+            window_stream(corpus, "documents", 4, 8, 0, replica, num_replicas=2)
     with pytest.raises(ValueError, match=r"10 documents cannot be split over 11 replicas.*separator"):
         window_stream(corpus, "documents", 1, 1, 0, replica=0, num_replicas=11)
 
@@ -78,6 +94,12 @@ def test_document_groups_are_balanced(corpus):
     assert document_groups(corpus, 10) == list(range(11))
     giant = tokenize(["x" * 1000, "a", "b", "c"], Bytes())
     assert document_groups(giant, 3) == [0, 1, 2, 4] or document_groups(giant, 3) == [0, 1, 3, 4]
+
+
+def test_replicas_with_equal_documents_shuffle_them_in_orders_of_their_own():
+    equal = tokenize([bytes(range(1, 60)).decode()] * 2, Bytes())
+    first, second = (window_stream(equal, "documents", 4, 12, 0, replica, 2).next() for replica in (0, 1))
+    assert not torch.equal(first, second)
 
 
 def test_state_of_other_data_is_refused(corpus):
@@ -189,3 +211,14 @@ def test_packed_stream_errors(jsonl):
     state = PackedStream(source, Bytes(), 4, 1, 0, 2).state_dict()
     with pytest.raises(ValueError, match="replica 0 there and 1 here"):
         PackedStream(source, Bytes(), 4, 1, 1, 2).load_state_dict(state)
+    with pytest.raises(ValueError, match="num_replicas 2 there and 3 here"):
+        PackedStream(source, Bytes(), 4, 1, 0, 3).load_state_dict(state)
+
+
+def test_fingerprint_of_a_stream_tells_sources_tokenizers_and_shares_apart(monkeypatch):
+    def fingerprint(name="a", held_out=0.0):
+        return stream_fingerprint(HuggingFace(name), Bytes(), held_out)
+
+    found = [fingerprint(), fingerprint("b"), fingerprint(held_out=0.1)]
+    monkeypatch.setattr(Bytes, "fingerprint", "0" * 32)
+    assert len({*found, fingerprint()}) == 4

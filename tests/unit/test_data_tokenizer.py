@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lowcomm.data import BPE, Bytes, Files, train_bpe
+from lowcomm.data.bpe import END_OF_DOCUMENT
 
 TEXT = "the cat sat on the mat, the cat äöü 猫 sat on the hat. " * 20
 
@@ -48,13 +49,44 @@ def test_special_token_in_text_is_text(bpe):
     assert bpe._tokenizer.decode(ids) == "a<|endoftext|>b"
 
 
-def test_settings_in_the_file_that_would_lose_or_add_tokens_are_off(bpe, tmp_path):
-    content = json.loads(Path(bpe.path).read_text(encoding="utf-8"))
-    content["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+START = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": END_OF_DOCUMENT, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {END_OF_DOCUMENT: {"id": END_OF_DOCUMENT, "ids": [0], "tokens": [END_OF_DOCUMENT]}},
+}
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"truncation": {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}},
+        {
+            "padding": {"strategy": {"Fixed": 5000}, "direction": "Right", "pad_to_multiple_of": None}
+            | {"pad_id": 0, "pad_type_id": 0, "pad_token": END_OF_DOCUMENT}
+        },
+        {"post_processor": START},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_settings_in_the_file_that_would_lose_or_add_tokens_are_off(bpe, tmp_path, setting):
+    content = json.loads(Path(bpe.path).read_text(encoding="utf-8")) | setting
     (tmp_path / "b.json").write_text(json.dumps(content), encoding="utf-8")
     other = BPE(str(tmp_path / "b.json"))
-    assert other.encode(TEXT).tolist() == bpe.encode(TEXT).tolist()
+    assert other.encode(TEXT).tolist() == other.encode_batch([TEXT])[0].tolist() == bpe.encode(TEXT).tolist()
     assert other.fingerprint != bpe.fingerprint
+
+
+def test_ids_may_have_gaps_and_added_tokens_count_their_bytes(bpe, tmp_path):
+    content = json.loads(Path(bpe.path).read_text(encoding="utf-8"))
+    vocab = content["model"]["vocab"]
+    vocab[max(vocab, key=vocab.get)] = 400
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    content["added_tokens"].append({"id": 401, "content": "öäü", **flags})
+    (tmp_path / "b.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    other = BPE(str(tmp_path / "b.json"))
+    assert other.vocab_size == 401
+    assert other.num_bytes(other.encode("the öäü")) == 10
 
 
 def test_bpe_knows_the_bytes_of_its_tokens(bpe):

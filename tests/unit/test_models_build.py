@@ -1,5 +1,6 @@
 """Models build the same weights whatever ran before; Hugging Face's and the user's own models."""
 
+import json
 import shutil
 import sys
 
@@ -7,10 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from lowcomm.cli import main
 from lowcomm.models.hugging_face import HuggingFace
+from lowcomm.models.length import check_length
 from lowcomm.models.llama import Llama
 from lowcomm.models.module import Module
 from lowcomm.tensors import digest
+from tests.multiprocess.launch import write_tiny
 
 TINY = Llama("500k", num_layers=1, dim=16, num_heads=2, num_kv_heads=2, ffn_dim=24)
 
@@ -26,6 +30,14 @@ class Bigram(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.head(self.drop(self.embedding(tokens)))
+
+
+class Short(Bigram):
+    """A user's model that says itself what it takes."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        assert tokens.shape[1] <= 7, "no more than 7"
+        return super().forward(tokens)
 
 
 class Flat(Bigram):
@@ -86,7 +98,23 @@ def test_hugging_face_loads_pretrained_weights_as_fp32_in_training_mode(tiny_gpt
     assert weights(model) == weights(saved)
     assert weights(model) != weights(HuggingFace(tiny_gpt2).build(40, seed=0))
     assert all(module.training for module in model.modules())
+    assert not model.config.use_cache, "past tokens are of no use in training"
     assert model(torch.zeros(2, 5, dtype=torch.int64)).logits.shape == (2, 5, 40)
+
+
+def test_hugging_face_reads_config_and_weights_of_one_revision(tiny_gpt2, monkeypatch):
+    import transformers
+
+    asked = []
+    for kind in (transformers.AutoConfig, transformers.AutoModelForCausalLM):
+
+        def told(name, revision, kind=kind, inner=kind.from_pretrained, **options):
+            asked.append((kind.__name__, revision))
+            return inner(name, **options)
+
+        monkeypatch.setattr(kind, "from_pretrained", told)
+    HuggingFace(tiny_gpt2, pretrained=True, revision="v2").build(40, seed=0)
+    assert asked == [("AutoConfig", "v2"), ("AutoModelForCausalLM", "v2")]
 
 
 def test_hugging_face_has_shapes_alone_on_the_meta_device(tiny_gpt2):
@@ -110,6 +138,53 @@ def test_hugging_face_mistakes_are_told(tiny_gpt2, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match=r"pip install 'lowcomm\[hf\]'"):
         HuggingFace(tiny_gpt2).build(40, seed=0)
+
+
+SMALL = {"vocab_size": 40, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "longest"),
+    [
+        ("gpt2", {"vocab_size": 40, "n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2}, 16),
+        # two rows more, and two of its rows for other ends
+        ("opt", {**SMALL, "max_position_embeddings": 16, "ffn_dim": 8, "word_embed_proj_dim": 8}, 16),
+        ("roberta", {**SMALL, "max_position_embeddings": 16, "intermediate_size": 8, "is_decoder": True}, 14),
+        ("llama", {**SMALL, "max_position_embeddings": 16, "intermediate_size": 8}, None),  # rotary
+    ],
+)
+def test_sequences_longer_than_a_table_of_positions_are_refused(kind, config, longest, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **config}))
+    model = HuggingFace(str(tmp_path)).build(40, seed=0)
+    model.get_input_embeddings().eval()
+    before = [module.training for module in model.modules()]
+    if longest is None:
+        check_length(model, 100)
+    else:
+        check_length(model, longest)
+        for seq_len in (longest + 1, 100):
+            with pytest.raises(ValueError, match=f"seq_len is {seq_len}, but the model takes {longest} tokens at most"):
+                check_length(model, seq_len)
+    assert [module.training for module in model.modules()] == before
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_model_that_fails_at_any_length_is_not_called_too_short():
+    check_length(nn.Linear(4, 4), 100)
+    with pytest.raises(ValueError, match=r"takes 7 tokens at most \(no more than 7"):
+        check_length(Short(40), 100)
+
+
+def test_a_run_with_sequences_longer_than_its_model_takes_is_refused(capsys, tmp_path):
+    from transformers import GPT2Config
+
+    GPT2Config(vocab_size=256, n_positions=31, n_embd=8, n_layer=1, n_head=2).save_pretrained(tmp_path / "model")
+    model = json.dumps(
+        {"class_path": "lowcomm.models.hugging_face.HuggingFace", "init_args": {"name": str(tmp_path / "model")}}
+    )
+    config = write_tiny(tmp_path)
+    assert main(["train", "--config", str(config), "--model", model, "--out", str(tmp_path / "out")]) == 2
+    assert "seq_len is 32, but the model takes 31 tokens at most" in capsys.readouterr().err
 
 
 def test_module_gets_its_arguments_and_is_in_training_mode():

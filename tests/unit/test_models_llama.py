@@ -48,6 +48,17 @@ def test_a_size_has_the_parameters_that_its_name_says(size):
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(wanted, rel=0.1)
 
 
+def test_weights_begin_small_and_smaller_on_the_way_back_into_the_residual_stream():
+    model = Llama("500k", num_layers=8, tie_embeddings=True).build(256, seed=0)
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            assert torch.equal(p, torch.ones_like(p)), name
+        else:
+            wanted = 0.02 / 4 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+            assert p.std().item() == pytest.approx(wanted, rel=0.05), name
+            assert abs(p.mean().item()) < 0.1 * wanted, name
+
+
 def test_no_token_sees_the_future():
     model = TINY.build(13, seed=0)
     changed = TOKENS.clone()

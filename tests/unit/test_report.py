@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 
+from lowcomm.cli import main
 from lowcomm.metrics import SUMMARY_COLUMNS, Metrics
 from lowcomm.report import write_report
-from lowcomm.report.pictures import thin
+from lowcomm.report.pictures import AXES, colour, dashes, picture, thin
 
 ODD = "<b>odd & 'name'"
 VOID = {"meta", "line"}
 NUM_STEPS = 20
+THINNED = "a point is the mean of a few"
 
 
 def write_run(dir: Path, scale: float, bytes_per_round: int, *, ends: bool = True) -> Path:
@@ -205,6 +207,44 @@ def test_first_lines_and_equal_names_make_a_page(tmp_path: Path) -> None:
     page = Page(out.read_text(encoding="utf-8")).open[0]
     assert [h2.text for h2 in page.all("h2")] == ["Training loss nats a token", "Runs"]
     assert [li.text for li in page.all("li")] == [str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run")]
+
+
+def pixels(points: list[tuple[float, float]], key: str) -> tuple[list[float], list[float]]:
+    """Where the points of a curve stand from left to right and from the bottom up."""
+    axis = next(axis for axis in AXES if axis.key == key)
+    figure = Page(picture("id", [("run", points)], axis, markers=True)).open[0]
+    (curve,) = [g for g in figure.all("g") if g.attributes.get("id") == "id-curve-0"]
+    places = [use.attributes for use in curve.all("use")]
+    return [float(place["x"]) for place in places], [-float(place["y"]) for place in places]
+
+
+def gaps(places: list[float]) -> float:
+    """The second of two steps by the first."""
+    return (places[2] - places[1]) / (places[1] - places[0])
+
+
+def test_axes_are_logarithmic_where_numbers_spread() -> None:
+    wide, narrow = [(1e4, 1.0), (1e5, 10.0), (1e6, 100.0)], [(1e4, 1.0), (2e4, 2.0), (4e4, 4.0)]
+    assert [gaps(places) for places in pixels(wide, "bytes_sent")] == pytest.approx([1, 1], abs=0.01)
+    assert [gaps(places) for places in pixels(wide, "t")] == pytest.approx([10, 1], rel=0.01)
+    assert [gaps(places) for places in pixels(narrow, "bytes_sent")] == pytest.approx([2, 2], rel=0.01)
+    assert gaps(pixels([(1, 0.0), (2, 10.0), (3, 100.0)], "t")[1]) == pytest.approx(9, rel=0.01)
+
+
+def test_no_two_of_many_runs_look_alike() -> None:
+    assert len({(colour(i), dashes(i)) for i in range(18)}) == 18
+
+
+def test_the_page_lies_in_the_first_directory_and_says_that_curves_are_thinned(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, 1.0, 0) for name in ("b", "a")]
+    assert main(["report", *map(str, runs)]) == 0
+    assert not (runs[1] / "report.html").exists()
+    assert THINNED not in (runs[0] / "report.html").read_text(encoding="utf-8")
+    file = Metrics(tmp_path / "long" / "metrics.jsonl")
+    for t in range(1, 402):
+        file.write({"kind": "step", "t": t, "loss": 1.0})
+    file.close()
+    assert THINNED in write_report([tmp_path / "long"], tmp_path / "r.html").read_text(encoding="utf-8")
 
 
 def test_thin() -> None:

@@ -256,6 +256,7 @@ def test_tied_unused_and_frozen_parameters():
     before = model.embedding.weight.clone()
     engine = engine_of(model, lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.0), clip_norm=None)
     engine.backward(batches(1)[0])
+    assert engine.names() == ["unused", "embedding.weight"]
     pointers = [x.data_ptr() for x in engine.slots()["param"]]
     assert pointers == [model.unused.data_ptr(), model.embedding.weight.data_ptr()]
     zeros, tied = engine.slots()["grad"]
@@ -306,6 +307,8 @@ def test_the_learning_rate_is_that_of_the_next_update():
     assert engine.lr() == 0.25
     engine.update()
     assert engine.lr() == 0.5
+    groups = engine_of(language_model(), lambda p: sgd([{"params": [x], "lr": 0.1 * k} for k, x in enumerate(p, 1)]))
+    assert groups.lr() == 0.1, "of the first group"
 
 
 def test_the_loss_is_fp32_and_carries_no_graph():

@@ -1,0 +1,108 @@
+"""Where a rank runs, what it draws, and that ranks which differ refuse to begin."""
+
+import pytest
+import torch
+
+from lowcomm.assemble import Place, assemble, build_engine, check_agreement, checkpoint_bytes, place
+from lowcomm.checkpoint import state_bytes
+from lowcomm.cli import parse_run
+from lowcomm.comm.base import Comm
+from lowcomm.comm.echo import EchoComm
+from lowcomm.comm.metered import Meter, MeteredComm
+from lowcomm.config import Run
+from lowcomm.engine.torch_engine import TorchEngine
+from lowcomm.models.llama import Llama
+from lowcomm.optim.schedule import Cosine
+from tests.multiprocess.launch import write_tiny
+from tests.world import run_world
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "local_rank", "local_ranks", "flags", "expected"),
+    [
+        (2, None, 1, {}, ("cuda:0", None)),
+        (2, 1, 2, {}, ("cuda:1", "nccl")),
+        (2, 2, 3, {}, ("cuda:0", "gloo")),  # two ranks on one GPU, which NCCL refuses
+        (2, 1, 2, {"backend": "gloo"}, ("cuda:1", "gloo")),
+        (2, 1, 2, {"device": "cpu"}, ("cpu", "gloo")),
+        (0, 1, 2, {}, ("cpu", "gloo")),
+    ],
+)
+def test_a_rank_has_a_gpu_of_its_own_where_there_are_enough(
+    monkeypatch, num_gpus, local_rank, local_ranks, flags, expected
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    ranks = {"LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_ranks, "RANK": local_rank, "WORLD_SIZE": local_ranks}
+    ranks |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in ranks.items():
+        if local_rank is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, str(value))
+    assert place(Run(num_steps=1, **flags)) == Place(torch.device(expected[0]), expected[1])
+
+
+def test_ranks_that_differ_refuse_on_each_of_them():
+    def program(comm: Comm) -> str | None:
+        alike, odd = "00ff", "00fe" if comm.rank == 1 else "00ff"
+        check_agreement(MeteredComm(comm, Meter()), {"config": alike})
+        with pytest.raises(ValueError, match=r"the model of ranks \[1\] differs from rank 0's") as refused:
+            check_agreement(MeteredComm(comm, Meter()), {"config": alike, "model": odd})
+        return str(refused.value)
+
+    assert len(set(run_world(3, program))) == 1
+
+
+def test_replicas_begin_with_one_model_on_data_and_draws_of_their_own(tmp_path):
+    run, _ = parse_run(["--config", str(write_tiny(tmp_path))])
+    loaded, lines = run.data.load(), []
+    found = []
+    for rank in (0, 1, 1):
+        comm = MeteredComm(EchoComm(2, rank), Meter())
+        assembled = assemble(run, loaded, comm, torch.device("cpu"), lines.append)
+        found.append((assembled, torch.rand(3), assembled.replica.stream.next()))
+    first, second, again = found
+    for (a, _, _), (b, _, _) in ((first, second), (first, again)):
+        assert a.run_id == b.run_id
+        for x, y in zip(a.model.parameters(), b.model.parameters(), strict=True):
+            assert torch.equal(x, y)
+    for k in (1, 2):
+        assert not torch.equal(first[k], second[k]) and torch.equal(second[k], again[k])
+    assert first[0].replica.ledger.step_tokens == 2 * 2 * 32
+    plan = first[0].plan
+    assert (plan.num_steps, plan.evaluate_every, plan.save_every) == (40, 20, 10)
+    assert {batch.shape for batch in plan.validation} == {(4, 33)} and len(plan.validation) == 512 // (4 * 32)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "autocast"),
+    [
+        ("fp32", torch.float32, None),
+        ("bf16_mixed", torch.float32, torch.bfloat16),
+        ("bf16", torch.bfloat16, None),
+    ],
+)
+def test_an_engine_has_the_settings_of_its_run(precision, dtype, autocast, tmp_path, monkeypatch):
+    given = {}
+
+    def engine(*parts, **settings):
+        given.update(settings)
+        return TorchEngine(*parts, **(settings | {"compile": False}))
+
+    monkeypatch.setattr("lowcomm.assemble.TorchEngine", engine)
+    flags = ["--precision", precision, "--compile", "true", "--clip_norm", "0.5", "--batch.num_micro_batches", "2"]
+    run, _ = parse_run(["--config", str(write_tiny(tmp_path)), *flags])
+    assembled = assemble(run, run.data.load(), MeteredComm(EchoComm(2), Meter()), torch.device("cpu"), [].append)
+    assert {p.dtype for p in assembled.model.parameters()} == {dtype}
+    names = ("autocast", "compile", "clip_norm", "num_micro_batches")
+    assert [given[name] for name in names] == [autocast, True, 0.5, 2]
+
+
+def test_a_checkpoint_takes_about_what_was_said_before_the_first_step():
+    run = Run(Llama("500k", num_layers=1, dim=192), num_steps=2, schedule=Cosine(1))
+    engine = build_engine(run, run.model.build(256, 0), 2)
+    said = checkpoint_bytes(engine, {})
+    engine.backward(torch.zeros(1, 5, dtype=torch.int64))
+    engine.update()
+    assert said == pytest.approx(state_bytes({"engine": engine.state_dict(), "algorithm": {}}), rel=0.05)
