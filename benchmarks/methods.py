@@ -155,8 +155,12 @@ def _with_rounds(algorithm: Callable[[Setting], Parts], factor: float) -> Callab
 def _averaged_states(
     exp_avg: int, exp_avg_sq: int, start: int = 0, outer: Others | None = None
 ) -> Callable[[Setting], Parts]:
-    """Periods of the moments, in those of the parameters; steps of data parallel first, in warm-ups; Nesterov's numbers
-    where the parameters are not just averaged.
+    """Parameters and moments averaged at periods.
+
+    Args:
+        exp_avg, exp_avg_sq: periods of the moments, in those of the parameters.
+        start: steps of data parallel first, in warm-ups.
+        outer: learning rate and momentum of Nesterov; None averages the parameters.
     """
 
     def algorithm(x: Setting) -> Parts:
@@ -276,11 +280,25 @@ CLAIMS = [
         _ADOPT,
         0.01,
     ),
+    Claim(
+        "DES-LOC-Nesterov within 1 % of data parallel where both share the first 40 % of the steps",
+        "arXiv:2505.22549",
+        "DES-LOC-Nesterov, from data parallel",
+        _ADOPT,
+        0.01,
+    ),
     Claim("MT-DAO no worse than data parallel", "arXiv:2510.05361", "MT-DAO", _QHADOPT, 0.0),
     Claim(
         "MT-DAO no worse than data parallel where both share the first 40 % of the steps",
         "arXiv:2510.05361",
         "MT-DAO, from data parallel",
+        _QHADOPT,
+        0.0,
+    ),
+    Claim(
+        "MT-DAO-Nesterov no worse than data parallel where both share the first 40 % of the steps",
+        "arXiv:2510.05361",
+        "MT-DAO-Nesterov, from data parallel",
         _QHADOPT,
         0.0,
     ),

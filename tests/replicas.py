@@ -101,3 +101,20 @@ def train(
     found.append(flat(engine.slots()["param"]))
     algorithm.finish(num_steps, engine, state, comm)
     return [*found[1:], flat(engine.slots()["param"])]
+
+
+def train_on(
+    algorithm: Algorithm, comm: Comm, ends_t: int, num_steps: int, inner: Inner = sgd
+) -> tuple[list[Tensor], Any]:
+    """Go on up to ``num_steps`` with a run that ended at ``ends_t``; the parameters after each step, and the state."""
+    engine = make_engine(inner)
+    state, found = algorithm.init(engine, comm), []
+    for t in range(1, num_steps + 1):
+        backward(algorithm, t, engine, state, comm, make_batch(comm.rank, t))
+        algorithm.before_update(t, engine, state, comm)
+        engine.update()
+        algorithm.after_update(t, engine, state, comm)
+        if t == ends_t:
+            algorithm.finish(t, engine, state, comm)
+        found.append(flat(engine.slots()["param"]))
+    return found, state

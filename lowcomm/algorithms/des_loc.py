@@ -83,7 +83,7 @@ class DESLOC(Algorithm[DESLOCState]):
             parameters' period, as the paper advises for its second moment that forgets slowly.
         outer: how the parameters follow their mean delta: SGD(1) averages, Nesterov is DES-LOC-Nesterov.
         reducer: how differences to the last average are averaged, each of its own; with `start` gradients too.
-        start: steps of data parallel first. The paper begins runs of 700M parameters with 2,048 of them.
+        start: steps of data parallel first; 2,048 in the paper's runs of 700M parameters with outer Nesterov.
     """
 
     periods: dict[str, int] = field(default_factory=lambda: {"param": 32, "exp_avg": 96, "exp_avg_sq": 192})

@@ -11,11 +11,16 @@ class _FarEnough(Exception):
 
 
 def check_length(model: nn.Module, seq_len: int) -> None:
-    """Raise ValueError when a model fails at sequences of ``seq_len`` tokens and not at shorter ones.
+    """Try one sequence of ``seq_len`` tokens as far as the first layer, before which most models look positions up.
 
-    So does one with a table of fewer positions, whatever rows it keeps for other ends; rotary positions have no end.
-    Tried with one sequence as far as the first layer, before which most models look their positions up: the first
-    child of an nn.ModuleList or nn.Sequential. The model must be on the CPU.
+    That is the first module that an nn.ModuleList or nn.Sequential holds. Rotary positions have no end.
+
+    Args:
+        model: on the CPU, where an index that is too large is an error that can be caught; left as it was.
+        seq_len: tokens of a sequence.
+
+    Raises:
+        ValueError: when it fails and shorter sequences do not; names the longest that the model takes.
     """
     error = _failure(model, seq_len)
     if error is None or _failure(model, 1) is not None:

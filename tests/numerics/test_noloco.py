@@ -13,7 +13,7 @@ from lowcomm.comm.solo import SoloComm
 from lowcomm.compress.quantized import Quantized
 from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.reduce import Reducer
-from tests.replicas import adamw, flat, make_batch, make_engine, make_model, mse, sgd, step_all, train
+from tests.replicas import adamw, flat, make_batch, make_engine, make_model, mse, sgd, step_all, train, train_on
 from tests.world import run_world
 
 STEPS = 12
@@ -191,26 +191,12 @@ def test_who_is_alone_steps_with_its_own():
     assert all(close(a, b) for rank in range(num) for a, b in zip(traces[None][rank], traces[0.7][rank], strict=True))
 
 
-def train_on_after_finish(algorithm, comm, stop):
-    """Steps on with a run that ended at ``stop``; the parameters after each step, and the state."""
-    engine = make_engine(adamw)
-    state, found = algorithm.init(engine, comm), []
-    for t in range(1, STEPS + 1):
-        engine.backward(make_batch(comm.rank, t))
-        engine.update()
-        algorithm.after_update(t, engine, state, comm)
-        if t == stop:
-            algorithm.finish(t, engine, state, comm)
-        found.append(flat(engine.slots()["param"]))
-    return found, state
-
-
 def test_an_ensemble_goes_on_after_a_partial_last_round():
     """As if that had been any round; with the pull, for which anchors were not sent ahead."""
     expected = reference(4, 3, adamw, 0.5, 0.7, 0.4, 2, stop=8)
 
     def program(comm):
-        return train_on_after_finish(NoLoCo(3, gamma=0.4, finalize="ensemble"), comm, 8)[0]
+        return train_on(NoLoCo(3, gamma=0.4, finalize="ensemble"), comm, 8, STEPS, adamw)[0]
 
     for got, wanted in zip(run_world(4, program), expected, strict=True):
         assert all(map(close, got, wanted))
@@ -220,7 +206,7 @@ def test_a_run_that_ended_with_a_full_round_goes_on_from_the_average():
     """No round uses the anchors that were sent ahead before the end; by one tensor none are."""
 
     def program(comm, gamma):
-        _, state = train_on_after_finish(NoLoCo(3, gamma=gamma), comm, 6)
+        _, state = train_on(NoLoCo(3, gamma=gamma), comm, 6, STEPS, adamw)
         return flat(state.anchor)
 
     one, two = (run_world(6, partial(program, gamma=gamma)) for gamma in (None, 0.7))

@@ -14,7 +14,7 @@ from lowcomm.feedback.ef14 import EF14
 from lowcomm.feedback.ef21 import EF21
 from lowcomm.reduce import Reducer
 from lowcomm.tensors import num_bytes
-from tests.replicas import adamw, flat, make_batch, make_engine
+from tests.replicas import adamw, flat, make_batch, make_engine, train_on
 from tests.world import Board, ThreadComm, run_world
 
 STEPS = 12
@@ -203,18 +203,9 @@ def test_partners_hold_one_mean_anchor_when_a_run_goes_on():
     algorithm = NoLoCo(3, gamma=0.4, anchors=Reducer(Quantized(), EF21()), seed=seed)
 
     def program(comm):
-        engine = make_engine(adamw)
-        state, found = algorithm.init(engine, comm), []
-        for t in range(1, STEPS + 1):
-            engine.backward(make_batch(comm.rank, t))
-            engine.update()
-            algorithm.after_update(t, engine, state, comm)
-            if t == 7:
-                algorithm.finish(t, engine, state, comm)
-            if t == 9:  # the fourth round; anchors for the fifth are on their way
-                algorithm.settle(state)
-                found = flat(state.coming.means)
-        return found
+        _, state = train_on(algorithm, comm, 7, 9, adamw)  # the fourth round; anchors for the fifth are on their way
+        algorithm.settle(state)
+        return flat(state.coming.means)
 
     means = run_world(4, program)
     for part in groups(range(4), 2, seed, 5):
