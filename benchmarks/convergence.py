@@ -153,11 +153,15 @@ class Row:
         """Of its seeds, the mean."""
         return statistics.fmean(self.losses.values())
 
-    def behind(self, other: Row) -> float:
-        """By which part of the other's loss its own is higher, over the seeds that both have; seed 0 always is one."""
+    def behind(self, other: Row, in_perplexity: bool = False) -> float:
+        """By which part of the other's loss its own is higher, over the seeds that both have; seed 0 always is one.
+
+        Args:
+            in_perplexity: of e to the loss instead.
+        """
         seeds = self.losses.keys() & other.losses.keys()
         mine, its = (statistics.fmean(row.losses[seed] for seed in seeds) for row in (self, other))
-        return mine / its - 1
+        return math.expm1(mine - its) if in_perplexity else mine / its - 1
 
 
 def rows_of(given: argparse.Namespace, results: Runs) -> list[Row]:
@@ -217,8 +221,8 @@ def save(given: argparse.Namespace, results: Runs) -> Path:
             claim.text,
             claim.source,
             f"{n}",
-            f"{a.behind(b):+.2%}",
-            "yes" if a.behind(b) <= claim.limit else "no",
+            f"{(gap := a.behind(b, claim.in_perplexity)):+.2%}",
+            "yes" if gap <= claim.limit else "no",
         ]
         for claim in CLAIMS
         for n in given.replicas
