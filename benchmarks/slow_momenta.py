@@ -4,9 +4,9 @@
 
 for a small one, --size 500k --tokens 1200k --seq_len 128 --batch 4 --eval_tokens 100k --precision fp32 --device cpu.
 
-MT-DAO's claim is that a momentum which outlives a round keeps the replicas together. Two more methods begin with 40 %
-of the steps in data parallel, one with outer Nesterov. Each run is a `lowcomm simulate` of its own; the replicas share
-a device and the batch, so steps and tokens are equal.
+MT-DAO's claim is that a momentum which outlives a round keeps the replicas together. Three more methods begin with
+40 % of the steps in data parallel, two of them with outer Nesterov. Each run is a `lowcomm simulate` of its own; the
+replicas share a device and the batch, so steps and tokens are equal.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ METHODS = (
     "MT-DAO",
     "MT-DAO, from data parallel",
     "MT-DAO-Nesterov, from data parallel",
+    "MT-DAO-Nesterov 0.8, from data parallel",
 )
 # what runs of one record may differ in: a later call goes on with what is there
 FREE = ("betas", "lrs", "methods", "jobs", "stacked")
