@@ -182,6 +182,7 @@ def _states_at_every_step(x: Setting) -> Parts:
 
 _noloco, _gasloc = _noloco_in_groups(2), _gasloc_in_groups(2)
 _DILOCO: tuple[Others, ...] = ((0.7, 0.6), (0.6, 0.8))
+_SLOW: Others = (0.5, 0.8)  # of a few, the best at 0.5M where a run begins in data parallel
 _QH: tuple[Others, ...] = ((0.95, 0.99, 0.9), (0.98, 0.99, 0.9), (0.99, 0.99, 0.9))
 _MUON, _ADOPT, _QHADOPT = "data parallel, Muon", "data parallel, ADOPT", "data parallel, QHADOPT"
 METHODS: dict[str, Method] = {
@@ -222,7 +223,7 @@ METHODS: dict[str, Method] = {
         _averaged_states(3, 6, 8, _DILOCO[0]), "adopt", beside=_ADOPT, tuned_as="DES-LOC"
     ),
     "DES-LOC-Nesterov 0.8, from data parallel": Method(
-        _averaged_states(3, 6, 8, (0.5, 0.8)), "adopt", beside=_ADOPT, tuned_as="DES-LOC"
+        _averaged_states(3, 6, 8, _SLOW), "adopt", beside=_ADOPT, tuned_as="DES-LOC"
     ),
     "MT-DAO, from data parallel": Method(
         _averaged_states(1, 1, 8), "qhadopt", beside=_QHADOPT, is_seeded=True, tuned_as="MT-DAO"
@@ -231,7 +232,7 @@ METHODS: dict[str, Method] = {
         _averaged_states(1, 1, 8, _DILOCO[0]), "qhadopt", beside=_QHADOPT, is_seeded=True, tuned_as="MT-DAO"
     ),
     "MT-DAO-Nesterov 0.8, from data parallel": Method(
-        _averaged_states(1, 1, 8, (0.5, 0.8)), "qhadopt", beside=_QHADOPT, is_seeded=True, tuned_as="MT-DAO"
+        _averaged_states(1, 1, 8, _SLOW), "qhadopt", beside=_QHADOPT, is_seeded=True, tuned_as="MT-DAO"
     ),
     "Local ADOPT, rounds a third": Method(
         _with_rounds(_averaged_states(1, 1), 1 / 3), "adopt", beside=_ADOPT, tuned_as="DES-LOC"
@@ -243,6 +244,19 @@ METHODS: dict[str, Method] = {
     "MT-DAO, all at every step": Method(
         _with_rounds(_states_at_every_step, 0), "qhadopt", beside=_QHADOPT, tuned_as="MT-DAO"
     ),
+}
+# how long to begin in data parallel: not at all, for two or for four warm-ups, beside the eight above
+METHODS |= {
+    f"DES-LOC-Nesterov 0.8, {5 * start} % data parallel": Method(
+        _averaged_states(3, 6, start, _SLOW), "adopt", beside=_ADOPT, tuned_as="DES-LOC"
+    )
+    for start in (0, 2, 4)
+}
+METHODS |= {
+    f"MT-DAO-Nesterov 0.8, {5 * start} % data parallel": Method(
+        _averaged_states(1, 1, start, _SLOW), "qhadopt", beside=_QHADOPT, tuned_as="MT-DAO"
+    )
+    for start in (0, 2, 4)
 }
 _STREAMING, _SCALING, _EAGER, _DESLOC = "arXiv:2501.18512", "arXiv:2503.09799", "arXiv:2502.12996", "arXiv:2505.22549"
 CLAIMS = [
