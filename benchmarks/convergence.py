@@ -189,7 +189,7 @@ def save(given: argparse.Namespace, results: Runs) -> Path:
     for row in rows:
         beside = [_gap(row, by_key.get((name, row.num_replicas))) for name in (METHODS[row.name].beside, "DiLoCo")]
         dense = by_key.get((BASELINE, row.num_replicas))
-        fewer = "–" if dense is None else f"{dense.wire_bytes / row.wire_bytes:,.1f}"
+        fewer = "–" if dense is None or not row.wire_bytes else f"{dense.wire_bytes / row.wire_bytes:,.1f}"
         losses = row.losses.values()
         spread = f"{min(losses):.4f} to {max(losses):.4f} ({len(losses)})" if len(losses) > 1 else "one seed"
         cells.append(
@@ -248,7 +248,8 @@ def draw(rows: list[Row], path: Path) -> None:
     figure = Figure(figsize=(7 * len(numbers), 5), layout="constrained")
     axes = figure.subplots(1, len(numbers), sharey=True, squeeze=False)[0]
     for ax, num_replicas in zip(axes, numbers, strict=True):
-        shown = [row for row in rows if row.num_replicas == num_replicas and row.loss < float("inf")]
+        # one replica sends nothing, which has no place on a scale of powers
+        shown = [row for row in rows if row.num_replicas == num_replicas and row.wire_bytes and math.isfinite(row.loss)]
         best: list[tuple[float, float]] = []
         for point in sorted((row.wire_bytes, row.loss) for row in shown):
             if not best or point[1] < best[-1][1]:

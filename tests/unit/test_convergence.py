@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from benchmarks.convergence import Case, Row, Tuned, best_of, choices, tried
+from benchmarks.convergence import Case, Row, Tuned, best_of, choices, save, tried
 from benchmarks.methods import METHODS
 
 
@@ -18,6 +18,31 @@ def test_methods_are_compared_by_the_seeds_that_both_have():
     assert three.behind(one) == pytest.approx(2.0 / 2.2 - 1)
     assert two.behind(three) == pytest.approx(0.1)
     assert three.loss == pytest.approx(2.0)
+
+
+def test_perplexities_are_of_the_difference_of_the_losses():
+    assert row({0: 2.01, 1: 1.03}).behind(row({0: 2.0, 1: 1.0}), in_perplexity=True) == pytest.approx(
+        2.718281828**0.02 - 1
+    )
+
+
+def test_one_replica_sends_nothing_and_is_recorded(tmp_path):
+    given = argparse.Namespace(name="single", out=tmp_path, commit="abcdef1", size="500k", batch=4, seq_len=128)
+    vars(given).update(every=15, precision="fp32", replicas=[1], grid=[1.0], rates_only=True, seeds=1)
+    runs = {}
+    for name, loss in (("data parallel", 1.7), ("DiLoCo", 1.75)):
+        case = Case(name, 1, choices(given, name)[0], 0)
+        runs[case.key] = {
+            "val_loss": loss,
+            "wire_bytes": 0,
+            "num_parameters": 5,
+            "tokens": 9,
+            "t": 3,
+            "commit": "abcdef1",
+        }
+    summary = (save(given, runs) / "summary.md").read_text(encoding="utf-8")
+    assert "+2.94%" in next(line for line in summary.splitlines() if line.startswith("| 1        | DiLoCo"))
+    assert (tmp_path / "single" / "pareto.png").exists()
 
 
 @pytest.fixture
