@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lowcomm.assemble import Place, assemble, build_engine, check_agreement, checkpoint_bytes, place
-from lowcomm.checkpoint import state_bytes
+from lowcomm.assemble import Place, _run_replica, assemble, build_engine, check_agreement, checkpoint_bytes, place
+from lowcomm.checkpoint import Checkpoints, state_bytes
 from lowcomm.cli import parse_run
 from lowcomm.comm.base import Comm
 from lowcomm.comm.echo import EchoComm
@@ -106,3 +106,19 @@ def test_a_checkpoint_takes_about_what_was_said_before_the_first_step():
     engine.backward(torch.zeros(1, 5, dtype=torch.int64))
     engine.update()
     assert said == pytest.approx(state_bytes({"engine": engine.state_dict(), "algorithm": {}}), rel=0.05)
+
+
+def test_rank_0_alone_lays_down_the_config_and_the_disk_must_hold_the_checkpoints_of_all(tmp_path, monkeypatch):
+    run, _ = parse_run(["--config", str(write_tiny(tmp_path)), "--num_steps", "4"])
+    written, asked = [], []
+    monkeypatch.setattr("lowcomm.assemble.describe_into", lambda run, out: written.append(out))
+    monkeypatch.setattr("lowcomm.assemble.checkpoint_bytes", lambda engine, state: 1000)
+    monkeypatch.setattr(Checkpoints, "require_space", lambda self, num_bytes: asked.append(num_bytes))
+    out, where = tmp_path / "out", Place(torch.device("cpu"), None)
+    run_world(3, lambda comm: _run_replica(run, out, False, where, comm))
+    assert asked == [3000] * 3 and written == [out]
+    assert {path.name for path in out.glob("metrics*")} == {
+        "metrics.jsonl",
+        "metrics.rank1.jsonl",
+        "metrics.rank2.jsonl",
+    }

@@ -15,6 +15,7 @@ from lowcomm.algorithms.local_sgd import LocalSGD
 from lowcomm.cli import main, parse_run
 from lowcomm.config import Optimizer, describe
 from lowcomm.data import Files
+from lowcomm.ledger import Diverged
 from lowcomm.metrics import read
 from lowcomm.outer.nesterov import Nesterov
 from lowcomm.outer.sgd import SGD
@@ -276,6 +277,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_checkpoint(c
     assert "nan" in error or "inf" in error
     saved = sorted((tmp_path / "out" / "checkpoints").glob("t*")) if step > 10 else []
     assert (str(saved[-1]) if saved else "no checkpoint was saved before it") in error
+
+
+def test_where_a_loss_is_not_finite_the_newest_whole_checkpoint_is_named(capsys, config, tmp_path, monkeypatch):
+    def diverge(run, out, resumes):
+        for name in ("t00000007", "t00000020", "t00000010", "t00000030.partial"):
+            (out / "checkpoints" / name).mkdir(parents=True)
+        raise Diverged(24, float("nan"))
+
+    monkeypatch.setattr("lowcomm.cli.run_replica", diverge)
+    assert main(["train", "--config", str(config), "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "inner step 24" in error and f"checkpoint is {tmp_path / 'out' / 'checkpoints' / 't00000020'}." in error
 
 
 def test_naming_another_class_keeps_no_settings_of_the_default_one():

@@ -119,6 +119,21 @@ def test_iterations_improve_the_approximation():
     assert torch.allclose(mean(PowerSGD(4, alternate=True, num_iterations=2)), once), "two halves make a whole"
 
 
+def test_alternate_begins_each_round_with_the_first_half_where_a_round_has_two():
+    """Two rounds of two halves, written out: project on q, then what is left on p, whatever round it is."""
+    x, comm = normal(1, 30, 40), EchoComm(1)
+    compressor = PowerSGD(4, alternate=True, num_iterations=2)
+    state = compressor.init(x)
+    q = state.q[0]
+    for _ in range(2):
+        _, mean, state = Task(compressor.mean(x, state, comm)).result()
+        q = torch.linalg.qr(q)[0]
+        first = x[0] @ q @ q.T
+        p = torch.linalg.qr(x[0] @ q)[0]
+        q = (x[0] - first).T @ p
+        assert torch.allclose(mean[0], first + p @ q.T, atol=1e-12)
+
+
 def memories(error, steps, size, num_ranks=4):
     """Norms of all ranks' memories when each has the same gradient in every round, unlike the others'."""
     gradients = [normal(1, size, size, key=rank) for rank in range(num_ranks)]
