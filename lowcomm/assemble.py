@@ -126,7 +126,8 @@ def assemble(
     model = model.to(device, _DTYPES[run.precision])
     run_id = identity(run, num_replicas, data.fingerprint)
     engine = around(build_engine(run, model, num_steps))  # before the first exchange: whatever moves it must know it
-    check_agreement(comm.tagged("start"), {"config": run_id, "model": digest(list(model.state_dict().values()))})
+    alike = {"config": run_id, "model": digest(list(model.state_dict().values()))}
+    check_agreement(comm.tagged("start"), alike | {"validation text": data.validation_fingerprint})
 
     ledger = open_ledger(run, model, comm, device, write)
     _seed_draws(run.seed, comm.rank, device)
@@ -256,9 +257,11 @@ def check_agreement(comm: MeteredComm, hashes: dict[str, str]) -> None:
     Raises:
         ValueError: on every rank, naming what differs and where.
     """
-    for what, value in hashes.items():
-        gathered = comm.all_gather(torch.tensor(list(bytes.fromhex(value)), dtype=torch.uint8)).wait()
-        differing = [rank for rank, x in zip(comm.members, gathered, strict=True) if not torch.equal(x, gathered[0])]
+    own = [torch.tensor(list(bytes.fromhex(value)), dtype=torch.uint8) for value in hashes.values()]
+    gathered = comm.all_gather(torch.cat(own)).wait()
+    for i, what in enumerate(hashes):
+        first, *others = (x.split([len(y) for y in own])[i] for x in gathered)
+        differing = [rank for rank, x in zip(comm.members[1:], others, strict=True) if not torch.equal(x, first)]
         if differing:
             raise ValueError(
                 f"the {what} of ranks {differing} differs from rank {comm.members[0]}'s: all replicas must start from "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowcomm.data.corpus import Corpus, tokenize
+from lowcomm.data.corpus import Corpus, digest, tokenize
 from lowcomm.data.packed import PackedStream, stream_fingerprint
 from lowcomm.data.shards import Shards
 from lowcomm.data.source import Origin, Source, StandardLibrary
@@ -35,6 +35,11 @@ class OpenedData:
     def max_token_id(self) -> int:
         """The largest id that may occur: a model's vocabulary must be larger."""
         return self.vocab_size - 1
+
+    @property
+    def validation_fingerprint(self) -> str:
+        """Equal on all replicas that evaluate the same text, or none."""
+        return digest(b"" if self._validation is None else self._validation.fingerprint.encode())
 
     def validation(self, batch_size: int, max_tokens: int) -> Validation:
         """What to evaluate on, see `validation_batches`; without batches when nothing is held out."""

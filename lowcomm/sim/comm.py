@@ -88,7 +88,7 @@ class World:
             view.lost.add(rank)
             for key, exchange in list(view.exchanges.items()):
                 if rank in exchange.members:
-                    exchange.lose(sorted(view.lost.intersection(exchange.members)))
+                    exchange.lose(view.lost)
                     del view.exchanges[key]
             for mailbox in list(view.mailboxes.values()):
                 mailbox.lose(rank)
@@ -147,8 +147,8 @@ class World:
         if exchange is None:
             members, over = pair or view.members, partial(view.exchanges.pop, (pair, number), None)
             exchange = Exchange(self.clock, self.network, self.schedule, members, number, call, over)
-            if view.lost and (lost := view.lost.intersection(members)):
-                exchange.lose(sorted(lost))
+            if not view.lost.isdisjoint(members):
+                exchange.lose(view.lost.copy())
                 return exchange
             view.exchanges[pair, number] = exchange
         exchange.arrive(rank, call, tensors)

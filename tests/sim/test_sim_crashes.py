@@ -40,6 +40,23 @@ def test_a_crash_reaches_all_who_wait(kind, crash_s):
     assert results == [((1,), first, 4, last + 1.0), None, ((1,), last, 4, last + 1.0)]
 
 
+@pytest.mark.parametrize("call_s", [2.0, 3.0, 4.0])
+def test_who_crashes_at_one_moment_is_named_together_and_to_all_alike(call_s):
+    """Ranks 1 and 2 crash at 3 s: while the others wait, as they call, or before. Rank 3 crashes later: no cause."""
+
+    def program(comm, clock):
+        clock.sleep(call_s)
+        work = comm.all_sum(torch.zeros(6, dtype=torch.uint8))
+        if comm.rank == 4:
+            clock.sleep(7.0)
+        with pytest.raises(PeerLost, match="ranks 1, 2 are gone") as caught:
+            work.wait()
+        return caught.value.ranks, clock.now
+
+    first, late = ((1, 2), max(call_s, 3.0)), ((1, 2), call_s + 7.0)
+    assert simulate(*[program] * 5, crashes=[(1, 3.0), (2, 3.0), (3, 6.0)]) == [first, None, None, first, late]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_over_survives_a_crash(kind):
     def program(comm, clock):

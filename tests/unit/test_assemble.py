@@ -1,5 +1,8 @@
 """Where a rank runs, what it draws, and that ranks which differ refuse to begin."""
 
+from copy import deepcopy
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -52,6 +55,28 @@ def test_ranks_that_differ_refuse_on_each_of_them():
         return str(refused.value)
 
     assert len(set(run_world(3, program))) == 1
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A run of 4 steps; its model is made once and copied, as threads would draw from torch's one generator."""
+    run, _ = parse_run(["--config", str(write_tiny(tmp_path)), "--num_steps", "4"])
+    model = run.model.build(256, 0)
+    monkeypatch.setattr(type(run.model), "build", lambda self, vocab_size, seed: deepcopy(model))
+    return run
+
+
+def test_replicas_that_would_evaluate_other_text_refuse(tiny):
+    alike = tiny.data.load()
+    others = replace(tiny.data, validation_fraction=0.3).load().validation
+
+    def program(comm: Comm) -> str:
+        loaded = replace(alike, validation=others if comm.rank == 1 else alike.validation)
+        with pytest.raises(ValueError, match=r"the validation text of ranks \[1\] differs from rank 0's") as refused:
+            assemble(tiny, loaded, MeteredComm(comm, Meter()), torch.device("cpu"), lambda line: None)
+        return str(refused.value)
+
+    assert len(set(run_world(2, program))) == 1
 
 
 def test_replicas_begin_with_one_model_on_data_and_draws_of_their_own(tmp_path):
@@ -108,14 +133,13 @@ def test_a_checkpoint_takes_about_what_was_said_before_the_first_step():
     assert said == pytest.approx(state_bytes({"engine": engine.state_dict(), "algorithm": {}}), rel=0.05)
 
 
-def test_rank_0_alone_lays_down_the_config_and_the_disk_must_hold_the_checkpoints_of_all(tmp_path, monkeypatch):
-    run, _ = parse_run(["--config", str(write_tiny(tmp_path)), "--num_steps", "4"])
+def test_rank_0_alone_lays_down_the_config_and_the_disk_must_hold_the_checkpoints_of_all(tiny, tmp_path, monkeypatch):
     written, asked = [], []
     monkeypatch.setattr("lowcomm.assemble.describe_into", lambda run, out: written.append(out))
     monkeypatch.setattr("lowcomm.assemble.checkpoint_bytes", lambda engine, state: 1000)
     monkeypatch.setattr(Checkpoints, "require_space", lambda self, num_bytes: asked.append(num_bytes))
     out, where = tmp_path / "out", Place(torch.device("cpu"), None)
-    run_world(3, lambda comm: _run_replica(run, out, False, where, comm))
+    run_world(3, lambda comm: _run_replica(tiny, out, False, where, comm))
     assert asked == [3000] * 3 and written == [out]
     assert {path.name for path in out.glob("metrics*")} == {
         "metrics.jsonl",
