@@ -126,8 +126,12 @@ def assemble(
     model = model.to(device, _DTYPES[run.precision])
     run_id = identity(run, num_replicas, data.fingerprint)
     engine = around(build_engine(run, model, num_steps))  # before the first exchange: whatever moves it must know it
-    alike = {"config": run_id, "model": digest(list(model.state_dict().values()))}
-    check_agreement(comm.tagged("start"), alike | {"validation text": data.validation_fingerprint})
+    hashes = {
+        "config": run_id,
+        "model": digest(list(model.state_dict().values())),
+        "validation text": data.validation_fingerprint,
+    }
+    check_agreement(comm.tagged("start"), hashes)
 
     ledger = open_ledger(run, model, comm, device, write)
     _seed_draws(run.seed, comm.rank, device)
@@ -252,16 +256,15 @@ def check_agreement(comm: MeteredComm, hashes: dict[str, str]) -> None:
     """Refuse to train replicas that were not started alike.
 
     Args:
-        hashes: hexadecimal digests of equal length on all ranks, by what they are of.
+        hashes: hexadecimal digests, all of one length, by what they are of.
 
     Raises:
         ValueError: on every rank, naming what differs and where.
     """
-    own = [torch.tensor(list(bytes.fromhex(value)), dtype=torch.uint8) for value in hashes.values()]
-    gathered = comm.all_gather(torch.cat(own)).wait()
+    own = torch.tensor([list(bytes.fromhex(value)) for value in hashes.values()], dtype=torch.uint8)
+    gathered = comm.all_gather(own).wait()
     for i, what in enumerate(hashes):
-        first, *others = (x.split([len(y) for y in own])[i] for x in gathered)
-        differing = [rank for rank, x in zip(comm.members[1:], others, strict=True) if not torch.equal(x, first)]
+        differing = [r for r, x in zip(comm.members, gathered, strict=True) if not torch.equal(x[i], gathered[0][i])]
         if differing:
             raise ValueError(
                 f"the {what} of ranks {differing} differs from rank {comm.members[0]}'s: all replicas must start from "

@@ -148,7 +148,7 @@ class World:
             members, over = pair or view.members, partial(view.exchanges.pop, (pair, number), None)
             exchange = Exchange(self.clock, self.network, self.schedule, members, number, call, over)
             if not view.lost.isdisjoint(members):
-                exchange.lose(view.lost.copy())
+                exchange.lose(view.lost.copy())  # who is lost after the call is no cause
                 return exchange
             view.exchanges[pair, number] = exchange
         exchange.arrive(rank, call, tensors)

@@ -65,22 +65,11 @@ class Exchange:
 
     Attributes:
         posts: what each member brought.
-        lost: members that were gone when the first learnt that it cannot end; the same for all who learn it later.
+        lost: those whose loss ended it too soon, empty if none did; other ranks too until the first waiter is told.
     """
 
     __slots__ = (
-        *(
-            "_by_rank",
-            "_carrier",
-            "_clock",
-            "_flows",
-            "_gone",
-            "_num_open",
-            "_on_over",
-            "_parked",
-            "_schedule",
-            "_total",
-        ),
+        *("_by_rank", "_carrier", "_clock", "_flows", "_num_open", "_on_over", "_parked", "_schedule", "_total"),
         *("call", "lost", "members", "number", "posts"),
     )
 
@@ -97,8 +86,7 @@ class Exchange:
         self._clock, self._carrier, self._schedule, self._on_over = clock, carrier, schedule, on_over
         self.members, self.number, self.call = members, number, call
         self.posts: dict[int, list[Tensor]] = {}
-        self.lost: tuple[int, ...] = ()
-        self._gone: set[int] | None = None  # all whom the view lost, once a member is among them
+        self.lost: set[int] = set()
         self._flows: list[Any] = []
         self._num_open: int | None = None  # transfers under way; None before the last member is there
         self._by_rank: dict[int, int] | None = None  # those of each rank, where ranks wait for their own alone
@@ -128,20 +116,19 @@ class Exchange:
         Raises:
             PeerLost: when another member was lost before that.
         """
-        if self._gone is None and not self._is_through(rank):
+        if not self.lost and not self._is_through(rank):
             self._parked[rank] = None
             try:
                 self._clock.park(self._describe)
             finally:
                 self._parked.pop(rank, None)
         if not self._is_through(rank):
-            assert self._gone is not None
-            self.lost = self.lost or tuple(sorted(self._gone.intersection(self.members)))
-            raise PeerLost(f"{self._name()} cannot end: ranks {named(self.lost)} are gone", self.lost)
+            self.lost = self.lost.intersection(self.members)  # a copy: who is lost from now on is no cause
+            raise PeerLost(f"{self._name()} cannot end: ranks {named(self.lost)} are gone", tuple(sorted(self.lost)))
 
-    def lose(self, gone: set[int]) -> None:
-        """End it for all who are not through: members are among those gone, to whom others of this moment may come."""
-        self._gone = gone
+    def lose(self, lost: set[int]) -> None:
+        """End it for all who are not through: members are among the lost, and who crashes at this moment joins them."""
+        self.lost = lost
         if self._carrier is not None:
             for flow in self._flows:
                 self._carrier.cancel(flow)
