@@ -43,7 +43,8 @@ from lowcomm.sim.clock import Clock
 from lowcomm.sim.comm import World
 from lowcomm.sim.compute import Constant
 from lowcomm.sim.engine import SimEngine
-from lowcomm.sim.network import Links, Network
+from lowcomm.sim.links import BARE, Links
+from lowcomm.sim.network import Network
 from lowcomm.sim.pace import Pace
 from lowcomm.sim.timing import assemble_shapes, shapes_of
 from lowcomm.sim.trace import Trace
@@ -174,7 +175,7 @@ def utilisation(column: Column, variant: Variant, gbit_per_s: float) -> float:
     shapes = shapes_of(run, num_replicas=2)
     rates = [gbit_per_s * 1e9] * 2
     clock, trace = Clock(isolate_torch=False), Trace()
-    links = Links(rates, rates, latency_s=lambda source, to: 0.0, latency_factor=1.0, bandwidth_factor=1.0)
+    links = Links(rates, rates, latency_s=lambda source, to: 0.0, transport=BARE)
     world = World(clock, Network(clock, links))
     ends_s: dict[int, float] = {}
 

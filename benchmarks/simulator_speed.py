@@ -47,7 +47,8 @@ from lowcomm.models.llama import Llama
 from lowcomm.sim.clock import Clock
 from lowcomm.sim.comm import World
 from lowcomm.sim.memory import peak_bytes
-from lowcomm.sim.network import Links, Network
+from lowcomm.sim.links import BARE, Links
+from lowcomm.sim.network import Network
 from lowcomm.tensors import rng
 
 GROUP, SMALL, LARGE = 8, 1_000, 1_000_000  # ranks that gather; float32 numbers in a message and in a sum

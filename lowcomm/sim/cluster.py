@@ -10,12 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lowcomm.sim.collectives import Ring, Schedule
+from lowcomm.sim.collectives import Schedule
 from lowcomm.sim.compute import ComputeModel, Constant, Scaled
 from lowcomm.sim.faults import Event, Fault, FaultPlan, Pause, SlowDown
+from lowcomm.sim.gloo import Gloo
 from lowcomm.sim.hindered import Hindered
 from lowcomm.sim.inputs import check_positive
-from lowcomm.sim.network import Links, Pairs
+from lowcomm.sim.links import Links, Pairs, Transport
 
 
 @dataclass(frozen=True)
@@ -93,25 +94,6 @@ class Layout:
         return [group for group in self.hosts for _ in range(group.count)]
 
 
-@dataclass(frozen=True)
-class Transport:
-    """How messages use the links, see `lowcomm.sim.network.Links`.
-
-    Attributes:
-        streams: connections per message.
-        window_bytes: in flight on each; gloo behaves like 1.25e6 on slow links. None for no limit.
-        latency_factor: seconds before the first byte, in latencies.
-        bandwidth_factor: the part of a link's bits that carries payload.
-        half_duplex: sending and receiving share one link, as on Wi-Fi.
-    """
-
-    streams: int = 1
-    window_bytes: float | None = None
-    latency_factor: float = 13.01
-    bandwidth_factor: float = 0.97
-    half_duplex: bool = False
-
-
 @dataclass(frozen=True, kw_only=True)
 class Cluster(ABC):
     """Machines to simulate a run on.
@@ -127,7 +109,7 @@ class Cluster(ABC):
     compute: ComputeModel = Constant()
     faults: Sequence[Fault] = ()
     transport: Transport = Transport()
-    schedule: Schedule = Ring()
+    schedule: Schedule = Gloo()
 
     def __post_init__(self) -> None:
         FaultPlan(self.faults)
@@ -149,7 +131,7 @@ class Cluster(ABC):
 
     def links(self) -> Links:
         """What connects the ranks."""
-        layout, transport = self.layout(), self.transport
+        layout = self.layout()
         of_ranks = layout.of_ranks()
         number = {region: i for i, region in enumerate(layout.regions)}
         where = [number[group.region] for group in of_ranks]
@@ -159,11 +141,7 @@ class Cluster(ABC):
             down_bits_per_s=[group.down_bits_per_s for group in of_ranks],
             latency_s=_between(where, layout.latency_s),
             path_bits_per_s=None if paths is None else _between(where, paths),
-            streams=transport.streams,
-            window_bytes=transport.window_bytes,
-            latency_factor=transport.latency_factor,
-            bandwidth_factor=transport.bandwidth_factor,
-            half_duplex=transport.half_duplex,
+            transport=self.transport,
         )
 
     def compute_model(self) -> ComputeModel:

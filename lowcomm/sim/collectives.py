@@ -1,8 +1,9 @@
 """Which bytes a collective sends where, and after how many latencies.
 
-Every schedule is pipelined: the payload is cut into chunks that follow each other through the same steps, so that all
-transfers of a collective run at once and its time is that of the busiest link plus the latencies of the chain of
-steps. For n members with S bytes each, over uplinks and downlinks of B and one-way latencies a:
+`lowcomm.sim.gloo` has what gloo does, the default. Every schedule here is an ideal pipeline: the payload is cut into
+chunks that follow each other through the same steps, so that all transfers of a collective run at once and its time is
+that of the busiest link plus the latencies of the chain of steps. For n members with S bytes each, over uplinks and
+downlinks of B and one-way latencies a:
 
     Ring          all_sum 2(n-1)/n S/B + 2(n-1) a     all_gather (n-1) S/B + (n-1) a    broadcast (n-1) S/B + a
     Tree          all_sum 3 S/B + 2d a                all_gather (2n+1) S/B + 2d a      broadcast 2 S/B + d a
@@ -21,22 +22,43 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise, permutations
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 KINDS = ("all_sum", "all_gather", "all_to_all", "broadcast", "send", "exchange")
 
 
+class Turns(NamedTuple):
+    """How often a pipeline waits for word that there is room for its next messages; see `lowcomm.sim.tcp.turns_s`."""
+
+    num: int
+    message_bytes: int
+    both_ways: bool = False  # the other sends as much on the same connection
+
+
 class Transfer(NamedTuple):
-    """Bytes from one rank to another, moving after a number of one-way latencies of their path."""
+    """Bytes from one rank to another, moving after a number of one-way latencies of their path.
+
+    Attributes:
+        turns: what it waits on the way; None: it is one stream.
+        after: the place of the transfer in its list that must have ended before; None: it starts at once.
+    """
 
     source: int
     to: int
     num_bytes: int
     num_latencies: float
+    turns: Turns | None = None
+    after: int | None = None
 
 
 class Schedule(ABC):
-    """How collectives are done. `all_to_all`, `send` and `exchange` are direct in every schedule."""
+    """How collectives are done. `all_to_all`, `send` and `exchange` are direct in every schedule.
+
+    Attributes:
+        direct_latencies: how many these take.
+    """
+
+    direct_latencies: ClassVar[float] = 1
 
     def transfers(
         self, kind: str, members: tuple[int, ...], num_bytes: Sequence[int], source: int | None = None
@@ -64,16 +86,16 @@ class Schedule(ABC):
             return self.all_gather(members, num_bytes)
         if kind == "all_to_all":
             size = dict(zip(members, num_bytes, strict=True))
-            return [Transfer(a, b, size[b], 1) for a, b in permutations(members, 2)]
+            return [Transfer(a, b, size[b], self.direct_latencies) for a, b in permutations(members, 2)]
         if kind == "exchange":
             assert len(members) == 2, members
-            return _exchange(members, num_bytes)
+            return _exchange(members, num_bytes, self.direct_latencies)
         assert source is not None
         size_bytes = num_bytes[members.index(source)]
         if kind == "broadcast":
             return self.broadcast(members, size_bytes, source)
         assert len(members) == 2, members
-        return _direct(source, members, size_bytes)
+        return _direct(source, members, size_bytes, self.direct_latencies)
 
     def check(self, members: Sequence[int]) -> None:
         """Raise ValueError when it has no place for a member."""
@@ -288,13 +310,13 @@ class Hierarchical(Schedule):
         return [tuple(chain) for chain in chains.values()]
 
 
-def _direct(source: int, members: Sequence[int], num_bytes: int) -> list[Transfer]:
-    return [Transfer(source, to, num_bytes, 1) for to in members if to != source]
+def _direct(source: int, members: Sequence[int], num_bytes: int, num_latencies: float = 1) -> list[Transfer]:
+    return [Transfer(source, to, num_bytes, num_latencies) for to in members if to != source]
 
 
-def _exchange(members: Sequence[int], num_bytes: Sequence[int]) -> list[Transfer]:
+def _exchange(members: Sequence[int], num_bytes: Sequence[int], num_latencies: float = 1) -> list[Transfer]:
     size = dict(zip(members, num_bytes, strict=True))
-    return [Transfer(a, b, size[a], 1) for a, b in permutations(members, 2)]
+    return [Transfer(a, b, size[a], num_latencies) for a, b in permutations(members, 2)]
 
 
 def _round(members: Sequence[int]) -> list[tuple[int, int]]:

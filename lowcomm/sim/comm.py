@@ -16,8 +16,9 @@ from torch import Tensor
 
 from lowcomm.comm.base import Comm, Done, Work, check_summable
 from lowcomm.sim.clock import Clock
-from lowcomm.sim.collectives import Ring, Schedule
+from lowcomm.sim.collectives import Schedule
 from lowcomm.sim.exchange import Call, Carrier, Exchange, named
+from lowcomm.sim.gloo import Gloo
 from lowcomm.sim.mail import Mailbox, check_like
 
 T = TypeVar("T")
@@ -56,7 +57,7 @@ class World:
 
     clock: Clock
     network: Carrier | None = None
-    schedule: Schedule = Ring()
+    schedule: Schedule = Gloo()
     lost: set[int] = field(default_factory=set, init=False)
     _num_returns: dict[int, int] = field(default_factory=dict, init=False, repr=False)
     _views: dict[tuple[int, ...], View] = field(default_factory=dict, init=False, repr=False)
@@ -156,7 +157,7 @@ class World:
 
     def _mailbox(self, view: View, to: int) -> Mailbox:
         if to not in view.mailboxes:
-            view.mailboxes[to] = Mailbox(self.clock, self.network, to, view.members, view.lost)
+            view.mailboxes[to] = Mailbox(self.clock, self.network, self.schedule, to, view.members, view.lost)
         return view.mailboxes[to]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowcomm.comm.base import PeerLost
 from lowcomm.sim.clock import Clock
-from lowcomm.sim.collectives import Schedule, Transfer
+from lowcomm.sim.collectives import Schedule, Transfer, Turns
 
 _MANY = 16
 
@@ -20,7 +20,13 @@ class Carrier(Protocol):
     """What moves bytes in virtual time, such as `lowcomm.sim.network.Network`."""
 
     def send(
-        self, source: int, to: int, num_bytes: float, on_end: Callable[[], None], num_latencies: float = 1.0
+        self,
+        source: int,
+        to: int,
+        num_bytes: float,
+        on_end: Callable[[], None],
+        num_latencies: float = 1.0,
+        turns: Turns | None = None,
     ) -> Any:
         """Start a flow and return it; ``on_end`` is called between ranks' turns when the last byte is there."""
         ...
@@ -55,8 +61,9 @@ def named(ranks: Iterable[int]) -> str:
 class Exchange:
     """One collective of some members, or a swap of two.
 
-    Its transfers start when the last member has arrived. Where everybody sends directly (`all_to_all`, most
-    broadcasts), a member is through when its own transfers are; all others are pipelines, and over for all at once.
+    Its transfers start when the last member has arrived, or when those before them have ended. Where nothing is a
+    pipeline (`all_to_all`, most broadcasts), a member is through when its own transfers are; all others are over for
+    all at once.
 
     Args:
         number: counts the exchanges of these members from 1.
@@ -69,7 +76,18 @@ class Exchange:
     """
 
     __slots__ = (
-        *("_by_rank", "_carrier", "_clock", "_flows", "_num_open", "_on_over", "_parked", "_schedule", "_total"),
+        *(
+            "_after",
+            "_by_rank",
+            "_carrier",
+            "_clock",
+            "_flows",
+            "_num_open",
+            "_on_over",
+            "_parked",
+            "_schedule",
+            "_total",
+        ),
         *("call", "lost", "members", "number", "posts"),
     )
 
@@ -88,6 +106,7 @@ class Exchange:
         self.posts: dict[int, list[Tensor]] = {}
         self.lost: set[int] = set()
         self._flows: list[Any] = []
+        self._after: dict[int, list[tuple[int, Transfer]]] = {}  # transfers that wait for the end of another
         self._num_open: int | None = None  # transfers under way; None before the last member is there
         self._by_rank: dict[int, int] | None = None  # those of each rank, where ranks wait for their own alone
         self._parked: dict[int, None] = {}  # a set in order of arrival
@@ -152,18 +171,31 @@ class Exchange:
         self._num_open = len(transfers)
         if not transfers:
             self._end()
-        elif self.call.kind == "all_to_all" or all(transfer.source == self.call.source for transfer in transfers):
+        elif self.call.kind == "all_to_all" or all(
+            x.source == self.call.source or x.after is not None for x in transfers
+        ):
             self._by_rank = dict.fromkeys(self.members, 0)
             for transfer in transfers:
                 self._by_rank[transfer.source] += 1
                 self._by_rank[transfer.to] += 1
-        for x in transfers:
-            assert self._carrier is not None
-            on_end = partial(self._moved, x)
-            self._flows.append(self._carrier.send(x.source, x.to, x.num_bytes, on_end, x.num_latencies))
+        for i, transfer in enumerate(transfers):
+            if transfer.after is None:
+                self._send(i, transfer)
+            else:
+                self._after.setdefault(transfer.after, []).append((i, transfer))
 
-    def _moved(self, transfer: Transfer) -> None:
+    def _is_direct(self, transfers: list[Transfer]) -> bool:
+        return all(x.source == self.call.source or x.after is not None for x in transfers)
+
+    def _send(self, i: int, x: Transfer) -> None:
+        assert self._carrier is not None
+        on_end = partial(self._moved, i, x)
+        self._flows.append(self._carrier.send(x.source, x.to, x.num_bytes, on_end, x.num_latencies, x.turns))
+
+    def _moved(self, i: int, transfer: Transfer) -> None:
         assert self._num_open
+        for later in self._after.pop(i, ()):
+            self._send(*later)
         self._num_open -= 1
         if self._by_rank is not None:
             self._by_rank[transfer.source] -= 1

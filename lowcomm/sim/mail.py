@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowcomm.comm.base import PeerLost
 from lowcomm.sim.clock import Clock
+from lowcomm.sim.collectives import Schedule
 from lowcomm.sim.exchange import Carrier, named
 
 
@@ -51,15 +52,23 @@ class Mailbox:
     those of several, the first to be there is the earliest, and of those at one moment that of the lowest rank.
 
     Args:
+        schedule: says how many latencies a message takes.
         to: whose it is.
         members: of the view.
         lost: its members that are gone; the view changes it.
     """
 
     def __init__(
-        self, clock: Clock, carrier: Carrier | None, to: int, members: tuple[int, ...], lost: set[int]
+        self,
+        clock: Clock,
+        carrier: Carrier | None,
+        schedule: Schedule,
+        to: int,
+        members: tuple[int, ...],
+        lost: set[int],
     ) -> None:
         self._clock, self._carrier, self._to, self._members, self._lost = clock, carrier, to, members, lost
+        self._num_latencies = schedule.direct_latencies
         self._coming: dict[int, deque[Message]] = {}  # by sender, in the order sent
         self._here: list[tuple[float, int, Message]] = []  # sorted by time and rank
         self._posted: list[Receive] = []
@@ -76,7 +85,8 @@ class Mailbox:
             self._end(message)
         else:
             on_end = partial(self._end, message)
-            message.flow = self._carrier.send(source, self._to, x.numel() * x.element_size(), on_end)
+            num_bytes = x.numel() * x.element_size()
+            message.flow = self._carrier.send(source, self._to, num_bytes, on_end, self._num_latencies)
         return message
 
     def wait_sent(self, message: Message) -> None:

@@ -1,127 +1,35 @@
 """The wires between simulated ranks: flows that share links fairly.
 
-A message is a flow. It is silent for ``num_latencies * latency_factor * latency_s``, then its bytes move at
+A message is a flow. It is silent for its latencies, and for what TCP and the words between its messages add
+(`lowcomm.sim.tcp`, as if the links were its own); then its bytes move at
 
     rate = min(max-min fair share of the source's up-link, the destination's down-link and the path,
-               streams * window_bytes / round-trip time)
+               streams * window_bytes / round-trip time, if it sends more than two windows at once)
 
 Shares change only when a flow begins or ends or a link changes, and only for flows that are connected to it by shared
 links; all that happens at one instant is one change. A flow that shares with nobody costs O(1).
 
-The factors 13.01 and 0.97 are those fitted for TCP by Velho and Legrand (2009), SimGrid's LV08; 1 and 1 are the bare
-model. Not modelled: packets, loss, slow start.
+Not modelled: packets, loss, other people's traffic.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf
 from typing import NamedTuple
 
 from lowcomm.sim.clock import Alarm, Clock
+from lowcomm.sim.collectives import Turns
+from lowcomm.sim.links import Links, check_rate
 from lowcomm.sim.sharing import Flow, Link, fair_rates
-
-# one number for each (source, to): rows of a matrix or a function
-Pairs = Sequence[Sequence[float]] | Callable[[int, int], float]
+from lowcomm.sim.tcp import Connections, turns_s
 
 
-@dataclass(frozen=True)
-class Links:
-    """What connects the ranks.
-
-    Attributes:
-        up_bits_per_s: what each rank can send, over all its flows.
-        down_bits_per_s: what each rank can receive.
-        latency_s: one way, from source to destination; not the round trip.
-        path_bits_per_s: what all flows from one source to one destination share; None or inf: no limit of its own.
-        streams: connections per flow; they multiply the window.
-        window_bytes: what one connection may have in flight (gloo behaves like 1.25e6); None: no limit.
-        latency_factor: seconds before the first byte, in latencies.
-        bandwidth_factor: the part of a link's bits that carry payload.
-        half_duplex: sending and receiving share one link per rank, as on Wi-Fi.
-
-    Raises:
-        ValueError: for rates of zero, negative latencies, and lists or matrices whose sizes disagree.
-    """
-
-    up_bits_per_s: Sequence[float]
-    down_bits_per_s: Sequence[float]
-    latency_s: Pairs
-    path_bits_per_s: Pairs | None = None
-    streams: int = 1
-    window_bytes: float | None = None
-    latency_factor: float = 13.01
-    bandwidth_factor: float = 0.97
-    half_duplex: bool = False
-
-    def __post_init__(self) -> None:
-        """Check every number that is there; those of functions are checked when they are asked for."""
-        n = len(self.up_bits_per_s)
-        if n == 0 or len(self.down_bits_per_s) != n:
-            raise ValueError(
-                f"up_bits_per_s has {n} ranks and down_bits_per_s {len(self.down_bits_per_s)}; give both one rate for "
-                "each rank, and at least one rank"
-            )
-        for name, rates in (("up_bits_per_s", self.up_bits_per_s), ("down_bits_per_s", self.down_bits_per_s)):
-            for rank, rate in enumerate(rates):
-                _check_rate(f"{name}[{rank}]", rate)
-        for name, pairs in (("latency_s", self.latency_s), ("path_bits_per_s", self.path_bits_per_s)):
-            if isinstance(pairs, Sequence) and (len(pairs) != n or any(len(row) != n for row in pairs)):
-                sizes = sorted({len(row) for row in pairs})
-                raise ValueError(
-                    f"{name} has {len(pairs)} rows of lengths {sizes}; {n} ranks need {n} rows of {n} numbers"
-                )
-        if isinstance(self.latency_s, Sequence):
-            for source in range(n):
-                for to in range(n):
-                    self.latency(source, to)
-        if isinstance(self.path_bits_per_s, Sequence):
-            for source in range(n):
-                for to in range(n):
-                    if source != to:
-                        self.path(source, to)
-        if self.half_duplex and list(self.up_bits_per_s) != list(self.down_bits_per_s):
-            raise ValueError(
-                "half_duplex needs equal up_bits_per_s and down_bits_per_s: both directions are one link; make them "
-                "equal or set half_duplex to False"
-            )
-        if self.streams < 1:
-            raise ValueError(f"streams is {self.streams}; a flow needs at least 1 connection")
-        if self.window_bytes is not None and not self.window_bytes > 0:
-            raise ValueError(f"window_bytes is {self.window_bytes}; it must be above 0, or None for no limit")
-        if not 0 <= self.latency_factor < inf:
-            raise ValueError(f"latency_factor is {self.latency_factor}; it must be at least 0 (1 is the bare latency)")
-        if not 0 < self.bandwidth_factor <= 1:
-            raise ValueError(f"bandwidth_factor is {self.bandwidth_factor}; it must be above 0 and at most 1")
-
-    @property
-    def num_ranks(self) -> int:
-        """How many ranks are connected."""
-        return len(self.up_bits_per_s)
-
-    def latency(self, source: int, to: int) -> float:
-        """Seconds one way; ValueError when negative."""
-        latency_s = _of(self.latency_s, source, to)
-        if not 0 <= latency_s < inf:
-            raise ValueError(f"latency_s from rank {source} to rank {to} is {latency_s}; it must be 0 or more, finite")
-        return latency_s
-
-    def path(self, source: int, to: int) -> float:
-        """Bits per second that all flows from source to destination share; inf for no limit; ValueError for zero."""
-        rate = inf if self.path_bits_per_s is None else _of(self.path_bits_per_s, source, to)
-        if rate != inf:
-            _check_rate(f"path_bits_per_s from rank {source} to rank {to}", rate)
-        return rate
-
-    def cap(self, source: int, to: int) -> float:
-        """Bytes per second that the windows let one flow have; inf for no limit."""
-        if self.window_bytes is None:
-            return inf
-        round_trip_s = self.latency(source, to) + self.latency(to, source)
-        return self.streams * self.window_bytes / round_trip_s if round_trip_s > 0 else inf
+# How much more than a window a connection takes before it is held to one for each round trip: the first leaves at once,
+# and the second as room is made for it.
+FREE_WINDOWS = 2
 
 
 class FlowRecord(NamedTuple):
@@ -167,15 +75,23 @@ class Network:
         self.links = links
         self._clock, self._on_flow = clock, on_flow
         self._up = [Link(self._bytes_per_s(rate)) for rate in links.up_bits_per_s]
-        half = links.half_duplex
+        half = links.transport.half_duplex
         self._down = self._up if half else [Link(self._bytes_per_s(rate)) for rate in links.down_bits_per_s]
         self._paths: dict[tuple[int, int], Link] = {}
         self._blocked: set[tuple[int, int]] = set()
         self._agenda: dict[float, _Instant] = {}
+        initial_bytes = links.transport.initial_window_bytes
+        self._connections = Connections(None if initial_bytes is None else initial_bytes * links.transport.streams)
         self.num_flows = 0
 
     def send(
-        self, source: int, to: int, num_bytes: float, on_end: Callable[[], None], num_latencies: float = 1.0
+        self,
+        source: int,
+        to: int,
+        num_bytes: float,
+        on_end: Callable[[], None],
+        num_latencies: float = 1.0,
+        turns: Turns | None = None,
     ) -> Flow:
         """Start a flow; ``on_end`` is called at the virtual time of its last byte, between ranks' turns.
 
@@ -183,6 +99,7 @@ class Network:
 
         Args:
             num_latencies: how many one-way trips pass before the bytes move: the steps of a pipelined collective.
+            turns: what it waits on the way, which passes before the bytes move too.
 
         Raises:
             ValueError: for ranks that the links do not have, a flow from a rank to itself, and negative amounts.
@@ -198,7 +115,8 @@ class Network:
             links.append(self._paths.setdefault((source, to), Link(self._bytes_per_s(path))))
         flow = Flow(self.num_flows, source, to, num_bytes, on_end, tuple(links), now, now, num_bytes)
         self.num_flows += 1
-        self._put(flow, now + num_latencies * self.links.latency_factor * self.links.latency(source, to))
+        waits_s = self._waits_s(flow, turns)
+        self._put(flow, now + num_latencies * self.links.latency(source, to) + waits_s)
         return flow
 
     def cancel(self, flow: Flow) -> None:
@@ -221,14 +139,18 @@ class Network:
             ValueError: for an unknown rank, a rate of zero, or two rates for one half-duplex link.
         """
         self._check_rank(rank)
-        if self.links.half_duplex and None not in (up_bits_per_s, down_bits_per_s) and up_bits_per_s != down_bits_per_s:
+        if (
+            self.links.transport.half_duplex
+            and None not in (up_bits_per_s, down_bits_per_s)
+            and up_bits_per_s != down_bits_per_s
+        ):
             raise ValueError(
                 f"rank {rank} would send at {up_bits_per_s} and receive at {down_bits_per_s} bits/s, but half_duplex "
                 "makes both one link: give equal rates"
             )
         for name, links, rate in (("up", self._up, up_bits_per_s), ("down", self._down, down_bits_per_s)):
             if rate is not None:
-                _check_rate(f"{name}_bits_per_s of rank {rank}", rate)
+                check_rate(f"{name}_bits_per_s of rank {rank}", rate)
                 links[rank].bytes_per_s = self._bytes_per_s(rate)
                 self._change([links[rank]])
 
@@ -244,6 +166,19 @@ class Network:
         self._blocked.discard((source, to))
         self._change_pair(source, to)
 
+    def _waits_s(self, flow: Flow, turns: Turns | None) -> float:
+        """Seconds in which its bytes are held back, were the links its own; sets what its windows let it have then."""
+        there_s, back_s = self.links.latency(flow.source, flow.to), self.links.latency(flow.to, flow.source)
+        if there_s + back_s == 0:
+            return 0.0
+        bytes_per_s = min(link.bytes_per_s for link in flow.links)
+        turns_wait_s = 0.0 if turns is None else turns_s(turns, bytes_per_s, there_s, back_s)
+        at_once = flow.num_bytes if turns is None or turns_wait_s == 0 else 2.0 * turns.message_bytes
+        if at_once > FREE_WINDOWS * self.links.window_bytes():
+            flow.window_bytes_per_s = self.links.window_bytes() / (there_s + back_s)
+        path = (flow.source, flow.to)
+        return turns_wait_s + self._connections.wait_s(path, flow.start_s, at_once, bytes_per_s, there_s + back_s)
+
     # what happens at an instant
 
     def _happen(self, time_s: float) -> None:
@@ -254,7 +189,7 @@ class Network:
             flow.due_s = inf
             if flow.begin_s is None:
                 flow.begin_s = flow.as_of_s = time_s
-                flow.cap_bytes_per_s = self._cap(flow.source, flow.to)
+                flow.cap_bytes_per_s = self._cap(flow)
                 for link in flow.links:
                     link.flows[flow] = instant.changed[link] = None
             else:
@@ -270,6 +205,7 @@ class Network:
                 if rate > 0:
                     self._put(flow, time_s + flow.remaining_bytes / rate)
         for flow in sorted(ended, key=lambda flow: flow.number):
+            self._connections.used((flow.source, flow.to), time_s)
             if not flow.over:  # the end of another may have cancelled it
                 self._close(flow)
                 flow.on_end()
@@ -321,16 +257,16 @@ class Network:
     def _change_pair(self, source: int, to: int) -> None:
         for flow in self._up[source].flows:
             if flow.to == to:
-                flow.cap_bytes_per_s = self._cap(source, to)
+                flow.cap_bytes_per_s = self._cap(flow)
                 self._change(flow.links)
 
-    def _cap(self, source: int, to: int) -> float:
-        return 0.0 if (source, to) in self._blocked else self.links.cap(source, to)
+    def _cap(self, flow: Flow) -> float:
+        return 0.0 if (flow.source, flow.to) in self._blocked else flow.window_bytes_per_s
 
     # numbers
 
     def _bytes_per_s(self, bits_per_s: float) -> float:
-        return bits_per_s / 8 * self.links.bandwidth_factor
+        return bits_per_s / 8 * self.links.transport.bandwidth_factor
 
     def _check_rank(self, rank: int) -> None:
         if not 0 <= rank < self.links.num_ranks:
@@ -342,15 +278,3 @@ class Network:
             self._check_rank(to)
         if source == to:
             raise ValueError(f"rank {source} would send to itself, which takes no network; leave the flow out")
-
-
-def _of(pairs: Pairs, source: int, to: int) -> float:
-    return pairs(source, to) if callable(pairs) else pairs[source][to]
-
-
-def _check_rate(name: str, bits_per_s: float) -> None:
-    if not (bits_per_s > 0 and math.isfinite(bits_per_s)):
-        raise ValueError(
-            f"{name} is {bits_per_s} bits/s; a link's rate must be above 0 and finite. To cut a connection, block it "
-            "or let its rank crash"
-        )

@@ -35,6 +35,7 @@ class Flow:
         as_of_s: when ``remaining_bytes`` were left; since then they move at ``rate_bytes_per_s``.
         begin_s: when its first byte moved; None before.
         cap_bytes_per_s: its rate at most, whatever the links would give.
+        window_bytes_per_s: what its windows let it have; inf where it sends too little for them to matter.
         due_s: when it begins (before it has) or ends (after); inf when neither is in sight.
         over: ended or cancelled.
     """
@@ -50,6 +51,7 @@ class Flow:
     remaining_bytes: float
     begin_s: float | None = None
     cap_bytes_per_s: float = inf
+    window_bytes_per_s: float = inf
     rate_bytes_per_s: float = 0.0
     due_s: float = inf
     over: bool = False

@@ -11,13 +11,14 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from lowcomm.config import describe
-from lowcomm.sim.cluster import Cluster, Custom, Hosts, Layout, Transport
-from lowcomm.sim.collectives import Hierarchical, Ring, Schedule, Star, Tree
+from lowcomm.sim.cluster import Cluster, Custom, Hosts, Layout
+from lowcomm.sim.collectives import Hierarchical, Schedule, Star, Tree
 from lowcomm.sim.compute import ComputeModel, Constant, Diurnal, Measured, Product, Replay, Scaled
 from lowcomm.sim.drawn import LogNormal, Markov
 from lowcomm.sim.faults import Crash, Pause, RegionShock
+from lowcomm.sim.gloo import Gloo
 from lowcomm.sim.lifetimes import Weibull
-from lowcomm.sim.network import Links
+from lowcomm.sim.links import Links, Transport
 from lowcomm.sim.presets import AWS10, DTFM, LAN, DataCentre, Home, Uniform, uniform_sweep
 
 TWO_SITES = Layout(
@@ -36,14 +37,13 @@ def test_custom_numbers_ranks_group_by_group() -> None:
     assert (list(links.up_bits_per_s), list(links.down_bits_per_s)) == ([1e9, 1e9, 3e6], [2e9, 2e9, 4e6])
     assert [links.latency(*pair) for pair in ((0, 1), (0, 2), (2, 0), (2, 2))] == [0.002, 0.06, 0.05, 0.001]
     assert [links.path(*pair) for pair in ((0, 1), (1, 2), (2, 1))] == [6e9, 2e6, 1e6]
-    assert links.cap(0, 2) == pytest.approx(4 * 1.25e6 / 0.11)
-    assert (links.latency_factor, links.bandwidth_factor, links.half_duplex) == (1.0, 0.97, False)
+    assert links.window_bytes() == 4 * 1.25e6
+    assert links.transport == cluster.transport
 
 
-def test_transport_has_the_defaults_of_links() -> None:
-    ours, theirs = LAN().links(), Links([1e9], [1e9], [[0.0]])
-    for name in ("streams", "window_bytes", "latency_factor", "bandwidth_factor", "half_duplex"):
-        assert getattr(ours, name) == getattr(theirs, name)
+def test_links_have_the_transport_of_tcp_unless_told() -> None:
+    assert LAN().links().transport == Links([1e9], [1e9], [[0.0]]).transport == Transport()
+    assert Transport().latency_factor == 1.0  # connections persist: only the first message ever pays for more
 
 
 def test_compute_by_speed_and_through_faults() -> None:
@@ -210,7 +210,7 @@ def test_yaml() -> None:
     ],
 )
 def test_yaml_of_a_schedule(text: str, schedule: Schedule) -> None:
-    assert LAN().schedule == Ring()
+    assert LAN().schedule == Gloo()
     cluster = parse(f"cluster: {{class_path: LAN, init_args: {{schedule: {text}}}}}")
     assert cluster.schedule == schedule
     assert parse(yaml.safe_dump({"cluster": describe(cluster)})) == cluster

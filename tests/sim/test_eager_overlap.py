@@ -12,7 +12,8 @@ from lowcomm.sim.clock import Clock
 from lowcomm.sim.comm import World
 from lowcomm.sim.compute import Constant
 from lowcomm.sim.engine import SimEngine
-from lowcomm.sim.network import Links, Network
+from lowcomm.sim.links import BARE, Links
+from lowcomm.sim.network import Network
 from lowcomm.sim.pace import Pace
 from lowcomm.sim.trace import Trace
 from tests.replicas import make_batch, make_engine
@@ -22,7 +23,7 @@ def seconds(algorithm, bytes_per_s):
     """When two ranks have taken 8 steps of a second each, and when `finish` has come to its end."""
     clock = Clock()
     rates = [8 * bytes_per_s] * 2
-    world = World(clock, Network(clock, Links(rates, rates, lambda a, b: 0.0, bandwidth_factor=1.0)))
+    world = World(clock, Network(clock, Links(rates, rates, lambda a, b: 0.0, transport=BARE)))
 
     def program(rank):
         comm = world.comm(rank, (0, 1))

@@ -9,7 +9,8 @@ from lowcomm.sim.clock import Clock
 from lowcomm.sim.comm import World
 from lowcomm.sim.faults import Crash, FaultPlan, Partition, Pause, SlowDown
 from lowcomm.sim.inject import schedule_faults
-from lowcomm.sim.network import Links, Network
+from lowcomm.sim.links import BARE, Links
+from lowcomm.sim.network import Network
 from tests.sim.slow import byte
 
 
@@ -17,7 +18,7 @@ def run(programs, faults):
     """What program(comm, clock) returns on each rank; up-links carry a byte a second, down-links two."""
     clock = Clock(isolate_torch=False)
     n = len(programs)
-    links = Links([8.0] * n, [16.0] * n, lambda source, to: 0.0, bandwidth_factor=1.0)
+    links = Links([8.0] * n, [16.0] * n, lambda source, to: 0.0, transport=BARE)
     network = Network(clock, links)
     world = World(clock, network)
     schedule_faults(FaultPlan(faults).events(["here"] * n), clock, world, network)

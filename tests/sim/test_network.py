@@ -8,19 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowcomm.sim.clock import Clock
-from lowcomm.sim.network import Links, Network
+from lowcomm.sim.links import BARE, Links, Transport
+from lowcomm.sim.network import Network
 from tests.sim.fake_clock import FakeClock
 
 MBIT = 1e6
 MBYTE_S = 8e6  # bits per second that move a megabyte a second
 
 
-def links(up, down=None, latency_s=0.0, latency_factor=1.0, bandwidth_factor=1.0, **options):
-    """Links of the bare model: one latency for all pairs, no factors."""
+def links(up, down=None, latency_s=0.0, path_bits_per_s=None, **transport):
+    """Links of the bare model, but for what is said of the transport: one latency for all pairs."""
     down = up if down is None else down
-    return Links(
-        up, down, lambda a, b: latency_s, latency_factor=latency_factor, bandwidth_factor=bandwidth_factor, **options
-    )
+    return Links(up, down, lambda a, b: latency_s, path_bits_per_s, replace(BARE, **transport))
 
 
 def end_times(wires, flows, then=()):
@@ -43,7 +42,9 @@ def test_one_flow_takes_its_latency_and_its_bytes():
     wires = links([MBYTE_S] * 2, latency_s=0.05)
     assert end_times(wires, [(0, 1, 2e6)]) == pytest.approx([2.05])
     there_and_back = [[0.0, 0.05], [0.2, 0.0]]
-    lv08 = replace(wires, latency_s=there_and_back, latency_factor=13.01, bandwidth_factor=0.97)
+    lv08 = replace(
+        wires, latency_s=there_and_back, transport=replace(BARE, latency_factor=13.01, bandwidth_factor=0.97)
+    )
     assert end_times(lv08, [(0, 1, 2e6)]) == pytest.approx([2 / 0.97 + 13.01 * 0.05])
 
 
@@ -94,30 +95,25 @@ def test_a_path_is_shared_by_the_flows_of_its_pair_alone():
     wires = links([9 * MBYTE_S] * 3, path_bits_per_s=[[0, 1 * MBYTE_S, float("inf")]] + [[MBYTE_S] * 3] * 2)
     flows = [(0, 1, 1e6), (0, 1, 1e6), (0, 2, 7e6)]
     assert end_times(wires, flows) == pytest.approx([2.0, 2.0, 7 / 8])
-    assert end_times(replace(wires, bandwidth_factor=0.5), flows) == pytest.approx([4.0, 4.0, 7 / 4])
+    halved = replace(wires, transport=replace(BARE, bandwidth_factor=0.5))
+    assert end_times(halved, flows) == pytest.approx([4.0, 4.0, 7 / 4])
 
 
 def test_windows_cap_a_flow_by_its_round_trip():
     wires = links([100 * MBYTE_S] * 2, latency_s=0.1, window_bytes=1e6)
     assert end_times(wires, [(0, 1, 10e6)]) == pytest.approx([0.1 + 10 / (1 / 0.2)])
-    assert end_times(replace(wires, streams=4), [(0, 1, 10e6)]) == pytest.approx([0.1 + 10 / (4 / 0.2)])
+    four = replace(wires, transport=replace(wires.transport, streams=4))
+    assert end_times(four, [(0, 1, 10e6)]) == pytest.approx([0.1 + 10 / (4 / 0.2)])
     # what a capped flow leaves, others have
     slow = replace(wires, up_bits_per_s=[20 * MBYTE_S] * 3, down_bits_per_s=[20 * MBYTE_S] * 3)
     uneven = replace(slow, latency_s=[[0, 0.1, 0], [0.1, 0, 0], [0, 0, 0]])
     assert end_times(uneven, [(0, 1, 10e6), (0, 2, 15e6)]) == pytest.approx([2.1, 0.1 + (15 - 2) / 15])
 
 
-def test_gloo_behaves_like_a_window():
-    # 64 MB from point to point over round trips of 5 and 10 ms took 274 and 532 ms over gloo
-    for round_trip_s, seconds in ((0.005, 0.274), (0.010, 0.532)):
-        wires = Links([10e9] * 2, [10e9] * 2, lambda a, b: round_trip_s / 2, window_bytes=1.25e6, latency_factor=1)  # noqa: B023
-        assert end_times(wires, [(0, 1, 64e6)]) == pytest.approx([seconds], rel=0.1)
-
-
 def test_many_streams_fill_what_one_window_cannot():
     # Oregon to Virginia and back in 67 ms: iperf3 with 32 streams carried 4.56 Gbit/s
-    wires = Links([10e9] * 2, [10e9] * 2, lambda a, b: 0.067 / 2, streams=32, window_bytes=1.25e6)
-    assert wires.cap(0, 1) * 8 == pytest.approx(4.56e9, rel=0.05)
+    wires = links([10e9] * 2, latency_s=0.067 / 2, streams=32, window_bytes=1.25e6)
+    assert end_times(wires, [(0, 1, 4.56e9 / 8)]) == pytest.approx([1.0 + 0.067 / 2], rel=0.05)
 
 
 def test_links_change_in_mid_flow():
@@ -279,7 +275,7 @@ class Watched:
         self.clock.run()
 
     def side(self, way):
-        return "both" if self.case.wires.half_duplex else way
+        return "both" if self.case.wires.transport.half_duplex else way
 
     def send(self, source, to, num_bytes):
         flow = self.network.send(source, to, num_bytes, lambda: None)
@@ -364,16 +360,24 @@ def test_the_same_case_gives_the_same_records_to_the_bit(case):
         ({"latency_s": [[0.0, 0.1]]}, "latency_s has 1 rows of lengths .2.; 2 ranks need 2 rows of 2"),
         ({"latency_s": [[0.0, -0.1], [0.1, 0.0]]}, "latency_s from rank 0 to rank 1 is -0.1"),
         ({"path_bits_per_s": [[0.0, 1e6], [0.0, 0.0]]}, "path_bits_per_s from rank 1 to rank 0 is 0.0"),
-        ({"half_duplex": True, "up_bits_per_s": [2e6, 2e6]}, "half_duplex needs equal"),
-        ({"streams": 0}, "streams is 0"),
-        ({"window_bytes": 0.0}, "window_bytes is 0.0"),
-        ({"latency_factor": -1.0}, "latency_factor is -1.0"),
-        ({"bandwidth_factor": 1.5}, "bandwidth_factor is 1.5"),
+        ({"transport": Transport(half_duplex=True), "up_bits_per_s": [2e6, 2e6]}, "half_duplex needs equal"),
     ],
 )
 def test_impossible_links_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         replace(Links([MBIT] * 2, [MBIT] * 2, [[0.0, 0.1], [0.1, 0.0]]), **wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("streams", 0), ("window_bytes", 0.0), ("initial_window_bytes", -1.0)],
+        *[("latency_factor", -1.0), ("bandwidth_factor", 1.5)],
+    ],
+)
+def test_impossible_transports_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}"):
+        Transport(**{name: value})
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from lowcomm.sim.clock import Clock
 from lowcomm.sim.comm import World
 from lowcomm.sim.compute import Constant
 from lowcomm.sim.engine import SimEngine
-from lowcomm.sim.network import Links, Network
+from lowcomm.sim.links import BARE, Links
+from lowcomm.sim.network import Network
 from lowcomm.sim.pace import Pace
 from lowcomm.sim.trace import Span, Trace
 from tests.replicas import adamw, flat, make_batch, make_engine, train
@@ -69,7 +70,7 @@ def three_layers():
 def one_step(algorithm, bytes_per_s):
     """Seconds of a step of 9 s on two ranks, the parameters after it, and what rank 0 sent when."""
     clock = Clock()
-    links = Links([8 * bytes_per_s] * 2, [8 * bytes_per_s] * 2, lambda a, b: 0.0, bandwidth_factor=1.0)
+    links = Links([8 * bytes_per_s] * 2, [8 * bytes_per_s] * 2, lambda a, b: 0.0, transport=BARE)
     world = World(clock, Network(clock, links))
 
     def program(rank):
@@ -120,7 +121,7 @@ def test_groups_are_filled_from_the_last_parameter_on(method):
 def three_rounds(algorithm):
     """Seconds of three rounds of two steps on two ranks, and their parameters."""
     clock = Clock()
-    links = Links([8000.0] * 2, [8000.0] * 2, lambda a, b: 0.0, bandwidth_factor=1.0)
+    links = Links([8000.0] * 2, [8000.0] * 2, lambda a, b: 0.0, transport=BARE)
     world = World(clock, Network(clock, links))
 
     def program(rank):

@@ -1,6 +1,7 @@
 """Sharing is done where something changed and nowhere else; that it is fair is in test_network.py."""
 
-from lowcomm.sim.network import Links, Network
+from lowcomm.sim.links import Links
+from lowcomm.sim.network import Network
 from lowcomm.sim.sharing import fair_rates
 from tests.sim.fake_clock import FakeClock
 

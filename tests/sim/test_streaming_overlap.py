@@ -14,7 +14,8 @@ from lowcomm.sim.clock import Clock
 from lowcomm.sim.comm import World
 from lowcomm.sim.compute import Constant
 from lowcomm.sim.engine import SimEngine
-from lowcomm.sim.network import Links, Network
+from lowcomm.sim.links import BARE, Links
+from lowcomm.sim.network import Network
 from lowcomm.sim.pace import Pace
 from lowcomm.sim.trace import Trace
 from tests.replicas import adamw, backward, flat, make_batch, make_engine, train
@@ -28,7 +29,7 @@ CAST_BYTES = 21 * 2  # half of it in 16 bits, in each of two messages
 def seconds(algorithm, bytes_per_s):
     """Of 12 inner steps of 1 s on two ranks, and rank 0's parameters."""
     clock = Clock()
-    links = Links([8 * bytes_per_s] * 2, [8 * bytes_per_s] * 2, lambda a, b: 0.0, bandwidth_factor=1.0)
+    links = Links([8 * bytes_per_s] * 2, [8 * bytes_per_s] * 2, lambda a, b: 0.0, transport=BARE)
     world = World(clock, Network(clock, links))
 
     def program(rank):

@@ -1,0 +1,80 @@
+"""How gloo does collectives, which is what `lowcomm.comm.distributed` runs on between machines.
+
+A message of gloo leaves when the receiver has said that it is ready, so that where both sides come to it together it
+takes two latencies: one for that word, one for its last byte. Rings cut what each rank owns into at least two messages
+and have two under way. For n members with S bytes each, over links of B and one-way latencies a:
+
+    all_sum      2(n-1)/n S/B + 4(n-1) a    a ring of 1 MiB messages at most; few values take fewer latencies
+    all_gather   (n-1) S/B + 2(n-1) a       a ring of halves
+    broadcast    store and forward down a binomial tree: (S/B + a) a level, and a
+    all_to_all, exchange, send              directly: S/B + 2 a
+
+What rings wait is less where their messages last longer than the way there and back, which is then hidden: `Turns`.
+The steps are those of gloo's allreduce.cc, allgather.cc, broadcast.cc and transport/tcp/pair.cc of 2026-04.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lowcomm.sim.collectives import Schedule, Transfer, Turns
+
+MAX_MESSAGE_BYTES = 2**20  # of a ring's sum
+ELEMENT_BYTES = 4  # what nearly all sums are of; it counts only for sums of fewer values than there are messages
+
+
+@dataclass(frozen=True)
+class Gloo(Schedule):
+    """Rings, trees and pairs as gloo makes them; a message takes a word that it may come, and its way."""
+
+    direct_latencies = 2
+
+    def all_sum(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
+        """See `Schedule.all_sum`: a ring, each to the one before."""
+        n = len(members)
+        num_own = max(2, -(-num_bytes // (n * MAX_MESSAGE_BYTES)))  # messages of what one rank owns
+        message_bytes = -(-num_bytes // (n * num_own * ELEMENT_BYTES)) * ELEMENT_BYTES
+        num_full = -(-num_bytes // (max(1, message_bytes) * num_own))  # ranks that own anything
+        num_latencies, turns = ring_latencies(n, num_full), None
+        if num_full == n:
+            # two phases, each with a first message that nobody waited for, and two at a time
+            num_turns = 2 * ((num_own * (n - 1) - 1) // 2)
+            num_latencies, turns = 4, Turns(num_turns, message_bytes, both_ways=n == 2)
+        size = 2 * (n - 1) * num_bytes // n
+        return [Transfer(a, members[i - 1], size, num_latencies, turns) for i, a in enumerate(members)]
+
+    def all_gather(self, members: tuple[int, ...], num_bytes: Sequence[int]) -> list[Transfer]:
+        """See `Schedule.all_gather`: a ring of halves, each to the next."""
+        n, total = len(members), sum(num_bytes)
+        turns = Turns(n - 2, max(num_bytes) // 2, both_ways=n == 2)
+        return [
+            Transfer(a, members[(i + 1) % n], total - num_bytes[(i + 1) % n], 2, turns) for i, a in enumerate(members)
+        ]
+
+    def broadcast(self, members: tuple[int, ...], num_bytes: int, source: int) -> list[Transfer]:
+        """See `Schedule.broadcast`: down a binomial tree, each level after the one above."""
+        first = members.index(source)
+        rooted = [*members[first:], *members[:first]]
+        transfers: list[Transfer] = []
+        came: dict[int, int] = {}  # by place: the transfer that brought it
+        distance = 1
+        while distance < len(rooted):
+            for place in range(min(distance, len(rooted) - distance)):
+                after = came.get(place)
+                came[place + distance] = len(transfers)
+                # the word that it may come was said long ago where the sender had to wait itself
+                num_latencies = 2 if after is None else 1
+                to = rooted[place + distance]
+                transfers.append(Transfer(rooted[place], to, num_bytes, num_latencies, after=after))
+            distance *= 2
+        return transfers
+
+
+def ring_latencies(num_members: int, num_owners: int) -> int:
+    """Latencies of a ring's sum when only some own values, so that most messages are empty and not sent.
+
+    Where all own some it is 4 (n - 1): each of 2 (n - 1) steps waits for a word and a message.
+    """
+    waits = min(max(num_owners, 3 * num_owners - num_members), 2 * num_owners - 2)
+    return 2 * (num_members - 1) + max(1, waits)
