@@ -176,5 +176,5 @@ class Reducer:
 def _one_hot(flag: Tensor, dtype: torch.dtype, comm: Comm) -> Tensor:
     """A number for each member, 1 at this rank's place if the flag is set; in the dtype of what it travels with."""
     mine = torch.zeros(len(comm.members), dtype=dtype, device=flag.device)
-    mine[comm.members.index(comm.rank)] = flag.to(dtype)
+    mine[comm.place] = flag.to(dtype)
     return mine

@@ -329,7 +329,7 @@ class StreamingDiLoCo(Algorithm[StreamingDiLoCoState]):
 
     def _delay(self, comm: Comm) -> int:
         """This replica's."""
-        return self._delays(comm)[comm.members.index(comm.rank)]
+        return self._delays(comm)[comm.place]
 
     def _groups(self) -> Groups:
         """Of the parameters of one fragment, by their places in it."""

@@ -111,7 +111,7 @@ class Talker(Algorithm[None]):
         n, me, x = len(comm.members), comm.rank, torch.ones(1000 * t)
         sent = comm.send(x[: 10 * (me + 1)], (me + 1) % n)
         swapped = comm.exchange(x[:300], n - 1 - me)
-        pieces = comm.all_to_all([x[: 100 * (i + 1)] for i in range(n)])
+        pieces = comm.all_to_all(x[: 200 * n].view(n, 200))
         spread = comm.tagged("news").broadcast(x.double(), t % n)
         before = (me - 1) % n
         got = comm.recv(torch.empty(10 * (before + 1)), before)

@@ -45,9 +45,10 @@ def test_an_echo_of_a_high_rank_has_smaller_and_smaller_views():
 
 def test_an_echo_answers_with_tensors_of_its_own():
     comm, x = EchoComm(3, rank=1), torch.ones(2)
-    lists = [comm.all_gather(x).wait(), comm.all_to_all([torch.zeros(1), x, torch.zeros(3)]).wait()]
+    lists = [comm.all_gather(x).wait(), comm.all_to_all(torch.stack([0 * x, x, 3 * x])).wait()]
     single = [comm.all_sum(x).wait(), comm.broadcast(x, 0).wait(), comm.exchange(x, 2).wait(), comm.recv(x).wait()[1]]
     answers = [x, *lists[0], *lists[1], *single]
+    assert len({y.untyped_storage().data_ptr() for y in [x, *lists, *single]}) == 1 + 2 + 4
     assert len({y.data_ptr() for y in answers}) == 1 + 3 + 3 + 4
     assert [y.tolist() for y in answers[1:]] == [[1, 1]] * 6 + [[3, 3]] + [[1, 1]] * 3
     assert comm.recv(x).wait()[0] == 2 and EchoComm(3, rank=2).recv(x).wait()[0] == 0
