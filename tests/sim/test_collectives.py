@@ -7,7 +7,7 @@ import torch
 
 from lowcomm.comm.echo import EchoComm
 from lowcomm.comm.metered import Meter, MeteredComm
-from lowcomm.sim.collectives import Hierarchical, Pairwise, Ring, Schedule, Star, Tree, TwoShot
+from lowcomm.sim.collectives import MANY, Hierarchical, Pairwise, Ring, Schedule, Star, Tree, TwoShot
 from lowcomm.sim.network import Links, Network
 from tests.sim.fake_clock import FakeClock
 
@@ -93,6 +93,15 @@ def test_pieces_and_messages_go_directly(schedule):
     pieces = schedule.transfers("all_to_all", (1, 3, 4), [10, 30, 40])
     assert sorted(pieces) == [(1, 3, 30, 1), (1, 4, 40, 1), (3, 1, 10, 1), (3, 4, 40, 1), (4, 1, 10, 1), (4, 3, 30, 1)]
     assert schedule.transfers("send", (3, 8), [5, 7], source=8) == [(8, 3, 7, 1)]
+
+
+@pytest.mark.parametrize("num_members", [MANY, MANY + 1])
+def test_pieces_among_many_load_every_link_as_those_among_few_do(num_members):
+    members = tuple(range(0, 3 * num_members, 3))
+    transfers = Ring().transfers("all_to_all", members, [10] * num_members)
+    assert len(transfers) == num_members * (num_members - 1 if num_members == MANY else 1)
+    every = dict.fromkeys(members, 10 * (num_members - 1))
+    assert sent_and_received(transfers) == (every, every)
 
 
 @every_schedule
