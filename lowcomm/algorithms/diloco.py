@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lowcomm.algorithms.anchors import anchor_of, delta
@@ -30,6 +29,7 @@ from lowcomm.engine.base import Engine, Ready
 from lowcomm.outer.base import Outer
 from lowcomm.outer.nesterov import Nesterov
 from lowcomm.reduce import Reducer
+from lowcomm.tensors import copy_, mul_
 
 
 @dataclass
@@ -137,7 +137,7 @@ class DiLoCo(Algorithm[DiLoCoState]):
             if self.weights is not None:
                 share = self._factor(state, comm, None)
                 assert share is not None, "where nobody is lost, somebody counts"
-                torch._foreach_mul_(gradients, share)
+                mul_(gradients, share)
             average_gradients(self._gradient_groups(), gradients, state.gradients, comm)
 
     def after_update(self, t: int, engine: Engine, state: DiLoCoState, comm: Comm) -> None:
@@ -146,7 +146,7 @@ class DiLoCo(Algorithm[DiLoCoState]):
         if t <= self.start:
             state.round, state.synced_t = state.round + 1, t
             if t == self.start:
-                torch._foreach_copy_(state.anchor, engine.slots()["param"])
+                copy_(state.anchor, engine.slots()["param"])
         elif self._ends_round(t, state):
             self._sync(engine, state, comm, self.dropped)
         if state.synced_t == t:
@@ -157,7 +157,7 @@ class DiLoCo(Algorithm[DiLoCoState]):
         if state.t > state.synced_t:
             self._sync(engine, state, comm, None)
         if t > self.start:
-            torch._foreach_copy_(engine.slots()["param"], state.anchor)
+            copy_(engine.slots()["param"], state.anchor)
 
     def num_rounds(self, state: DiLoCoState) -> int:
         """Rounds so far, those of data parallel included."""
@@ -178,7 +178,7 @@ class DiLoCo(Algorithm[DiLoCoState]):
             mean = self._delta_groups().mean(state.anchor, state.deltas, comm, moved)
             self.outer.apply(state.anchor, mean, state.outer)
         if mine or dropped is None:
-            torch._foreach_copy_(params, state.anchor)
+            copy_(params, state.anchor)
         state.round, state.synced_t = state.round + 1, state.t
 
     def _factor(self, state: DiLoCoState, comm: Comm, dropped: DroppedRounds | None) -> float | None:

@@ -41,6 +41,7 @@ from lowcomm.engine.base import Engine, Ready, Wanted
 from lowcomm.outer.base import Outer
 from lowcomm.outer.nesterov import Nesterov
 from lowcomm.reduce import Reducer
+from lowcomm.tensors import copy_
 
 
 @dataclass
@@ -246,7 +247,7 @@ class StreamingDiLoCo(Algorithm[StreamingDiLoCoState]):
         for fragment in state.fragments:
             if fragment.deltas.under_way:
                 self._apply(fragment, params, state)
-        torch._foreach_copy_(params, state.anchor)
+        copy_(params, state.anchor)
 
     def num_rounds(self, state: StreamingDiLoCoState) -> int:
         """Averages whose delay is over, those of all fragments together."""
