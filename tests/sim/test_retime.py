@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from dataclasses import dataclass, replace
 
 import pytest
@@ -217,6 +218,7 @@ def test_what_cannot_be_replayed_is_refused(flags, tmp_path):
         log[:10] + b"\xff" * 20 + log[30:],
         gzip.compress(b"[]"),
         gzip.compress(gzip.decompress(log).replace(b"Wait", b"Weight")),
+        gzip.compress(re.sub(rb'("all_to_all",\d+),\d+', rb"\1,[800,800]", gzip.decompress(log))),  # an older one's
     ):
         (run / EVENTS).write_bytes(broken)
         refused(run, out, LAN(num_hosts=2), "is no log of a simulation")
