@@ -33,8 +33,8 @@ def num_bytes(tensors: Sequence[Tensor]) -> int:
 
 
 def valueless(tensors: Sequence[Tensor]) -> bool:
-    """Whether there are tensors, all on the meta device."""
-    return bool(tensors) and all(x.is_meta for x in tensors)
+    """Whether there are tensors, and on the meta device: the first stands for all, as nothing is done to a mixture."""
+    return bool(tensors) and tensors[0].is_meta
 
 
 def zeros(like: Sequence[Tensor]) -> list[Tensor]:
@@ -75,7 +75,7 @@ def flatten(tensors: Sequence[Tensor]) -> Tensor:
 
 def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Views into ``flat`` with the shapes of ``like``: the inverse of `flatten`."""
-    if flat.is_meta and all(x.is_meta and x.dtype == flat.dtype for x in like):
+    if valueless(like) and flat.is_meta and {x.dtype for x in like} == {flat.dtype}:
         return list(like)
     pieces = flat.split([x.numel() for x in like])
     return [piece.view(x.shape) for piece, x in zip(pieces, like, strict=True)]

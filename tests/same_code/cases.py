@@ -73,6 +73,7 @@ def wire_laws(comm: Comm, device: str = "cpu") -> None:
 
 def _wire_laws(comm: Comm) -> None:
     n, me = len(comm.members), comm.members.index(comm.rank)
+    assert comm.place == me
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8):
         x = torch.full((2, 3), me + 1).to(dtype)
         total = comm.all_sum(x).wait()
