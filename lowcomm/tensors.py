@@ -92,14 +92,14 @@ def buckets(like: Sequence[Tensor], bucket_bytes: int) -> list[list[int]]:
     if bucket_bytes < 1:
         raise ValueError(f"bucket_bytes is {bucket_bytes}; it must be at least 1")
     groups: dict[tuple[torch.dtype, torch.device], list[list[int]]] = {}
-    filled: dict[tuple[torch.dtype, torch.device], int] = {}
+    left: dict[tuple[torch.dtype, torch.device], int] = {}  # bytes in the last group of each
     for i, x in enumerate(like):
         kind, size = (x.dtype, x.device), x.nbytes
-        if kind not in groups or filled[kind] + size > bucket_bytes:
+        if size > left.get(kind, -1):
             groups.setdefault(kind, []).append([])
-            filled[kind] = 0
+            left[kind] = bucket_bytes
         groups[kind][-1].append(i)
-        filled[kind] += size
+        left[kind] -= size
     return [group for kind_groups in groups.values() for group in kind_groups]
 
 
