@@ -152,7 +152,7 @@ class Exchange:
     def rows(self, place: int) -> Tensor:
         """The row at this place of what each brought, likewise."""
         first = self.post(self.members[0])
-        return torch.empty_like(first) if first.is_meta else torch.stack([self.post(r)[place] for r in self.members])
+        return first.clone() if first.is_meta else torch.stack([self.post(r)[place] for r in self.members])
 
     def post(self, rank: int) -> Tensor:
         """What a member brought that sends something."""
