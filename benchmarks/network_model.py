@@ -15,22 +15,18 @@ cell (`FITTED`); the rest are judged.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks.record import ROOT, parser, table, write_record
-from benchmarks.timed_calls import KINDS, STEP_S, STREAMING, cells, margin, measure
+from benchmarks.record import ROOT
+from benchmarks.timed_calls import cells, margin, measure
 from lowcomm.sim.clock import Clock
 from lowcomm.sim.comm import World
 from lowcomm.sim.links import Links, Transport

@@ -1,4 +1,4 @@
-"""How fast the simulator is: ranks that only measure time, beside SimPy, and replicas that really compute.
+"""How fast the simulator is: a pattern of messages beside SimPy, the training loop without and with its arithmetic.
 
     OMP_NUM_THREADS=1 python -m benchmarks.simulator_speed            # all parts
     OMP_NUM_THREADS=1 python -m benchmarks.simulator_speed --quick    # a rehearsal
@@ -8,8 +8,9 @@ speed    Ranks on meta tensors go through the real `Clock`, `Network`, `World` a
          sum among all. An event is a hand-over to a rank, or the start or the end of a flow. SimPy runs the same
          pattern in the same process, in turns: the same hand-overs and flows, but their rates are given, no link is
          shared, and no message holds anything.
-scaling  The same for more and more ranks, and for more and more rounds, each in a process of its own, with its peak
-         memory; the cost against c n log n.
+scaling  The same pattern, without a training loop, for more and more ranks, and for more and more rounds, each in a
+         process of its own, with its peak memory; the cost against c n log n.
+loop     The training loop itself in timing alone, likewise (`benchmarks.simulated_loop`).
 real     Replicas of a Llama take the steps and the round of the quick start's DiLoCo, on the simulator and in a plain
          loop over the same engines, batches and algorithm, where each rank hears its own echo. In turns.
 
@@ -37,6 +38,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.record import ROOT, parser, table, write_record
+from benchmarks.simulated_loop import loop
 from lowcomm.algorithms.diloco import DiLoCo
 from lowcomm.assemble import build_engine
 from lowcomm.comm.base import Comm
@@ -46,8 +48,8 @@ from lowcomm.engine.base import Engine
 from lowcomm.models.llama import Llama
 from lowcomm.sim.clock import Clock
 from lowcomm.sim.comm import World
+from lowcomm.sim.links import Links
 from lowcomm.sim.memory import peak_bytes
-from lowcomm.sim.links import BARE, Links
 from lowcomm.sim.network import Network
 from lowcomm.tensors import rng
 
@@ -59,12 +61,13 @@ SIM_COLLECT_AFTER = 100_000  # as the clock sets it while it runs; SimPy gets th
 def main() -> None:
     """Measure, print, record."""
     flags = parser(__doc__, "simulator_speed")
-    flags.add_argument("--parts", nargs="+", choices=["speed", "scaling", "real"], default=["speed", "scaling", "real"])
+    parts = ["speed", "scaling", "loop", "real"]
+    flags.add_argument("--parts", nargs="+", choices=parts, default=parts)
     flags.add_argument("--quick", action="store_true", help="few ranks, few repetitions: does it run at all?")
     flags.add_argument("--ranks", type=int, default=10_000, help="of `speed`")
     flags.add_argument("--rounds", type=int, default=4, help="of `speed`; `scaling` takes 2")
     flags.add_argument("--repeats", type=int, default=5, help="pairs of runs in `speed` and `real`")
-    flags.add_argument("--most_ranks", type=int, default=100_000, help="of `scaling`")
+    flags.add_argument("--most_ranks", type=int, default=100_000, help="of `scaling` and `loop`")
     flags.add_argument("--replicas", type=int, default=16, help="of `real`")
     flags.add_argument("--size", default="1m", help="of the Llama")
     flags.add_argument("--steps", type=int, default=28, help="of each replica in a run of `real`; one round at the end")
@@ -77,16 +80,12 @@ def main() -> None:
         given.ranks, given.repeats, given.most_ranks = 200, 2, 1000
         given.replicas, given.size, given.steps = 2, "500k", 2
     results: dict[str, Any] = {"torch_threads": torch.get_num_threads()}
+    measures = {"speed": speed, "scaling": scaling, "loop": loop, "real": real}
     texts = []
-    if "speed" in given.parts:
-        results["speed"], text = speed(given)
-        texts.append(text)
-    if "scaling" in given.parts:
-        results["scaling"], text = scaling(given)
-        texts.append(text)
-    if "real" in given.parts:
-        results["real"], text = real(given)
-        texts.append(text)
+    for part, measure in measures.items():
+        if part in given.parts:
+            results[part], text = measure(given)
+            texts.append(text)
     texts.append(
         f"Seconds are CPU time of the process, in which torch computes on {results['torch_threads']} thread(s)."
     )
@@ -239,8 +238,8 @@ def speed(given: argparse.Namespace) -> tuple[Any, str]:
     columns = ("events per second of", "median", "min", "max")
     rows = [(name.replace("_", ", "), *(f"{x:,.0f}" for x in row.values())) for name, row in per_s.items()]
     text = (
-        f"Timing alone, {given.ranks:,} ranks, {runs[0]['num_events']:,} events, {given.repeats} runs each in turns "
-        f"(target: 50,000 events/s, aim 100,000).\n\n{table(columns, rows)}"
+        f"A pattern of messages, {given.ranks:,} ranks, {runs[0]['num_events']:,} events, {given.repeats} runs each in "
+        f"turns (target: 50,000 events/s, aim 100,000).\n\n{table(columns, rows)}"
     )
     return {"events_per_s": per_s, "runs": runs}, text
 
@@ -275,7 +274,7 @@ def scaling(given: argparse.Namespace) -> tuple[Any, str]:
         for x in (*by_ranks, *by_events)
     ]
     text = (
-        f"Cost as (n log n)^a: a = {results['ranks']['exponent_of_n_log_n']:.3f} in ranks, "
+        f"Cost of the pattern as (n log n)^a: a = {results['ranks']['exponent_of_n_log_n']:.3f} in ranks, "
         f"{results['events']['exponent_of_n_log_n']:.3f} in events (1 is n log n). {largest['ranks']:,} ranks have a "
         f"peak of {largest['peak_bytes'] / 1e9:.2f} GB (target: 4 GB for 100,000), of which torch itself "
         f"{by_ranks[0]['peak_bytes'] / 1e9:.2f} GB. Picture: scaling.svg.\n\n"

@@ -33,7 +33,7 @@ class Row:
     """Bytes of one exchange, all ranks together.
 
     Attributes:
-        payload_bytes: of one rank's tensor, or of its tensors for all_to_all.
+        payload_bytes: of one rank's tensor.
         metered_bytes: sent, as `MeteredComm` counts.
         kernel_bytes: seen by the loopback interface, with headers.
         ratio: kernel over metered.
@@ -54,7 +54,7 @@ def exchange(op: str, comm: MeteredComm, payload_bytes: int) -> None:
     exchanges: dict[str, Callable[[], Any]] = {
         "all_sum": lambda: comm.all_sum(x).wait(),
         "all_gather": lambda: comm.all_gather(x).wait(),
-        "all_to_all": lambda: comm.all_to_all(list(x.chunk(n))).wait(),
+        "all_to_all": lambda: comm.all_to_all(x.view(n, -1)).wait(),
         "broadcast": lambda: comm.broadcast(x, comm.members[0]).wait(),
     }
     exchanges[op]()

@@ -119,7 +119,7 @@ def assemble(
     """
     num_replicas = len(comm.members)
     batch_size, num_steps = run.batch.of_replica(num_replicas), run.steps(num_replicas)
-    data = loaded.open(comm.members.index(comm.rank), num_replicas, batch_size, run.seed)
+    data = loaded.open(comm.place, num_replicas, batch_size, run.seed)
     validation = data.validation(run.evaluation.batch_size, run.evaluation.num_tokens)
     model = run.model.build(data.vocab_size, run.seed)
     check_length(model, run.data.seq_len)

@@ -64,13 +64,13 @@ class JoinedComm(Comm):
             self._open.pop(key).issue(self._inner)
         return _Piece(batch, len(batch.tensors) - 1)
 
-    def all_gather(self, x: Tensor) -> Work[list[Tensor]]:
+    def all_gather(self, x: Tensor) -> Work[Tensor]:
         """The inner one's, as all that follow."""
         return self._inner.all_gather(x)
 
-    def all_to_all(self, xs: list[Tensor]) -> Work[list[Tensor]]:
+    def all_to_all(self, x: Tensor) -> Work[Tensor]:
         """See `Comm.all_to_all`."""
-        return self._inner.all_to_all(xs)
+        return self._inner.all_to_all(x)
 
     def broadcast(self, x: Tensor, source: int) -> Work[Tensor]:
         """See `Comm.broadcast`."""

@@ -25,7 +25,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lowcomm.optional import require
 
@@ -50,29 +50,31 @@ class Sink(ABC):
 
 
 class Metrics:
-    """Appends lines to a file, each on the disk's way before `write` returns, and passes them on."""
+    """Appends lines to a file, each on the disk's way before `write` returns, and passes them on.
+
+    The file is open only meanwhile: a simulation has one for each of very many ranks.
+    """
 
     def __init__(self, path: Path, sinks: Sequence[Sink] = ()) -> None:
         self._path, self._sinks = path, tuple(sinks)
-        self._file: IO[str] | None = None
+        self._has_begun = False
 
     def write(self, record: Record) -> None:
         """Write one line; it has at least ``kind`` and ``t``."""
         assert record["kind"] in KINDS, record
         assert isinstance(record["t"], int), record
-        if self._file is None:  # not before the first line: `truncate_after` may replace the file until then
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("a", encoding="utf-8")
         clean = _finite(record)
-        self._file.write(json.dumps(clean, allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps(clean, allow_nan=False) + "\n"
+        if not self._has_begun:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._has_begun = True
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(line)
         for sink in self._sinks:
             sink.write(clean)
 
     def close(self) -> None:
-        """Close the file and all sinks."""
-        if self._file is not None:
-            self._file.close()
+        """Close all sinks."""
         for sink in self._sinks:
             sink.close()
 

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from lowcomm.comm.base import Comm, Done, Work, check_summable
+from lowcomm.comm.base import Comm, Done, Work, check_rows, check_summable
 
 T = TypeVar("T")
 
@@ -37,17 +37,14 @@ class Pairwise(Comm):
         check_summable(x)
         return _Then(self._swaps([x] * len(self.members)), _added)
 
-    def all_gather(self, x: Tensor) -> Work[list[Tensor]]:
+    def all_gather(self, x: Tensor) -> Work[Tensor]:
         """See `Comm.all_gather`."""
-        return _Then(self._swaps([x] * len(self.members)), list)
+        return _Then(self._swaps([x] * len(self.members)), torch.stack)
 
-    def all_to_all(self, xs: list[Tensor]) -> Work[list[Tensor]]:
-        """See `Comm.all_to_all`. Both tensors of a swap take the bytes of the larger."""
-        if len(xs) != len(self.members):
-            raise ValueError(f"all_to_all got {len(xs)} tensors for {len(self.members)} members; give one for each")
-        mine = xs[self.members.index(self.rank)]
-        works = self._swaps([_padded(x, max(x.numel(), mine.numel())) for x in xs])
-        return _Then(works, lambda got: [x[: mine.numel()].clone().view(mine.shape) for x in got])
+    def all_to_all(self, x: Tensor) -> Work[Tensor]:
+        """See `Comm.all_to_all`."""
+        check_rows(x, len(self.members))
+        return _Then(self._swaps(list(x)), torch.stack)
 
     def broadcast(self, x: Tensor, source: int) -> Work[Tensor]:
         """See `Comm.broadcast`."""
@@ -122,9 +119,3 @@ def _added(xs: list[Tensor]) -> Tensor:
     for x in xs[1:]:
         total = total + x
     return total
-
-
-def _padded(x: Tensor, numel: int) -> Tensor:
-    """The elements in a vector of this length."""
-    flat = x.detach().reshape(-1)
-    return flat if flat.numel() == numel else torch.cat([flat, flat.new_zeros(numel - flat.numel())])

@@ -107,14 +107,15 @@ class Reducer:
         if packed and not self.compressor.passes_nonfinite:
             bad = torch.stack([~x.isfinite().all() for x in packed]).any()
             packed = [torch.where(bad, torch.zeros_like(x), x) for x in packed]
-            flags = joined.all_sum(_one_hot(bad, packed[0].dtype, comm))
+            # Directly and before the values, behind which it would stand in line, step by step in a ring.
+            flags = comm.all_to_all(bad.to(torch.uint8).expand(len(comm.members), 1))
         tasks = [Task(self._bucket(x, bucket, joined)) for x, bucket in zip(packed, state.buckets, strict=True)]
         joined.flush()
-        if flags is not None and not (total := (yield flags)).is_meta and total.any():
+        if flags is not None and not (told := (yield flags)).is_meta and told.any():
             for task in tasks:  # what is under way must come to its end
                 if task.pending is not None:
                     yield task.pending
-            raise NonFinite([rank for rank, flag in zip(comm.members, total.tolist(), strict=True) if flag])
+            raise NonFinite([rank for rank, flag in zip(comm.members, told[:, 0].tolist(), strict=True) if flag])
         # Round robin in a fixed order: while one bucket waits for its second message the others' first are under way.
         while unfinished := [task for task in tasks if task.pending is not None]:
             for task in unfinished:
@@ -171,10 +172,3 @@ class Reducer:
     def _pack(self, xs: list[Tensor]) -> Tensor:
         """A copy, since ``xs`` may change while it is under way."""
         return flatten(xs) if self.compressor.elementwise else torch.stack(xs)
-
-
-def _one_hot(flag: Tensor, dtype: torch.dtype, comm: Comm) -> Tensor:
-    """A number for each member, 1 at this rank's place if the flag is set; in the dtype of what it travels with."""
-    mine = torch.zeros(len(comm.members), dtype=dtype, device=flag.device)
-    mine[comm.members.index(comm.rank)] = flag.to(dtype)
-    return mine

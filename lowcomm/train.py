@@ -97,7 +97,7 @@ def evaluate(replica: Replica, batches: Sequence[Tensor]) -> float:
     kept = [x.clone() for x in live]
     torch._foreach_copy_(live, standing)
     total = torch.zeros(2, dtype=torch.float64, device=replica.device)  # summed loss, number of targets
-    for batch in batches[comm.members.index(comm.rank) :: len(comm.members)]:
+    for batch in batches[comm.place :: len(comm.members)]:
         num_targets = batch[:, 1:].numel()
         total[0] += engine.evaluate(batch.to(replica.device)) * num_targets
         total[1] += num_targets

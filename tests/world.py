@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lowcomm.comm.base import Comm, Work
+from lowcomm.comm.base import Comm, Work, check_rows
 
 T = TypeVar("T")
 PATIENCE_S = 60.0
@@ -50,12 +50,12 @@ class ThreadComm(Comm):
     def all_sum(self, x: Tensor) -> Work[Tensor]:
         return self._together("sum", x, lambda xs: torch.stack(xs).sum(0) if len(xs) != 2 else xs[0] + xs[1])
 
-    def all_gather(self, x: Tensor) -> Work[list[Tensor]]:
-        return self._together("gather", x, lambda xs: [v.clone() for v in xs])
+    def all_gather(self, x: Tensor) -> Work[Tensor]:
+        return self._together("gather", x, torch.stack)
 
-    def all_to_all(self, xs: list[Tensor]) -> Work[list[Tensor]]:
-        me = self.members.index(self.rank)
-        return self._together("all_to_all", xs, lambda rows: [row[me].clone() for row in rows])
+    def all_to_all(self, x: Tensor) -> Work[Tensor]:
+        check_rows(x, len(self.members))
+        return self._together("all_to_all", x, lambda xs: torch.stack([rows[self.place] for rows in xs]))
 
     def broadcast(self, x: Tensor, source: int) -> Work[Tensor]:
         return self._together("broadcast", x, lambda xs: xs[self.members.index(source)].clone())
@@ -89,8 +89,8 @@ class ThreadComm(Comm):
         self.board.num_calls[call] += 1
         return (kind, self.members, *ranks, self.board.num_calls[call])
 
-    def _together(self, kind: str, value: Any, combine: Callable[[list[Any]], Any]) -> Later:
-        copy = [x.detach().clone() for x in value] if isinstance(value, list) else value.detach().clone()
+    def _together(self, kind: str, value: Tensor, combine: Callable[[list[Any]], Any]) -> Later:
+        copy = value.detach().clone()
         # by view, however often the same one is made; a mismatch of kinds shows as a wrong combination
         view = (self.members, self.rank)
         key = (self.members, self.board.num_calls[view])

@@ -7,18 +7,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lowcomm.tensors import valueless, zeros
+
 
 def anchor_of(params: Sequence[Tensor]) -> list[Tensor]:
     """A copy of the parameters in float32 or better."""
-    return [x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True) for x in params]
+    wide = [torch.promote_types(x.dtype, torch.float32) for x in params]
+    if valueless(params) and wide == [x.dtype for x in params]:
+        return list(params)
+    return [x.detach().to(dtype, copy=True) for x, dtype in zip(params, wide, strict=True)]
 
 
 def delta(anchor: Sequence[Tensor], params: Sequence[Tensor], factor: float, numbers: Sequence[int]) -> list[Tensor]:
     """What the parameters with these numbers have moved, times a factor, in the anchor's dtype."""
-    if factor == 0:  # nothing may come from a replica that is lost, NaN neither
-        return [torch.zeros_like(anchor[i]) for i in numbers]
+    anchor, params = [anchor[i] for i in numbers], [params[i] for i in numbers]
+    if factor == 0 or valueless(anchor):  # nothing may come from a replica that is lost, NaN neither
+        return zeros(anchor)
     moved = []
-    for a, p in ((anchor[i], params[i]) for i in numbers):
+    for a, p in zip(anchor, params, strict=True):
         # what this replica was loaded with, not the anchor: no step taken must mean no delta
         loaded = a.to(p.dtype).to(a.dtype, copy=True)
         moved.append(loaded.sub_(p).mul_(factor))

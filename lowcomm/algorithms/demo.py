@@ -31,6 +31,7 @@ from lowcomm.compress.top_k import TopK
 from lowcomm.engine.base import Engine
 from lowcomm.feedback.ef14 import EF14
 from lowcomm.reduce import Reducer, ReducerState
+from lowcomm.tensors import copy_
 
 
 @dataclass
@@ -83,7 +84,7 @@ class DeMo(Algorithm[DeMoState]):
         gradients = engine.slots()["grad"]
         scaled = torch._foreach_mul([_wide(g) for g in gradients], engine.lr())
         combined, state.reducer = self.reducer.mean(scaled, state.reducer, comm).result()
-        torch._foreach_copy_(gradients, torch._foreach_sign(combined))
+        copy_(gradients, torch._foreach_sign(combined))
 
     def after_update(self, t: int, engine: Engine, state: DeMoState, comm: Comm) -> None:
         """Count the round.

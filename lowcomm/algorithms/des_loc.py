@@ -40,6 +40,7 @@ from lowcomm.feedback.none import NoFeedback
 from lowcomm.outer.base import Outer
 from lowcomm.outer.sgd import SGD
 from lowcomm.reduce import Reducer, ReducerState
+from lowcomm.tensors import copy_
 
 
 @dataclass
@@ -131,7 +132,7 @@ class DESLOC(Algorithm[DESLOCState]):
         self._params().after_update(t, engine, state.params, comm)
         for name, task in tasks.items():
             averaged = task.result()
-            torch._foreach_copy_(slots[name], averaged.anchor)
+            copy_(slots[name], averaged.anchor)
             if not self._is_exact():
                 state.averaged[name] = averaged
         if t == self.start and not self._is_exact():

@@ -17,19 +17,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lowcomm.algorithms.anchors import anchor_of, delta
 from lowcomm.algorithms.base import Algorithm
 from lowcomm.algorithms.overlapped import Groups, GroupsState, average_gradients
-from lowcomm.algorithms.participation import DroppedRounds, check_participation, check_weights, factors
+from lowcomm.algorithms.participation import DroppedRounds, check_participation, check_weights, factor
 from lowcomm.algorithms.qsr import QSR, check_every, round_steps
 from lowcomm.comm.base import Comm
 from lowcomm.engine.base import Engine, Ready
 from lowcomm.outer.base import Outer
 from lowcomm.outer.nesterov import Nesterov
 from lowcomm.reduce import Reducer
+from lowcomm.tensors import copy_, mul_
 
 
 @dataclass
@@ -117,8 +117,8 @@ class DiLoCo(Algorithm[DiLoCoState]):
         """With `overlap`, in the last step of a round: update and send each group as soon as its turn has come."""
         if not (self.overlap and self._ends_round(t, state)):
             return None
-        scale, mine = self._factors(state, comm, self.dropped)
-        if not any(scale):
+        mine = self._factor(state, comm, self.dropped)
+        if mine is None:
             return None
         params = engine.slots()["param"]
 
@@ -135,7 +135,9 @@ class DiLoCo(Algorithm[DiLoCoState]):
             assert state.gradients is not None
             gradients = engine.slots()["grad"]
             if self.weights is not None:
-                torch._foreach_mul_(gradients, self._factors(state, comm, None)[1])
+                share = self._factor(state, comm, None)
+                assert share is not None, "where nobody is lost, somebody counts"
+                mul_(gradients, share)
             average_gradients(self._gradient_groups(), gradients, state.gradients, comm)
 
     def after_update(self, t: int, engine: Engine, state: DiLoCoState, comm: Comm) -> None:
@@ -144,7 +146,7 @@ class DiLoCo(Algorithm[DiLoCoState]):
         if t <= self.start:
             state.round, state.synced_t = state.round + 1, t
             if t == self.start:
-                torch._foreach_copy_(state.anchor, engine.slots()["param"])
+                copy_(state.anchor, engine.slots()["param"])
         elif self._ends_round(t, state):
             self._sync(engine, state, comm, self.dropped)
         if state.synced_t == t:
@@ -155,7 +157,7 @@ class DiLoCo(Algorithm[DiLoCoState]):
         if state.t > state.synced_t:
             self._sync(engine, state, comm, None)
         if t > self.start:
-            torch._foreach_copy_(engine.slots()["param"], state.anchor)
+            copy_(engine.slots()["param"], state.anchor)
 
     def num_rounds(self, state: DiLoCoState) -> int:
         """Rounds so far, those of data parallel included."""
@@ -170,19 +172,18 @@ class DiLoCo(Algorithm[DiLoCoState]):
 
     def _sync(self, engine: Engine, state: DiLoCoState, comm: Comm, dropped: DroppedRounds | None) -> None:
         params = engine.slots()["param"]
-        scale, mine = self._factors(state, comm, dropped)
-        if any(scale):
+        mine = self._factor(state, comm, dropped)
+        if mine is not None:
             moved = partial(delta, state.anchor, params, mine)
             mean = self._delta_groups().mean(state.anchor, state.deltas, comm, moved)
             self.outer.apply(state.anchor, mean, state.outer)
-        if mine > 0 or dropped is None:
-            torch._foreach_copy_(params, state.anchor)
+        if mine or dropped is None:
+            copy_(params, state.anchor)
         state.round, state.synced_t = state.round + 1, state.t
 
-    def _factors(self, state: DiLoCoState, comm: Comm, dropped: DroppedRounds | None) -> tuple[list[float], float]:
-        """What each replica's delta counts in the next round, and this replica's."""
-        scale = factors(state.round + 1, len(comm.members), self.weights, dropped)
-        return scale, scale[comm.members.index(comm.rank)]
+    def _factor(self, state: DiLoCoState, comm: Comm, dropped: DroppedRounds | None) -> float | None:
+        """What this replica's delta counts in the next round; None when no replica's does."""
+        return factor(state.round + 1, comm.place, len(comm.members), self.weights, dropped)
 
     def _delta_groups(self) -> Groups:
         return Groups(self.reducer, self.overlap)

@@ -43,6 +43,7 @@ from lowcomm.engine.base import Engine
 from lowcomm.outer.base import Outer
 from lowcomm.outer.nesterov import Nesterov
 from lowcomm.reduce import Reducer, ReducerState
+from lowcomm.tensors import add_, copy_, zeros
 
 
 @dataclass
@@ -100,9 +101,8 @@ class EagerDiLoCo(Algorithm[EagerDiLoCoState]):
     def init(self, engine: Engine, comm: Comm) -> EagerDiLoCoState:
         """Both anchors are copies of the parameters."""
         own, common = (anchor_of(engine.slots()["param"]) for _ in range(2))
-        zeros = [torch.zeros_like(x) for x in own]
         reducer = self.reducer.init(own)
-        return EagerDiLoCoState(own, self.outer.init(own), common, self.outer.init(common), zeros, reducer)
+        return EagerDiLoCoState(own, self.outer.init(own), common, self.outer.init(common), zeros(own), reducer)
 
     def after_update(self, t: int, engine: Engine, state: EagerDiLoCoState, comm: Comm) -> None:
         """A round when it is due; between rounds, the later messages of the average under way at their steps."""
@@ -114,7 +114,7 @@ class EagerDiLoCo(Algorithm[EagerDiLoCoState]):
             share = torch._foreach_div(moved, len(comm.members))
             self.outer.apply(state.own, list(torch._foreach_add(state.correction, share)), state.own_outer)
             state.correction = list(torch._foreach_neg(share))
-            torch._foreach_copy_(params, state.own)
+            copy_(params, state.own)
         elif state.under_way is not None:
             for _ in range(num_advances(self.reducer, t - state.synced_t, self.every)):
                 state.under_way.advance()
@@ -131,7 +131,7 @@ class EagerDiLoCo(Algorithm[EagerDiLoCoState]):
         if state.t > state.synced_t:
             self._send(params, state, comm)
             self._land(state)
-        torch._foreach_copy_(params, state.common)
+        copy_(params, state.common)
 
     def num_rounds(self, state: EagerDiLoCoState) -> int:
         """Rounds so far, the one that is under way included."""
@@ -146,7 +146,7 @@ class EagerDiLoCo(Algorithm[EagerDiLoCoState]):
         if state.under_way is not None:
             mean, state.reducer = state.under_way.result()
             self.outer.apply(state.common, mean, state.common_outer)
-            torch._foreach_add_(state.correction, mean)
+            add_(state.correction, mean)
             state.under_way = None
 
     def _send(self, params: list[Tensor], state: EagerDiLoCoState, comm: Comm) -> list[Tensor]:

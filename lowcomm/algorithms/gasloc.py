@@ -34,6 +34,7 @@ from lowcomm.algorithms.gossip import (
 from lowcomm.comm.base import Comm
 from lowcomm.engine.base import Engine
 from lowcomm.reduce import Reducer, ReducerState
+from lowcomm.tensors import copy_
 
 
 @dataclass
@@ -119,7 +120,7 @@ class GASLoC(Algorithm[GASLoCState]):
         if state.t > state.synced_t:
             self._sync(engine, state, comm)
         state.anchor = finalized(state.anchor, self.finalize, comm)
-        torch._foreach_copy_(engine.slots()["param"], state.anchor)
+        copy_(engine.slots()["param"], state.anchor)
 
     def num_rounds(self, state: GASLoCState) -> int:
         """Rounds so far."""
@@ -137,7 +138,7 @@ class GASLoC(Algorithm[GASLoCState]):
         mean, state.averaged = task.result()
         state.anchor = mixed(proposed, mean, state.proposed, self.gossip, self.momentum)
         state.proposed = proposed
-        torch._foreach_copy_(params, state.anchor)
+        copy_(params, state.anchor)
         state.round, state.synced_t = round, state.t
 
 

@@ -37,6 +37,7 @@ from lowcomm.algorithms.under_way import UnderWay, num_advances
 from lowcomm.comm.base import Comm
 from lowcomm.engine.base import Engine
 from lowcomm.reduce import ALL_SENT, Reducer, ReducerState
+from lowcomm.tensors import add_, copy_, mul_, zeros
 
 
 @dataclass
@@ -125,7 +126,7 @@ class NoLoCo(Algorithm[NoLoCoState]):
     def init(self, engine: Engine, comm: Comm) -> NoLoCoState:
         """Every anchor is a copy of the parameters, which all replicas share."""
         anchor = anchor_of(engine.slots()["param"])
-        momentum = [torch.zeros_like(x) for x in anchor]
+        momentum = zeros(anchor)
         return NoLoCoState(anchor, momentum, self.reducer.init(anchor), self.anchors.init(anchor))
 
     def after_update(self, t: int, engine: Engine, state: NoLoCoState, comm: Comm) -> None:
@@ -148,7 +149,7 @@ class NoLoCo(Algorithm[NoLoCoState]):
             self._sync(engine, state, comm)
         self.settle(state)
         state.anchor = finalized(state.anchor, self.finalize, comm)
-        torch._foreach_copy_(engine.slots()["param"], state.anchor)
+        copy_(engine.slots()["param"], state.anchor)
         if self.finalize != "ensemble":
             # all anchors are equal again, and no round uses those under way: what partners share begins anew, too
             state.coming, state.anchors = None, self.anchors.init(state.anchor)
@@ -178,7 +179,7 @@ class NoLoCo(Algorithm[NoLoCoState]):
                 pulls.append((self.gamma, list(torch._foreach_sub(mean_anchor, state.anchor))))
                 state.coming = None
         outer_step(state.anchor, state.momentum, self.alpha, pulls)
-        torch._foreach_copy_(params, state.anchor)
+        copy_(params, state.anchor)
         state.averaged, state.round, state.synced_t = averaged, round, state.t
 
     def _send_anchors(self, state: NoLoCoState, comm: Comm) -> None:
@@ -204,7 +205,7 @@ def outer_step(
     pulls: Sequence[tuple[float, list[Tensor]]],
 ) -> None:
     """In place: the momentum becomes alpha times itself and the sum of factor times pull; the anchor moves by it."""
-    torch._foreach_mul_(momentum, alpha)
+    mul_(momentum, alpha)
     for factor, pull in pulls:
-        torch._foreach_add_(momentum, pull, alpha=factor)
-    torch._foreach_add_(anchor, momentum)
+        add_(momentum, pull, alpha=factor)
+    add_(anchor, momentum)

@@ -7,13 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from lowcomm.algorithms.under_way import UnderWay, send
 from lowcomm.comm.base import Comm
 from lowcomm.reduce import Reducer, ReducerState
-from lowcomm.tensors import buckets
+from lowcomm.tensors import buckets, copy_
 
 # What to average of the parameters with these numbers; it is asked once for each group, when the group sets out.
 Values = Callable[[Sequence[int]], list[Tensor]]
@@ -135,4 +134,4 @@ class Groups:
 
 def average_gradients(groups: Groups, gradients: list[Tensor], state: GroupsState, comm: Comm) -> None:
     """Put the means over replicas in the place of the gradients, of which some groups may be under way."""
-    torch._foreach_copy_(gradients, groups.mean(gradients, state, comm, lambda group: [gradients[i] for i in group]))
+    copy_(gradients, groups.mean(gradients, state, comm, lambda group: [gradients[i] for i in group]))

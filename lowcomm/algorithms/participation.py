@@ -76,16 +76,21 @@ def check_participation(reducer: Reducer, weights: Sequence[float] | None, dropp
         )
 
 
-def factors(
-    round: int, num_replicas: int, weights: Sequence[float] | None, dropped: DroppedRounds | None
-) -> list[float]:
-    """What each replica multiplies its delta by before the plain mean, to make it the weighted mean over arrivals.
+def factor(
+    round: int, place: int, num_replicas: int, weights: Sequence[float] | None, dropped: DroppedRounds | None
+) -> float | None:
+    """What a replica multiplies its delta by before the plain mean, to make it the weighted mean over arrivals.
 
-    A factor of 1 everywhere is the plain mean; 0 marks a replica whose delta is lost. All zero: nobody arrived.
+    A factor of 1 everywhere is the plain mean; 0: this replica's delta is lost; None: nobody's arrives.
+
+    Args:
+        place: of this replica among all, from 0.
     """
+    if weights is None and dropped is None:
+        return 1.0  # without a look at all others, which thousands of replicas would each take
     base = [1.0] * num_replicas if weights is None else list(weights)
     here = [True] * num_replicas if dropped is None else dropped.arrived(round, num_replicas)
     counted = [w if arrived else 0.0 for w, arrived in zip(base, here, strict=True)]
     by_all = dropped is not None and dropped.divide_by == "all"
     total = sum(base) if by_all else sum(counted)
-    return [w * num_replicas / total for w in counted] if total > 0 else counted
+    return counted[place] * num_replicas / total if any(counted) else None

@@ -29,6 +29,7 @@ from lowcomm.comm.base import Comm
 from lowcomm.engine.base import Engine
 from lowcomm.outer.sgd import SGD
 from lowcomm.reduce import Reducer, ReducerState
+from lowcomm.tensors import copy_, mul_, zeros
 
 
 @dataclass
@@ -94,7 +95,7 @@ class SAVIC(Algorithm[SAVICState]):
                 "SAVIC sets the scaling of the inner optimizer, but this one has no state 'scale': take "
                 "lowcomm.optim.scaled_sgd.ScaledSGD (optimizer.path)"
             )
-        squares = [torch.zeros_like(x) for x in slots["scale"]]
+        squares = zeros(slots["scale"])
         return SAVICState(self._rounds().init(engine, comm), self.gradient_reducer.init(squares), squares)
 
     def before_update(self, t: int, engine: Engine, state: SAVICState, comm: Comm) -> None:
@@ -103,7 +104,7 @@ class SAVIC(Algorithm[SAVICState]):
             return
         gradients = [g.to(s.dtype) for g, s in zip(engine.slots()["grad"], state.squares, strict=True)]
         mean, state.gradients = self.gradient_reducer.mean(gradients, state.gradients, comm).result()
-        torch._foreach_mul_(state.squares, self.beta)
+        mul_(state.squares, self.beta)
         torch._foreach_addcmul_(state.squares, mean, mean, 1 - self.beta)
         state.num_scalings += 1
 
@@ -111,7 +112,7 @@ class SAVIC(Algorithm[SAVICState]):
         """At the end of a round: the mean of the parameters, and the new scaling."""
         self._rounds().after_update(t, engine, state.rounds, comm)
         if t % self.every == 0:
-            torch._foreach_copy_(engine.slots()["scale"], self._scaling(state))
+            copy_(engine.slots()["scale"], self._scaling(state))
 
     def finish(self, t: int, engine: Engine, state: SAVICState, comm: Comm) -> None:
         """Average a partial last round; the scaling stays."""

@@ -44,7 +44,7 @@ from lowcomm.comm.base import Comm
 from lowcomm.engine.base import Engine, Ready, Wanted
 from lowcomm.feedback.none import NoFeedback
 from lowcomm.reduce import Reducer, ReducerState
-from lowcomm.tensors import rng
+from lowcomm.tensors import copy_, rng
 
 
 @dataclass
@@ -237,7 +237,7 @@ class SPARTA(Algorithm[SPARTAState]):
         fresh = self.reducer.init(state.last)
         means, _ = self.reducer.mean(delta(state.last, params, 1.0, range(len(params))), fresh, comm).result()
         torch._foreach_sub_(state.last, means)
-        torch._foreach_copy_(params, state.last)
+        copy_(params, state.last)
         state.round += 1
 
 

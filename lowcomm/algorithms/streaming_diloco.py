@@ -41,6 +41,7 @@ from lowcomm.engine.base import Engine, Ready, Wanted
 from lowcomm.outer.base import Outer
 from lowcomm.outer.nesterov import Nesterov
 from lowcomm.reduce import Reducer
+from lowcomm.tensors import copy_
 
 
 @dataclass
@@ -125,7 +126,7 @@ class StreamingDiLoCo(Algorithm[StreamingDiLoCoState]):
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError(f"every is {self.every}; a round needs at least 1 inner step")
-        for delay in [self.delay] if self.delays is None else self.delays:
+        for delay in self._delays():
             if not 0 <= delay <= self.every:
                 raise ValueError(
                     f"a delay of {delay} inner steps: it must be at least 0 and at most every, {self.every}, when the "
@@ -220,7 +221,7 @@ class StreamingDiLoCo(Algorithm[StreamingDiLoCoState]):
         for fragment in state.fragments:
             if fragment.deltas.under_way:
                 # by the least delay on all ranks: the order of messages must not depend on a rank's own
-                for _ in range(num_advances(self.reducer, fragment.age(t), min(self._delays(comm)))):
+                for _ in range(num_advances(self.reducer, fragment.age(t), min(self._delays()))):
                     fragment.deltas.advance()
         for fragment in state.fragments:
             if fragment.deltas.under_way and fragment.age(t) == self._delay(comm):
@@ -246,7 +247,7 @@ class StreamingDiLoCo(Algorithm[StreamingDiLoCoState]):
         for fragment in state.fragments:
             if fragment.deltas.under_way:
                 self._apply(fragment, params, state)
-        torch._foreach_copy_(params, state.anchor)
+        copy_(params, state.anchor)
 
     def num_rounds(self, state: StreamingDiLoCoState) -> int:
         """Averages whose delay is over, those of all fragments together."""
@@ -319,17 +320,18 @@ class StreamingDiLoCo(Algorithm[StreamingDiLoCoState]):
 
     def _has_rest(self, fragment: Fragment, t: int, comm: Comm) -> bool:
         """Whether some replica holds steps that no delta has covered: the same answer on all ranks."""
-        delays = self._delays(comm)
+        delays = self._delays()
         # where the anchor is loaded as it is, none is left of the steps up to that
         loads = self.blend == 0 and max(delays) < self.every and fragment.sent_t is not None
         return fragment.age(t) > (min(delays) if loads else 0)
 
-    def _delays(self, comm: Comm) -> list[int]:
-        return [self.delay] * len(comm.members) if self.delays is None else self.delays
+    def _delays(self) -> list[int]:
+        """All that occur among the replicas."""
+        return [self.delay] if self.delays is None else self.delays
 
     def _delay(self, comm: Comm) -> int:
         """This replica's."""
-        return self._delays(comm)[comm.members.index(comm.rank)]
+        return self.delay if self.delays is None else self.delays[comm.place]
 
     def _groups(self) -> Groups:
         """Of the parameters of one fragment, by their places in it."""

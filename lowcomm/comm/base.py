@@ -7,6 +7,7 @@ function of the step number, so that one program gives one result in every world
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Generator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -52,6 +53,11 @@ class Comm(ABC):
     rank: int
     members: tuple[int, ...]
 
+    @property
+    def place(self) -> int:
+        """Where this rank stands among the members, from 0; quick also among very many."""
+        return bisect_left(self.members, self.rank)
+
     @abstractmethod
     def all_sum(self, x: Tensor) -> Work[Tensor]:
         """The sum of every member's ``x`` (one shape, a dtype of `SUMMABLE`) as a fresh tensor; ``x`` is not modified.
@@ -61,16 +67,18 @@ class Comm(ABC):
         """
 
     @abstractmethod
-    def all_gather(self, x: Tensor) -> Work[list[Tensor]]:
-        """Every member's ``x`` (one shape and dtype) in members' order, as fresh tensors."""
+    def all_gather(self, x: Tensor) -> Work[Tensor]:
+        """Every member's ``x`` (one shape and dtype): rows of a fresh ``[n, *x.shape]``, in members' order."""
 
     @abstractmethod
-    def all_to_all(self, xs: list[Tensor]) -> Work[list[Tensor]]:
-        """``xs[i]`` goes to the i-th member; the result's i-th came from the i-th member.
+    def all_to_all(self, x: Tensor) -> Work[Tensor]:
+        """Row i of ``x`` goes to the i-th member; row i of the result, which is fresh, came from the i-th member.
 
-        All tensors of a call have one dtype. Member i's ``xs[j]`` may differ in size from its ``xs[k]``, but for each
-        j all members' ``xs[j]`` have one shape, so that everybody knows what arrives: the i-th member receives
-        tensors shaped like its own ``xs[i]``.
+        All members' ``x`` have one shape, ``[n, ...]``, and dtype, and so has the result. One tensor, not n of them:
+        each of very many ranks would make as many.
+
+        Raises:
+            ValueError: when there is not one row for each member.
         """
 
     @abstractmethod
@@ -117,6 +125,16 @@ def check_summable(x: Tensor) -> None:
     """
     if x.dtype not in SUMMABLE:
         raise ValueError(f"{x.dtype} cannot be summed on the wire; convert to one of {SUMMABLE}")
+
+
+def check_rows(x: Tensor, num_members: int) -> None:
+    """Refuse for `Comm.all_to_all` what has not one row for each member.
+
+    Raises:
+        ValueError: saying so.
+    """
+    if x.dim() == 0 or len(x) != num_members:
+        raise ValueError(f"all_to_all got shape {list(x.shape)} for {num_members} members; give one row for each")
 
 
 class Done(Generic[T]):

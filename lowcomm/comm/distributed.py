@@ -10,17 +10,14 @@ import importlib
 import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from datetime import timedelta
-from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowcomm.comm.base import Comm, Late, PeerLost, Work, check_summable
-from lowcomm.comm.sender import Sender
+from lowcomm.comm.base import Comm, Late, PeerLost, Work, check_rows, check_summable
 from lowcomm.tensors import bytes_of
 
 T = TypeVar("T")
@@ -79,15 +76,10 @@ class DistributedComm(Comm):
         self,
         members: Sequence[int],
         device: torch.device,
-        sender: Sender | None = None,
         group: dist.ProcessGroup | None = None,
         timeout: timedelta | None = None,
     ) -> None:
-        """See `over` for a ``group``.
-
-        ``sender`` and ``timeout``, that of messages in parts of this view, are those of the view which this is a part
-        of; None makes a sender, and takes torch's time-out.
-        """
+        """See `over` for a ``group``; ``timeout`` is that of messages in parts of this view, None: torch's own."""
         if not dist.is_initialized():
             raise ValueError("torch.distributed is not initialised; call lowcomm.comm.distributed.connect() first")
         self.rank = dist.get_rank()
@@ -98,7 +90,6 @@ class DistributedComm(Comm):
             raise ValueError(f"members {self.members} must lie within the world of {dist.get_world_size()} ranks")
         self.backend = str(dist.get_backend(group))
         self._wire = torch.device("cpu") if self.backend == "gloo" else device
-        self._sender = sender or Sender()
         self._group, self._timeout = group, timeout
         self._subs: dict[tuple[int, ...], DistributedComm] = {}
 
@@ -109,36 +100,32 @@ class DistributedComm(Comm):
         work = _started(lambda: dist.all_reduce(y, group=self._ready(), async_op=True))
         return Pending(work, lambda: y.to(x.device))
 
-    def all_gather(self, x: Tensor) -> Work[list[Tensor]]:
+    def all_gather(self, x: Tensor) -> Work[Tensor]:
         """See `Comm.all_gather`."""
-        mine = self._bytes(x, copy=True)
-        out = mine.new_empty(len(self.members) * mine.numel())
-        parts = list(out.split(mine.numel())) if mine.numel() else [out] * len(self.members)
-        work = _started(lambda: dist.all_gather(parts, mine, group=self._ready(), async_op=True))
-        return Pending(work, lambda: [_typed(part, x) for part in parts])
+        n, mine = len(self.members), self._bytes(x, copy=True)
+        out = mine.new_empty(n, mine.numel())
+        work = _started(lambda: dist.all_gather(list(out), mine, group=self._ready(), async_op=True))
+        return Pending(work, lambda: _typed(out.view(-1), x, (n, *x.shape)))
 
-    def all_to_all(self, xs: list[Tensor]) -> Work[list[Tensor]]:
+    def all_to_all(self, x: Tensor) -> Work[Tensor]:
         """See `Comm.all_to_all`."""
-        if len(xs) != len(self.members):
-            raise ValueError(f"all_to_all got {len(xs)} tensors for {len(self.members)} members; give one for each")
-        mine = [self._bytes(x) for x in xs]
-        like = xs[self.members.index(self.rank)]
-        size = like.numel() * like.element_size()
-        out = torch.empty(len(xs) * size, dtype=torch.uint8, device=self._wire)
-        parts = list(out.split(size)) if size else [out] * len(xs)
+        n = len(self.members)
+        check_rows(x, n)
+        mine = self._bytes(x, copy=True)
+        out = torch.empty_like(mine)
         if self.backend == "gloo":
-            work = _started(lambda: self._rotate([x.clone() for x in mine], parts))
+            rows = [y.view(n, y.numel() // n) for y in (mine, out)]
+            work = _started(lambda: self._deal(*rows))
         else:
-            packed, sizes = torch.cat(mine), ([size] * len(xs), [x.numel() for x in mine])
-            work = _started(lambda: dist.all_to_all_single(out, packed, *sizes, group=self._ready(), async_op=True))
-        return Pending(work, lambda: [_typed(part, like) for part in parts])
+            work = _started(lambda: dist.all_to_all_single(out, mine, group=self._ready(), async_op=True))
+        return Pending(work, lambda: _typed(out, x, x.shape))
 
     def broadcast(self, x: Tensor, source: int) -> Work[Tensor]:
         """See `Comm.broadcast`."""
         self._check(source)
         y = self._bytes(x, copy=True)
         work = _started(lambda: dist.broadcast(y, source, group=self._ready(), async_op=True))
-        return Pending(work, lambda: _typed(y, x))
+        return Pending(work, lambda: _typed(y, x, x.shape))
 
     def send(self, x: Tensor, to: int) -> Work[None]:
         """See `Comm.send`."""
@@ -154,19 +141,19 @@ class DistributedComm(Comm):
             if self.backend != "gloo":
                 raise ValueError("recv(source=None) needs gloo: NCCL must know the sender; name the source")
             work = _started(lambda: dist.irecv(y, group=self._ready()))
-            return Pending(work, lambda: (self.members[work.source_rank()], _typed(y, like)))
+            return Pending(work, lambda: (self.members[work.source_rank()], _typed(y, like, like.shape)))
         self._check(source)
         work = _started(lambda: dist.irecv(y, source, group=self._ready()))
-        return Pending(work, lambda: (source, _typed(y, like)))
+        return Pending(work, lambda: (source, _typed(y, like, like.shape)))
 
     def exchange(self, x: Tensor, peer: int) -> Work[Tensor]:
         """See `Comm.exchange`."""
         self._check(peer)
         mine = self._bytes(x, copy=True)
         if peer == self.rank:
-            return Pending(None, lambda: _typed(mine, x))
+            return Pending(None, lambda: _typed(mine, x, x.shape))
         theirs = torch.empty_like(mine)
-        return Pending(_started(lambda: self._swap(mine, theirs, peer)), lambda: _typed(theirs, x))
+        return Pending(_started(lambda: self._swap(mine, theirs, peer)), lambda: _typed(theirs, x, x.shape))
 
     def sub(self, members: Sequence[int]) -> Comm:
         """A smaller view; its process group is made by its members alone, when they first use it.
@@ -179,7 +166,7 @@ class DistributedComm(Comm):
             raise ValueError(f"members {tuple(members)} are not all among {self.members}")
         key = tuple(sorted(members))
         if key not in self._subs:
-            self._subs[key] = DistributedComm(key, self._wire, self._sender, timeout=self._timeout)
+            self._subs[key] = DistributedComm(key, self._wire, timeout=self._timeout)
         return self._subs[key]
 
     def now(self) -> float:
@@ -205,22 +192,19 @@ class DistributedComm(Comm):
             works = list(dist.batch_isend_irecv(ops))
         return _All(works, mine)
 
-    def _rotate(self, mine: list[Tensor], parts: list[Tensor]) -> _Rotation:
-        """An all-to-all of which each rank sends one message at a time, the i-th to its i-th neighbour.
+    def _deal(self, mine: Tensor, out: Tensor) -> _All:
+        """An all-to-all of rows; each rank begins with its next neighbour's.
 
         All receives are posted before the first message leaves. gloo's own all-to-all sends first: two ranks then wait
         for each other's word that they are ready to receive, which stands in line behind the message itself, so a
         pair's two directions take turns, and slow links are idle for almost half of the time.
         """
-        group, num = self._ready(), len(self.members)
-        me = self.members.index(self.rank)
-        parts[me].copy_(mine[me])
+        group, num, me = self._ready(), len(self.members), self.place
+        out[me].copy_(mine[me])
         neighbours = [(me + i) % num for i in range(1, num)]
-        receives = [
-            dist.irecv(parts[i], self.members[i], group=group, tag=_ALL_TO_ALL_TAG) for i in reversed(neighbours)
-        ]
-        sends = [partial(_send, mine[i], self.members[i], group, _ALL_TO_ALL_TAG) for i in neighbours]
-        return _Rotation(receives, self._sender.send(sends))
+        works = [dist.irecv(out[i], self.members[i], group, _ALL_TO_ALL_TAG) for i in reversed(neighbours)]
+        works += [dist.isend(mine[i], self.members[i], group, _ALL_TO_ALL_TAG) for i in neighbours]
+        return _All(works, mine)
 
     def _bytes(self, x: Tensor, copy: bool = False) -> Tensor:
         return bytes_of(x.detach().to(self._wire, copy=copy))
@@ -228,19 +212,6 @@ class DistributedComm(Comm):
     def _check(self, rank: int) -> None:
         if rank not in self.members:
             raise ValueError(f"rank {rank} is not among the members {self.members}")
-
-
-class _Rotation:
-    """Receives under way, and sends of the sender's thread."""
-
-    def __init__(self, receives: list[Any], sends: Future[None]) -> None:
-        self._receives, self._sends = receives, sends
-
-    def wait(self) -> None:
-        """Until all have ended; a RuntimeError of torch's when one of them breaks."""
-        for receive in self._receives:
-            receive.wait()
-        self._sends.result()
 
 
 class _All:
@@ -255,12 +226,6 @@ class _All:
             work.wait()
 
 
-def _send(x: Tensor, to: int, group: dist.ProcessGroup | None, tag: int) -> None:
-    work = dist.isend(x, to, group=group, tag=tag)
-    assert work is not None
-    work.wait()
-
-
 def _meet(backend: str, device: torch.device, group: dist.ProcessGroup | None) -> None:
     """Have NCCL connect all members of a group, without which two of them could not exchange alone."""
     if backend == "nccl":
@@ -272,10 +237,9 @@ def _release(x: Tensor) -> None:
     del x
 
 
-def _typed(raw: Tensor, like: Tensor) -> Tensor:
-    if raw.storage_offset() % like.element_size():
-        raw = raw.clone()  # a view as a wider dtype needs an aligned start
-    return raw.view(like.dtype).view(like.shape).to(like.device)
+def _typed(raw: Tensor, like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Bytes from the wire as a tensor of this shape, with dtype and device of ``like``."""
+    return raw.view(like.dtype).view(shape).to(like.device)
 
 
 def over(group: dist.ProcessGroup, device: torch.device) -> DistributedComm:

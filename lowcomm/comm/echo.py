@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from lowcomm.comm.base import Comm, Done, Work, check_summable
+from lowcomm.comm.base import Comm, Done, Work, check_rows, check_summable
 
 
 class EchoComm(Comm):
@@ -27,13 +28,14 @@ class EchoComm(Comm):
         check_summable(x)
         return Done(x.detach() * len(self.members))
 
-    def all_gather(self, x: Tensor) -> Work[list[Tensor]]:
+    def all_gather(self, x: Tensor) -> Work[Tensor]:
         """n copies of x."""
-        return Done([x.detach().clone() for _ in self.members])
+        return Done(x.detach().expand(len(self.members), *x.shape).clone(memory_format=torch.contiguous_format))
 
-    def all_to_all(self, xs: list[Tensor]) -> Work[list[Tensor]]:
+    def all_to_all(self, x: Tensor) -> Work[Tensor]:
         """n copies of what this rank sends itself."""
-        return Done([xs[self.members.index(self.rank)].detach().clone() for _ in self.members])
+        check_rows(x, len(self.members))
+        return Done(x.detach()[self.place].expand(x.shape).clone(memory_format=torch.contiguous_format))
 
     def broadcast(self, x: Tensor, source: int) -> Work[Tensor]:
         """A copy of x."""

@@ -6,7 +6,7 @@ against the kernel's counters):
 
     all_sum      sends and receives 2 (n - 1) / n S
     all_gather   sends and receives (n - 1) S
-    all_to_all   sends what is for others, receives what is from others
+    all_to_all   sends and receives (n - 1) / n S, the rows for and from others
     broadcast    the source sends (n - 1) S, the others receive S
     exchange     sends and receives S, with oneself nothing
 
@@ -117,16 +117,16 @@ class MeteredComm(Comm):
         size = 2 * (n - 1) * _size(x) // n
         return self._counted(self._inner.all_sum(x), size, size)
 
-    def all_gather(self, x: Tensor) -> Work[list[Tensor]]:
+    def all_gather(self, x: Tensor) -> Work[Tensor]:
         """See `Comm.all_gather`."""
         size = (len(self.members) - 1) * _size(x)
         return self._counted(self._inner.all_gather(x), size, size)
 
-    def all_to_all(self, xs: list[Tensor]) -> Work[list[Tensor]]:
+    def all_to_all(self, x: Tensor) -> Work[Tensor]:
         """See `Comm.all_to_all`."""
-        me = self.members.index(self.rank)
-        sent = sum(_size(x) for i, x in enumerate(xs) if i != me)
-        return self._counted(self._inner.all_to_all(xs), sent, (len(self.members) - 1) * _size(xs[me]))
+        n = len(self.members)
+        size = (n - 1) * _size(x) // n
+        return self._counted(self._inner.all_to_all(x), size, size)
 
     def broadcast(self, x: Tensor, source: int) -> Work[Tensor]:
         """See `Comm.broadcast`."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from lowcomm.comm.base import Comm, Done, Work, check_summable
+from lowcomm.comm.base import Comm, Done, Work, check_rows, check_summable
 
 
 @dataclass
@@ -28,15 +28,14 @@ class SoloComm(Comm):
         check_summable(x)
         return Done(x.detach().clone())
 
-    def all_gather(self, x: Tensor) -> Work[list[Tensor]]:
-        """A list of one copy."""
-        return Done([x.detach().clone()])
+    def all_gather(self, x: Tensor) -> Work[Tensor]:
+        """A copy as the only row."""
+        return Done(x.detach()[None].clone())
 
-    def all_to_all(self, xs: list[Tensor]) -> Work[list[Tensor]]:
-        """A copy of the only message."""
-        if len(xs) != 1:
-            raise ValueError(f"all_to_all got {len(xs)} tensors for 1 member")
-        return Done([xs[0].detach().clone()])
+    def all_to_all(self, x: Tensor) -> Work[Tensor]:
+        """A copy of the only row."""
+        check_rows(x, 1)
+        return Done(x.detach().clone())
 
     def broadcast(self, x: Tensor, source: int) -> Work[Tensor]:
         """A copy of ``x``."""

@@ -81,12 +81,11 @@ class EF21Plus(Compressor[EF21PlusState]):
         whole, change = self._encode(flat), self._encode(flat - mine)
         is_whole = self._error(whole, flat) < self._error(change, flat - mine)
         code = torch.where(is_whole, whole, change)
-        gathered = yield comm.all_gather(torch.cat([is_whole.to(torch.uint8).view(1), code]))
+        messages = yield comm.all_gather(torch.cat([is_whole.to(torch.uint8).view(1), code]))
         known = x.new_zeros((len(comm.members), *x.shape)) if state.known is None else state.known
-        messages = torch.stack(gathered)
         heard = self._decode(messages[:, _FLAG_BYTES:], flat).view(known.shape)
         is_whole = (messages[:, 0] == 1).view(-1, *[1] * x.dim())
-        return _round(list(torch.where(is_whole, heard, known + heard)), comm)
+        return _round(torch.where(is_whole, heard, known + heard), comm)
 
     def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> int:
         """See `Compressor.sent_bytes`; vectors so short that flag and code would be no smaller go as they are."""
@@ -101,8 +100,7 @@ class EF21Plus(Compressor[EF21PlusState]):
     def resync(self, state: EF21PlusState, comm: Comm) -> Generator[Work[Any], Any, EF21PlusState]:
         """Everybody tells its g, uncompressed; a fresh member has g = 0."""
         is_new = state.mine.new_full((1,), 1.0 if state.known is None else 0.0)
-        gathered = yield comm.all_gather(torch.cat([state.mine.reshape(-1), is_new]))
-        rows = torch.stack(gathered)
+        rows = yield comm.all_gather(torch.cat([state.mine.reshape(-1), is_new]))
         if not rows.is_meta and rows[:, -1].all():  # before the first round
             return state
         return EF21PlusState(rows[:, :-1].reshape(len(rows), *state.mine.shape), state.mine)
@@ -129,8 +127,7 @@ class EF21Plus(Compressor[EF21PlusState]):
         return like.new_zeros(len(codes), len(like)).scatter_(1, places, values.to(like.dtype))
 
 
-def _round(known: list[Tensor], comm: Comm) -> tuple[Tensor, Tensor, EF21PlusState]:
-    """``sent``, the mean and the state when members' vectors have become ``known``."""
-    rows = torch.stack(known)
-    mine = known[comm.members.index(comm.rank)].clone()
-    return mine, rows.sum(0).div_(len(known)), EF21PlusState(rows, mine)
+def _round(known: Tensor, comm: Comm) -> tuple[Tensor, Tensor, EF21PlusState]:
+    """``sent``, the mean and the state when members' vectors have become ``known``, ``[n, *shape]``."""
+    mine = known[comm.place].clone()
+    return mine, known.sum(0).div_(len(known)), EF21PlusState(known, mine)

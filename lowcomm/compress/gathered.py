@@ -79,13 +79,12 @@ class Gathered(Compressor[int]):
         return no_longer(self.codec, num).decode(messages, num)
 
 
-def batches(messages: Sequence[Tensor], num: int) -> Iterator[Tensor]:
-    """Messages in order, some of them as one stack ``[rows, bytes]``, to be decoded together.
+def batches(messages: Tensor, num: int) -> Iterator[Tensor]:
+    """Rows of messages in order, some of them at a time, ``[rows, bytes]``, to be decoded together.
 
     As many as have ``BATCH`` values, at ``num`` each, but at least one: short ones would take the time of calls, and
     all long ones at once too much memory.
     """
     size = max(1, BATCH // max(num, 1))
     for first in range(0, len(messages), size):
-        some = list(messages[first : first + size])
-        yield torch.stack(some) if len(some) > 1 else some[0][None]
+        yield messages[first : first + size]

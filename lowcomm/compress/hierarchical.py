@@ -13,7 +13,6 @@ from dataclasses import dataclass, fields, is_dataclass
 from math import prod
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from lowcomm.codecs.base import Codec
@@ -86,15 +85,14 @@ class Hierarchical(Compressor[HierarchicalState]):
         padded[: x.numel()] = island_mean.reshape(-1)
         mine = padded[j * size : (j + 1) * size]
         outer_sent, outer_mean, outer = yield from self.outer.mean(mine, state.outer, far)
-        slices = [outer_mean]
+        mean = outer_mean
         if self.island > 1:
-            slices = yield near.all_gather(outer_mean)
+            mean = (yield near.all_gather(outer_mean)).reshape(-1)
 
         # What the outer average lost of a slice is known to its owner alone, who answers for the whole island.
         all_sent = x.new_zeros(self.island * size)
         all_sent[: x.numel()] = sent.reshape(-1)
         all_sent[j * size : (j + 1) * size] += self.island * (outer_sent - mine)
-        mean = torch.cat(slices)
         return (
             all_sent[: x.numel()].view(x.shape),
             mean[: x.numel()].view(x.shape),
@@ -152,7 +150,7 @@ class Hierarchical(Compressor[HierarchicalState]):
         """This rank's island, its counterparts, and its place in the island."""
         members = comm.members
         self._num_islands(len(members))
-        island, j = divmod(members.index(comm.rank), self.island)
+        island, j = divmod(comm.place, self.island)
         near = members[island * self.island : (island + 1) * self.island]
         return comm.sub(near), comm.sub(members[j :: self.island]), j
 

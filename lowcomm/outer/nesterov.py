@@ -13,10 +13,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lowcomm.outer.base import Outer
+from lowcomm.tensors import add_, mul_, zeros
 
 
 @dataclass
@@ -49,11 +49,11 @@ class Nesterov(Outer[NesterovState]):
 
     def init(self, anchor: list[Tensor]) -> NesterovState:
         """Zero momentum."""
-        return NesterovState([torch.zeros_like(x) for x in anchor])
+        return NesterovState(zeros(anchor))
 
     def apply(self, anchor: list[Tensor], delta: list[Tensor], state: NesterovState) -> None:
         """One step, in place."""
-        torch._foreach_mul_(state.buffer, self.momentum)
-        torch._foreach_add_(state.buffer, delta)
-        torch._foreach_add_(anchor, delta, alpha=-self.lr)
-        torch._foreach_add_(anchor, state.buffer, alpha=-self.lr * self.momentum)
+        mul_(state.buffer, self.momentum)
+        add_(state.buffer, delta)
+        add_(anchor, delta, alpha=-self.lr)
+        add_(anchor, state.buffer, alpha=-self.lr * self.momentum)

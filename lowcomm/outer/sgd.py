@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lowcomm.outer.base import Outer
+from lowcomm.tensors import add_
 
 
 @dataclass(frozen=True)
@@ -33,4 +33,4 @@ class SGD(Outer[None]):
 
     def apply(self, anchor: list[Tensor], delta: list[Tensor], state: None) -> None:
         """anchor <- anchor - lr delta."""
-        torch._foreach_add_(anchor, delta, alpha=-self.lr)
+        add_(anchor, delta, alpha=-self.lr)

@@ -24,6 +24,10 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise, permutations
 from typing import ClassVar, NamedTuple
 
+# Members above which `all_to_all` is one transfer from each to the next with all its pieces: as many bytes on every up-
+# and down-link, and n transfers instead of n (n - 1), of which 10,000 ranks would make 100 million.
+MANY = 64
+
 KINDS = ("all_sum", "all_gather", "all_to_all", "broadcast", "send", "exchange")
 
 
@@ -52,7 +56,7 @@ class Transfer(NamedTuple):
 
 
 class Schedule(ABC):
-    """How collectives are done. `all_to_all`, `send` and `exchange` are direct in every schedule.
+    """How collectives are done. `all_to_all` (but see `MANY`), `send` and `exchange` are direct in every schedule.
 
     Attributes:
         direct_latencies: how many these take.
@@ -85,6 +89,11 @@ class Schedule(ABC):
         if kind == "all_gather":
             return self.all_gather(members, num_bytes)
         if kind == "all_to_all":
+            if len(members) > MANY:
+                assert len(set(num_bytes)) == 1, "every row of a tensor is as long"
+                return [
+                    Transfer(a, b, (len(members) - 1) * num_bytes[0], self.direct_latencies) for a, b in _round(members)
+                ]
             size = dict(zip(members, num_bytes, strict=True))
             return [Transfer(a, b, size[b], self.direct_latencies) for a, b in permutations(members, 2)]
         if kind == "exchange":

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from lowcomm.comm.base import Comm, Done, Work, check_summable
+from lowcomm.comm.base import Comm, Done, Work, check_rows, check_summable
 from lowcomm.sim.clock import Clock
 from lowcomm.sim.collectives import Schedule
 from lowcomm.sim.exchange import Call, Carrier, Exchange, named
@@ -140,7 +140,7 @@ class World:
                 self._latest[len(members)] = latest
         return latest[1]
 
-    def _join(self, view: View, rank: int, call: Call, tensors: list[Tensor], peer: int | None = None) -> Exchange:
+    def _join(self, view: View, rank: int, call: Call, x: Tensor | None, peer: int | None = None) -> Exchange:
         """Arrive at the next exchange with all members, or with one."""
         number = view.num_calls[rank, peer] = view.num_calls.get((rank, peer), 0) + 1
         pair = None if peer is None else (min(rank, peer), max(rank, peer))
@@ -152,7 +152,7 @@ class World:
                 exchange.lose(view.lost.copy())  # who is lost after the call is no cause
                 return exchange
             view.exchanges[pair, number] = exchange
-        exchange.arrive(rank, call, tensors)
+        exchange.arrive(rank, call, x)
         return exchange
 
     def _mailbox(self, view: View, to: int) -> Mailbox:
@@ -178,28 +178,25 @@ class SimComm(Comm):
     def all_sum(self, x: Tensor) -> Work[Tensor]:
         """See `Comm.all_sum`; added in members' order."""
         check_summable(x)
-        exchange = self._join("all_sum", [x])
+        exchange = self._join("all_sum", x)
         return _Pending(partial(exchange.wait, self.rank), exchange.total)
 
-    def all_gather(self, x: Tensor) -> Work[list[Tensor]]:
+    def all_gather(self, x: Tensor) -> Work[Tensor]:
         """See `Comm.all_gather`."""
-        exchange = self._join("all_gather", [x])
-        return _Pending(partial(exchange.wait, self.rank), lambda: [exchange.posts[r][0].clone() for r in self.members])
+        exchange = self._join("all_gather", x)
+        return _Pending(partial(exchange.wait, self.rank), exchange.gathered)
 
-    def all_to_all(self, xs: list[Tensor]) -> Work[list[Tensor]]:
+    def all_to_all(self, x: Tensor) -> Work[Tensor]:
         """See `Comm.all_to_all`."""
-        if len(xs) != len(self.members):
-            raise ValueError(f"all_to_all got {len(xs)} tensors for {len(self.members)} members; give one for each")
-        exchange, me = self._join("all_to_all", xs), self._view.position[self.rank]
-        return _Pending(
-            partial(exchange.wait, self.rank), lambda: [exchange.posts[r][me].clone() for r in self.members]
-        )
+        check_rows(x, len(self.members))
+        exchange = self._join("all_to_all", x)
+        return _Pending(partial(exchange.wait, self.rank), partial(exchange.rows, self._view.position[self.rank]))
 
     def broadcast(self, x: Tensor, source: int) -> Work[Tensor]:
         """See `Comm.broadcast`."""
         self._check(source)
-        exchange = self._join("broadcast", [x], source)
-        return _Pending(partial(exchange.wait, self.rank), lambda: exchange.posts[source][0].clone())
+        exchange = self._join("broadcast", x, source)
+        return _Pending(partial(exchange.wait, self.rank), lambda: exchange.post(source).clone())
 
     def send(self, x: Tensor, to: int) -> Work[None]:
         """See `Comm.send`."""
@@ -226,9 +223,8 @@ class SimComm(Comm):
         mine = _copy(x)
         if peer == self.rank:
             return Done(mine)
-        call = Call("exchange", ((x.shape, x.dtype),))
-        exchange = self._world._join(self._view, self.rank, call, [mine], peer)
-        return _Pending(partial(exchange.wait, self.rank), lambda: exchange.posts[peer][0].clone())
+        exchange = self._world._join(self._view, self.rank, Call("exchange", x.shape, x.dtype), mine, peer)
+        return _Pending(partial(exchange.wait, self.rank), lambda: exchange.post(peer).clone())
 
     def sub(self, members: Sequence[int]) -> Comm:
         """See `Comm.sub`."""
@@ -240,10 +236,10 @@ class SimComm(Comm):
         """Virtual seconds since the start of the simulation."""
         return self._world.clock.now
 
-    def _join(self, kind: str, xs: list[Tensor], source: int | None = None) -> Exchange:
-        call = Call(kind, tuple((x.shape, x.dtype) for x in xs), source)
+    def _join(self, kind: str, x: Tensor, source: int | None = None) -> Exchange:
         is_read = source is None or source == self.rank
-        return self._world._join(self._view, self.rank, call, [_copy(x) for x in xs] if is_read else [])
+        call = Call(kind, x.shape, x.dtype, source)
+        return self._world._join(self._view, self.rank, call, _copy(x) if is_read else None)
 
     def _check(self, rank: int) -> None:
         if rank not in self._view.position:

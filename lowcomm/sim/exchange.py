@@ -40,15 +40,14 @@ class Call(NamedTuple):
     """What a rank asks for; all members of an exchange must ask for the same."""
 
     kind: str
-    pieces: tuple[tuple[torch.Size, torch.dtype], ...]  # the shape and dtype of each tensor
+    shape: torch.Size
+    dtype: torch.dtype
     source: int | None = None
 
     def __str__(self) -> str:
         """As in "broadcast of float32 [2, 3] from rank 1"."""
-        pieces = [f"{str(dtype).removeprefix('torch.')} {list(shape)}" for shape, dtype in self.pieces]
-        if len(pieces) > _MANY:
-            pieces[_MANY:] = [f"... ({len(pieces)} tensors)"]
-        return f"{self.kind} of {', '.join(pieces)}{'' if self.source is None else f' from rank {self.source}'}"
+        source = "" if self.source is None else f" from rank {self.source}"
+        return f"{self.kind} of {str(self.dtype).removeprefix('torch.')} {list(self.shape)}{source}"
 
 
 def named(ranks: Iterable[int]) -> str:
@@ -71,7 +70,7 @@ class Exchange:
         on_over: called when the last transfer has ended.
 
     Attributes:
-        posts: what each member brought.
+        posts: what each member brought; None of who has nothing to send.
         lost: those whose loss ended it too soon, empty if none did; other ranks too until the first waiter is told.
     """
 
@@ -103,7 +102,7 @@ class Exchange:
     ) -> None:
         self._clock, self._carrier, self._schedule, self._on_over = clock, carrier, schedule, on_over
         self.members, self.number, self.call = members, number, call
-        self.posts: dict[int, list[Tensor]] = {}
+        self.posts: dict[int, Tensor | None] = {}
         self.lost: set[int] = set()
         self._flows: list[Any] = []
         self._after: dict[int, list[tuple[int, Transfer]]] = {}  # transfers that wait for the end of another
@@ -112,8 +111,8 @@ class Exchange:
         self._parked: dict[int, None] = {}  # a set in order of arrival
         self._total: Tensor | None = None
 
-    def arrive(self, rank: int, call: Call, tensors: list[Tensor]) -> None:
-        """A member joins with tensors that nobody will change.
+    def arrive(self, rank: int, call: Call, x: Tensor | None) -> None:
+        """A member joins with a tensor that nobody will change.
 
         Raises:
             ValueError: when it asks for something else than those before it.
@@ -125,7 +124,7 @@ class Exchange:
                 f"{first} called {self.call}; all members must make the same calls in the same order"
             )
         assert rank not in self.posts
-        self.posts[rank] = tensors
+        self.posts[rank] = x
         if len(self.posts) == len(self.members):
             self._start()
 
@@ -156,18 +155,37 @@ class Exchange:
     def total(self) -> Tensor:
         """The sum of what all brought, in members' order, as a fresh tensor."""
         if self._total is None:
-            self._total = self.posts[self.members[0]][0].clone()
+            self._total = self.post(self.members[0]).clone()
             if not self._total.is_meta:
                 for rank in self.members[1:]:
-                    self._total += self.posts[rank][0]
+                    self._total += self.post(rank)
         return self._total.clone()
+
+    def gathered(self) -> Tensor:
+        """What all brought as rows of a fresh tensor, in members' order."""
+        first = self.post(self.members[0])
+        if first.is_meta:  # without a look at all of them, which would be n times n
+            return first.new_empty(len(self.members), *first.shape)
+        return torch.stack([self.post(rank) for rank in self.members])
+
+    def rows(self, place: int) -> Tensor:
+        """The row at this place of what each brought, likewise."""
+        first = self.post(self.members[0])
+        return first.clone() if first.is_meta else torch.stack([self.post(r)[place] for r in self.members])
+
+    def post(self, rank: int) -> Tensor:
+        """What a member brought that sends something."""
+        x = self.posts[rank]
+        assert x is not None
+        return x
 
     def _start(self) -> None:
         transfers: list[Transfer] = []
         if self._carrier is not None:
-            sizes = [shape.numel() * dtype.itemsize for shape, dtype in self.call.pieces]
-            num_bytes = sizes if self.call.kind == "all_to_all" else sizes * len(self.members)
-            transfers = self._schedule.transfers(self.call.kind, self.members, num_bytes, self.call.source)
+            n, num_bytes = len(self.members), self.call.shape.numel() * self.call.dtype.itemsize
+            if self.call.kind == "all_to_all":
+                num_bytes //= n
+            transfers = self._schedule.transfers(self.call.kind, self.members, [num_bytes] * n, self.call.source)
         self._num_open = len(transfers)
         if not transfers:
             self._end()

@@ -44,14 +44,14 @@ class Issue(NamedTuple):
     Attributes:
         kind: the method's name.
         view: among whom, a number in `Events.views`.
-        sizes: bytes of its tensors.
+        num_bytes: of its tensor.
         other: the rank that a broadcast or a receive is from, a send is to, or an exchange is with.
         tag: the purpose that the meter counts it for.
     """
 
     kind: str
     view: int
-    sizes: tuple[int, ...]
+    num_bytes: int
     other: int | None
     tag: str
 
@@ -183,7 +183,7 @@ class RankLog:
         self.rank, self.program, self.num_reads = rank, array("I"), 0
         self.books: Books | None = None
         self._log, self._num_issued = log, 0
-        self._issued: tuple[str, int, tuple[int, ...], int | None] | None = None
+        self._issued: tuple[str, int, int, int | None] | None = None
 
     def compute(self, is_first: bool, share: float) -> None:
         """A piece of a step passes now."""
@@ -194,10 +194,10 @@ class RankLog:
         self.books = Books(ledger.num_replicas, ledger.step_tokens, ledger.token_flops, ledger.peak_flops)
         ledger.heard, ledger.now = lambda call: self.program.append(self._log.number(Note(call))), now
 
-    def issue(self, kind: str, view: int, xs: Sequence[Tensor], other: int | None = None) -> int:
+    def issue(self, kind: str, view: int, x: Tensor, other: int | None = None) -> int:
         """A message set out, whose purpose `count` says next; its number."""
         assert self._issued is None, "the meter has not counted the last message"
-        self._issued = (kind, view, tuple(x.numel() * x.element_size() for x in xs), other)
+        self._issued = (kind, view, x.numel() * x.element_size(), other)
         self._num_issued += 1
         return self._num_issued
 
@@ -232,33 +232,33 @@ class LoggedComm(Comm):
 
     def all_sum(self, x: Tensor) -> Work[Tensor]:
         """See `Comm.all_sum`."""
-        return self._logged(self._inner.all_sum(x), "all_sum", [x])
+        return self._logged(self._inner.all_sum(x), "all_sum", x)
 
-    def all_gather(self, x: Tensor) -> Work[list[Tensor]]:
+    def all_gather(self, x: Tensor) -> Work[Tensor]:
         """See `Comm.all_gather`."""
-        return self._logged(self._inner.all_gather(x), "all_gather", [x])
+        return self._logged(self._inner.all_gather(x), "all_gather", x)
 
-    def all_to_all(self, xs: list[Tensor]) -> Work[list[Tensor]]:
+    def all_to_all(self, x: Tensor) -> Work[Tensor]:
         """See `Comm.all_to_all`."""
-        return self._logged(self._inner.all_to_all(xs), "all_to_all", xs)
+        return self._logged(self._inner.all_to_all(x), "all_to_all", x)
 
     def broadcast(self, x: Tensor, source: int) -> Work[Tensor]:
         """See `Comm.broadcast`."""
-        return self._logged(self._inner.broadcast(x, source), "broadcast", [x], source)
+        return self._logged(self._inner.broadcast(x, source), "broadcast", x, source)
 
     def send(self, x: Tensor, to: int) -> Work[None]:
         """See `Comm.send`."""
-        return self._logged(self._inner.send(x, to), "send", [x], to)
+        return self._logged(self._inner.send(x, to), "send", x, to)
 
     def recv(self, like: Tensor, source: int | None = None) -> Work[tuple[int, Tensor]]:
         """See `Comm.recv`; from whoever comes first, it is the end of replaying."""
         if source is None:
             self._log.refuse("takes messages from whoever comes first, which may be another at other times")
-        return self._logged(self._inner.recv(like, source), "recv", [like], source)
+        return self._logged(self._inner.recv(like, source), "recv", like, source)
 
     def exchange(self, x: Tensor, peer: int) -> Work[Tensor]:
         """See `Comm.exchange`."""
-        return self._logged(self._inner.exchange(x, peer), "exchange", [x], peer)
+        return self._logged(self._inner.exchange(x, peer), "exchange", x, peer)
 
     def sub(self, members: Sequence[int]) -> Comm:
         """See `Comm.sub`."""
@@ -269,8 +269,8 @@ class LoggedComm(Comm):
         self._log.num_reads += 1
         return self._inner.now()
 
-    def _logged(self, work: Work[T], kind: str, xs: Sequence[Tensor], other: int | None = None) -> Work[T]:
-        return _Logged(work, self._log, self._log.issue(kind, self._view, xs, other))
+    def _logged(self, work: Work[T], kind: str, x: Tensor, other: int | None = None) -> Work[T]:
+        return _Logged(work, self._log, self._log.issue(kind, self._view, x, other))
 
 
 class _Logged(Generic[T]):
@@ -323,4 +323,7 @@ def _events(head: dict[str, Any], lines: Sequence[dict[str, Any]]) -> Events:
 
 
 def _operation(kind: str, *args: Any) -> Operation:
-    return _KINDS[kind](*(tuple(arg) if isinstance(arg, list) else arg for arg in args))
+    operation = _KINDS[kind](*args)
+    if isinstance(operation, Issue) and not isinstance(operation.num_bytes, int):
+        raise TypeError(f"{kind} of {operation.num_bytes} bytes")  # older logs had those of several tensors
+    return operation

@@ -26,7 +26,6 @@ from lowcomm.sim.links import Links, check_rate
 from lowcomm.sim.sharing import Flow, Link, fair_rates
 from lowcomm.sim.tcp import Connections, turns_s
 
-
 # How much more than a window a connection takes before it is held to one for each round trip: the first leaves at once,
 # and the second as room is made for it.
 FREE_WINDOWS = 2

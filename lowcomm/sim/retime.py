@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
 from lowcomm.comm.base import Comm, Work
 from lowcomm.comm.metered import Meter, MeteredComm
@@ -140,26 +139,23 @@ class _Wire:
 
 
 def _issue(comm: Comm, asked: Issue) -> Work[Any]:
-    xs, other = [_nothing(size) for size in asked.sizes], asked.other
+    x, other = torch.empty(asked.num_bytes, dtype=torch.uint8, device="meta"), asked.other
     if asked.kind == "all_sum":
-        return comm.all_sum(xs[0])
+        return comm.all_sum(x)
     if asked.kind == "all_gather":
-        return comm.all_gather(xs[0])
+        return comm.all_gather(x)
     if asked.kind == "all_to_all":
-        return comm.all_to_all(xs)
+        n = len(comm.members)
+        return comm.all_to_all(x.view(n, asked.num_bytes // n))
     assert other is not None, "who takes what comes first is not replayed"
     if asked.kind == "broadcast":
-        return comm.broadcast(xs[0], other)
+        return comm.broadcast(x, other)
     if asked.kind == "send":
-        return comm.send(xs[0], other)
+        return comm.send(x, other)
     if asked.kind == "exchange":
-        return comm.exchange(xs[0], other)
+        return comm.exchange(x, other)
     assert asked.kind == "recv", asked
-    return comm.recv(xs[0], other)
-
-
-def _nothing(num_bytes: int) -> Tensor:
-    return torch.empty(num_bytes, dtype=torch.uint8, device="meta")
+    return comm.recv(x, other)
 
 
 class _Ledger:

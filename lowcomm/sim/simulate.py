@@ -104,7 +104,8 @@ def simulate(
         pace = Pace(clock, compute, trace, rank, log.ranks[rank])
 
         def around(engine: Engine) -> Engine:
-            residence.own(rank, engine.slots)
+            if not timing_only:  # then there is nothing to keep anywhere
+                residence.own(rank, engine.slots)
             if stack is None:
                 return SimEngine(engine, pace)
             assert isinstance(engine, TorchEngine), "refused by `require_stackable`"
@@ -113,7 +114,8 @@ def simulate(
 
         try:
             assembled = build(comm, metrics.write, around)
-            residence.own(rank, partial(_states, assembled))
+            if not timing_only:
+                residence.own(rank, partial(_states, assembled))
             log.ranks[rank].listen(assembled.replica.ledger, lambda: clock.now)
             train(assembled.replica, assembled.plan, Checkpoints(out / "checkpoints", rank, num_ranks, "simulated"))
             if rank == 0 and not timing_only:

@@ -13,8 +13,8 @@ class Connections:
     """The congestion windows of all connections: how much each may send before it hears back.
 
     A new connection, and one that was idle for long, begins with the initial window, which grows by what arrives until
-    it no longer limits (Linux: tcp_slow_start_after_idle). Words of one direction keep the other from being idle. Losses
-    are not modelled.
+    it no longer limits (Linux: tcp_slow_start_after_idle). Words of one direction keep the other from being idle.
+    Losses are not modelled.
 
     Args:
         initial_bytes: the initial window; None: nothing limits.

@@ -47,7 +47,7 @@ if __name__ == "__main__":
             "recv": lambda: comm.recv(x, 1),
             "send": lambda: comm.send(x, 1),
             "exchange": lambda: comm.exchange(x, 1),
-            "all_to_all": lambda: comm.all_to_all([x] * 3),
+            "all_to_all": lambda: comm.all_to_all(x.expand(3, *x.shape)),
             "broadcast": lambda: comm.broadcast(x, 1),
             "all_gather": lambda: comm.all_gather(x),
             "all_sum": lambda: comm.all_sum(x),

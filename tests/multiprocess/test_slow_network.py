@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from launch import slow_network
+from launch import hosts, slow_network
 from tests.multiprocess.launch import ROOT
 
 SCRIPT = str(ROOT / "launch" / "slow_network")
@@ -71,12 +71,12 @@ pytestmark = pytest.mark.skipif(bool(missing()) and "CI" not in os.environ, reas
 
 def namespaces(pid: int) -> list[str]:
     """Those of the run with this process id."""
-    return slow_network.namespaces(f"{slow_network.PREFIX}-{pid}")
+    return hosts.namespaces(f"{hosts.PREFIX}-{pid}")
 
 
 def links() -> list[str]:
     """The machine's own network interfaces: "7: eth0@if6"."""
-    return re.findall(r"^\d+: [^:]+", slow_network.ip("ip", "-oneline", "link"), re.MULTILINE)
+    return re.findall(r"^\d+: [^:]+", hosts.ip("ip", "-oneline", "link"), re.MULTILINE)
 
 
 @contextmanager
@@ -172,15 +172,15 @@ def test_what_a_killed_run_left_is_cleaned_away():
         process.kill()
         process.wait()
     assert len(namespaces(process.pid)) == 3
-    assert slow_network.started(pid)  # its ranks live on, too
+    assert hosts.started(pid)  # its ranks live on, too
     done = subprocess.run([SCRIPT, "--clean"], capture_output=True, text=True, check=True)
     assert namespaces(process.pid) == [], done.stdout
-    assert f"removed {slow_network.PREFIX}-{process.pid}-" in done.stdout
-    assert not slow_network.started(pid)
+    assert f"removed {hosts.PREFIX}-{process.pid}-" in done.stdout
+    assert not hosts.started(pid)
 
 
 def test_a_network_that_cannot_be_made_whole_is_taken_down(monkeypatch):
-    network = slow_network.Network(f"{slow_network.PREFIX}-{os.getpid()}-0", 2, 1e6, 1e6)
+    network = hosts.Network(f"{hosts.PREFIX}-{os.getpid()}-0", 2, 1e6, 1e6)
     real = slow_network.limit
     monkeypatch.setattr(slow_network, "limit", lambda device, rate: real(device.replace("port1", "nothing"), rate))
     with pytest.raises(RuntimeError, match=r"tc -n .* dev nothing .* failed: .*SYS_ADMIN"):

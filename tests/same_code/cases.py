@@ -73,6 +73,7 @@ def wire_laws(comm: Comm, device: str = "cpu") -> None:
 
 def _wire_laws(comm: Comm) -> None:
     n, me = len(comm.members), comm.members.index(comm.rank)
+    assert comm.place == me
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8):
         x = torch.full((2, 3), me + 1).to(dtype)
         total = comm.all_sum(x).wait()
@@ -88,12 +89,17 @@ def _wire_laws(comm: Comm) -> None:
                 assert (got.to(torch.float32) == rank % 2).all()
             got = comm.broadcast(x, comm.members[-1]).wait()
             assert got.dtype == dtype and (got.to(torch.float32) == (n - 1) % 2).all()
-    rows = [torch.full((j + 1, 2), 10.0 * me + j, dtype=torch.bfloat16) for j in range(n)]
-    for sender, got in enumerate(comm.all_to_all(rows).wait()):
-        assert got.shape == (me + 1, 2) and (got == 10.0 * sender + me).all()
+    rows = (10.0 * me + torch.arange(n)).bfloat16()[:, None].expand(n, 3)
+    crossed = comm.all_to_all(rows).wait()
+    assert crossed.shape == (n, 3) and crossed.dtype == torch.bfloat16 and crossed.is_contiguous()
+    for sender, got in enumerate(crossed):
+        assert (got == 10.0 * sender + me).all()
+    for unfit in (torch.ones(n + 1), torch.ones(())):
+        with pytest.raises(ValueError, match=f"for {n} members; give one row for each"):
+            comm.all_to_all(unfit)
     # whatever their strides, which torch does not look at where there is one element
     for x in (torch.tensor([[float(me), 0.0]])[:, :1], torch.tensor([[float(me), 0.0]] * 3)[:, 0]):
-        travelled = [comm.all_gather(x).wait(), comm.all_to_all([x] * n).wait()]
+        travelled = [list(comm.all_gather(x).wait()), list(comm.all_to_all(torch.stack([x] * n)).wait())]
         travelled.append([comm.broadcast(x, source).wait() for source in comm.members])
         for copies in travelled:
             assert all(y.shape == x.shape and (y == rank).all() for rank, y in enumerate(copies))
@@ -101,8 +107,8 @@ def _wire_laws(comm: Comm) -> None:
     x = torch.arange(6.0).view(2, 3).t() if me % 2 else torch.arange(6.0).view(2, 3).t().contiguous()
     assert torch.equal(comm.all_sum(x).wait(), n * x)
     # what was there when it was sent travels, whatever becomes of it, and what was sent stays what it is
-    for start in (comm.all_gather, lambda x: comm.all_to_all([x] * n)):
-        big = torch.full((500_000,), float(me))
+    for start in (comm.all_gather, lambda x: comm.all_to_all(x.view(n, -1))):
+        big = torch.full((500_000 * n,), float(me))
         work = start(big)
         big.fill_(-1.0)
         for rank, got in enumerate(work.wait()):
@@ -114,15 +120,15 @@ def _wire_laws(comm: Comm) -> None:
         big.fill_(-1.0)
         assert torch.equal(coming.wait(), torch.full_like(big, expected)) and (big == -1.0).all()
     # several all-to-alls under way at once, large and empty, with another message to the same rank between them
-    many = [[torch.full((k * (j + 1),), 100.0 * k + 10 * me + j) for j in range(n)] for k in (30_000, 0, 3)]
+    many = [(100.0 * k + 10 * me + torch.arange(n))[:, None].expand(n, k) for k in (30_000, 0, 3)]
     first = comm.all_to_all(many[0])
     aside = comm.recv(torch.zeros(1), comm.members[(me - 1) % n]) if n > 1 and comm.rank != 0 else None
     if n > 1 and comm.members[(me + 1) % n] != 0:
         comm.send(torch.tensor([7.0]), comm.members[(me + 1) % n]).wait()
-    others = [comm.all_to_all(xs) for xs in many[1:]]
+    others = [comm.all_to_all(x) for x in many[1:]]
     for k, work in [(3, others[1]), (30_000, first), (0, others[0])]:
         for sender, got in enumerate(work.wait()):
-            assert got.shape == (k * (me + 1),) and (got == 100.0 * k + 10 * sender + me).all()
+            assert got.shape == (k,) and (got == 100.0 * k + 10 * sender + me).all()
     assert aside is None or aside.wait()[1].item() == 7.0
     # several under way at once, waited for in another order
     works = [comm.all_sum(torch.tensor([float(i + me)])) for i in range(4)]
@@ -184,7 +190,7 @@ def _wire_laws_of_pairs(comm: Comm) -> None:
     n, me = len(comm.members), comm.members.index(comm.rank)
     x = torch.tensor([[1e8, 3.0, -1e8, 1.0][me % 4]])
     works = comm.all_sum(x), comm.all_gather(x.bfloat16()), comm.broadcast(x, comm.members[-1])
-    rows = [torch.full((j + 1, 2), 10.0 * me + j, dtype=torch.bfloat16) for j in range(n)]
+    rows = (10.0 * me + torch.arange(n)).bfloat16()[:, None].expand(n, 2)
     crossed = comm.all_to_all(rows)
     x.zero_()
     values = torch.tensor([1e8, 3.0, -1e8, 1.0])[torch.arange(n) % 4]
@@ -192,9 +198,9 @@ def _wire_laws_of_pairs(comm: Comm) -> None:
     for value in values:  # in members' order, whoever adds
         total = total + value
     assert torch.equal(works[0].wait(), total.view(1)), "the sum is in members' order"
-    assert torch.equal(torch.stack(works[1].wait()), values.bfloat16().view(n, 1))
+    assert torch.equal(works[1].wait(), values.bfloat16().view(n, 1))
     assert torch.equal(works[2].wait(), values[-1].view(1))
     for sender, got in enumerate(crossed.wait()):
-        assert got.shape == (me + 1, 2) and (got == 10.0 * sender + me).all()
+        assert got.shape == (2,) and (got == 10.0 * sender + me).all()
     with pytest.raises(ValueError, match="cannot be summed"):
         comm.all_sum(torch.ones(2, dtype=torch.bool))

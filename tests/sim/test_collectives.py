@@ -7,7 +7,7 @@ import torch
 
 from lowcomm.comm.echo import EchoComm
 from lowcomm.comm.metered import Meter, MeteredComm
-from lowcomm.sim.collectives import Hierarchical, Pairwise, Ring, Schedule, Star, Transfer, Tree, TwoShot
+from lowcomm.sim.collectives import MANY, Hierarchical, Pairwise, Ring, Schedule, Star, Transfer, Tree, TwoShot
 from lowcomm.sim.gloo import Gloo
 from lowcomm.sim.links import BARE, Links
 from lowcomm.sim.network import Network
@@ -99,6 +99,15 @@ def test_pieces_and_messages_go_directly(schedule):
     assert schedule.transfers("send", (3, 8), [5, 7], source=8) == [Transfer(8, 3, 7, latencies)]
 
 
+@pytest.mark.parametrize("num_members", [MANY, MANY + 1])
+def test_pieces_among_many_load_every_link_as_those_among_few_do(num_members):
+    members = tuple(range(0, 3 * num_members, 3))
+    transfers = Ring().transfers("all_to_all", members, [10] * num_members)
+    assert len(transfers) == num_members * (num_members - 1 if num_members == MANY else 1)
+    every = dict.fromkeys(members, 10 * (num_members - 1))
+    assert sent_and_received(transfers) == (every, every)
+
+
 @every_schedule
 @pytest.mark.parametrize("kind", ["all_sum", "all_gather", "all_to_all", "broadcast"])
 def test_alone_there_is_nobody_to_send_to(schedule, kind):
@@ -129,7 +138,7 @@ def test_the_bytes_of_a_ring_are_those_that_the_meter_counts(num_members):
     cases = [
         (lambda comm: comm.all_sum(x), ("all_sum", members, sizes)),
         (lambda comm: comm.all_gather(x), ("all_gather", members, sizes)),
-        (lambda comm: comm.all_to_all([x] * num_members), ("all_to_all", members, sizes)),
+        (lambda comm: comm.all_to_all(x.expand(num_members, 7)), ("all_to_all", members, sizes)),
         (lambda comm: comm.broadcast(x, 1), ("broadcast", members, sizes, 1)),
     ]
     for exchange, asked in cases:

@@ -41,7 +41,7 @@ def test_simulation_computes_what_threads_compute_and_twice_the_same(name, num_r
 def test_results_are_fresh_and_inputs_are_read_at_the_call():
     def program(comm, clock):
         x = torch.full((2,), 1.0 + comm.rank)
-        works = [comm.all_sum(x), comm.all_gather(x), comm.all_to_all([x, x]), comm.broadcast(x, 1)]
+        works = [comm.all_sum(x), comm.all_gather(x), comm.all_to_all(torch.stack([x, x])), comm.broadcast(x, 1)]
         sent = comm.send(x, 1 - comm.rank)
         x.zero_()
         received = comm.recv(x)
@@ -64,7 +64,7 @@ def test_results_are_contiguous_whatever_the_strides_of_inputs(device):
         x = torch.arange(6.0, device=device).view(2, 3).t()
         peer = 1 - comm.rank
         works = [comm.all_sum(x), comm.broadcast(x, 0), comm.exchange(x, peer), comm.exchange(x, comm.rank)]
-        lists = [comm.all_gather(x), comm.all_to_all([x, x])]
+        lists = [comm.all_gather(x), comm.all_to_all(x.expand(2, 3, 2))]
         sent = comm.send(x, peer)
         found = [*(work.wait() for work in works), *(y for work in lists for y in work.wait()), comm.recv(x).wait()[1]]
         sent.wait()
@@ -87,7 +87,7 @@ def test_sums_are_in_rank_order_whoever_comes_first():
 def test_meta_tensors_take_time_but_have_no_values():
     def program(comm, clock):
         x = torch.empty(10, dtype=torch.uint8, device="meta")
-        works = [comm.all_sum(x), comm.all_gather(x), comm.broadcast(x, 0), comm.all_to_all([x] * 3)]
+        works = [comm.all_sum(x), comm.all_gather(x), comm.broadcast(x, 0), comm.all_to_all(x.expand(3, 10))]
         works += [comm.send(x, (comm.rank + 1) % 3), comm.recv(x)]
         total, gathered, spread, crossed, _, (source, mail) = [work.wait() for work in works]
         assert source == (comm.rank - 1) % 3 and len(gathered) == len(crossed) == 3
@@ -134,7 +134,11 @@ def test_a_message_takes_the_time_of_its_bytes():
 
 def test_an_exchange_that_is_over_is_forgotten():
     def program(comm, clock):
-        works = [comm.all_sum(byte(1)), comm.all_to_all([byte(1)] * 2), comm.exchange(byte(1), 1 - comm.rank)]
+        works = [
+            comm.all_sum(byte(1)),
+            comm.all_to_all(torch.stack([byte(1)] * 2)),
+            comm.exchange(byte(1), 1 - comm.rank),
+        ]
         assert len(comm._view.exchanges) == 3
         clock.sleep(9.0)
         assert not comm._view.exchanges, "its tensors would stay to the end of the run"
@@ -151,8 +155,8 @@ ALL = torch.zeros(4, dtype=torch.uint8)
     ("schedule", "call", "ends"),
     [
         (Ring(), lambda c: c.broadcast(ALL, 0), [12, 12, 4, 4]),
-        (Ring(), lambda c: c.all_to_all([ALL] * 4), [12, 12, 4, 4]),
-        (Tree(), lambda c: c.all_to_all([ALL] * 4), [12, 12, 4, 4]),
+        (Ring(), lambda c: c.all_to_all(torch.stack([ALL] * 4)), [12, 12, 4, 4]),
+        (Tree(), lambda c: c.all_to_all(torch.stack([ALL] * 4)), [12, 12, 4, 4]),
         (Star(0), lambda c: c.all_sum(ALL), [12] * 4),
         (Tree(), lambda c: c.broadcast(ALL, 0), [12] * 4),  # rank 3 has it from rank 1
         (Tree(), lambda c: c.all_gather(ALL), [24] * 4),  # on this edge is what ranks 0 and 2 put in
@@ -265,7 +269,7 @@ def test_a_message_to_oneself_and_a_view_of_its_own():
         (lambda c: c.all_sum(torch.ones(3)), r"rank 1 calls all_sum of float32 \[3\], but rank 0 .* float32 \[2\]"),
         (lambda c: c.all_sum(torch.ones(2).double()), "rank 1 calls all_sum of float64"),
         (lambda c: c.broadcast(torch.ones(2), 1), "rank 1 calls broadcast of .* from rank 1, but rank 0 called"),
-        (lambda c: c.all_to_all([torch.ones(2)] * 2), "exchange number 2 among ranks 0, 1: rank 1 calls all_to_all"),
+        (lambda c: c.all_to_all(torch.ones(2, 2)), "exchange number 2 among ranks 0, 1: rank 1 calls all_to_all"),
     ],
 )
 def test_members_must_call_the_same(mine, message):
@@ -293,8 +297,8 @@ def test_bad_ranks():
                 call()
         with pytest.raises(ValueError, match="not all among 0"):
             comm.sub([0, 5])
-        with pytest.raises(ValueError, match="2 tensors for 1 members"):
-            comm.all_to_all([x, x])
+        with pytest.raises(ValueError, match="for 1 members; give one row for each"):
+            comm.all_to_all(torch.ones(2))
 
     simulate(program)
     for rank, members, message in ((3, [0, 1], "must hold this rank, 3"), (0, [0, 0], "distinct"), (0, [], "distinct")):

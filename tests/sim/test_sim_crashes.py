@@ -13,7 +13,7 @@ from tests.sim.slow import SlowNetwork, byte, simulate
 KINDS = {
     "all_sum": lambda c: c.all_sum(torch.zeros(6, dtype=torch.uint8)),
     "all_gather": lambda c: c.all_gather(torch.zeros(4, dtype=torch.uint8)),
-    "all_to_all": lambda c: c.all_to_all([torch.zeros(8, dtype=torch.uint8)] * 3),
+    "all_to_all": lambda c: c.all_to_all(torch.zeros(3, 8, dtype=torch.uint8)),
     "broadcast": lambda c: c.broadcast(torch.zeros(8, dtype=torch.uint8), 0),
 }
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowcomm.tensors import buckets, bytes_of, digest, flatten, num_bytes
+from lowcomm.tensors import add_, buckets, bytes_of, copy_, digest, flatten, mul_, num_bytes, unflatten, zeros
 
 EQUAL = {
     "a column of one element": (torch.tensor([[3.0, 4.0]])[:, :1], torch.tensor([[3.0]])),
@@ -44,3 +44,28 @@ def test_a_flat_vector_is_a_copy():
         flat = flatten(tensors)
         x.add_(1)
         assert torch.equal(flat, torch.full((4 * len(tensors),), x[0, 0].item() - 1))
+
+
+def test_the_arithmetic_of_lists():
+    xs, ys = [torch.tensor([1.0, 2.0]), torch.tensor(3.0)], [torch.tensor([10.0, 20.0]), torch.tensor(30.0)]
+    add_(xs, ys, alpha=2.0)
+    mul_(xs, 0.5)
+    assert [x.tolist() for x in xs] == [[10.5, 21.0], 31.5]
+    copy_(xs, ys)
+    ys[0].zero_()
+    assert [x.tolist() for x in xs] == [[10.0, 20.0], 30.0]
+    none = zeros(xs)
+    assert [x.tolist() for x in none] == [[0.0, 0.0], 0.0] and [x.tolist() for x in xs] == [[10.0, 20.0], 30.0]
+
+
+@pytest.mark.parametrize("shapes", [[(2, 3)], [(2, 3), (), (0,), (4,)]])
+def test_without_values_shapes_and_dtypes_are_those_with_them(shapes):
+    def shapes_on(device):
+        xs = [torch.ones(shape, dtype=torch.bfloat16, device=device) for shape in shapes]
+        for change in (lambda: add_(xs, xs), lambda: mul_(xs, 2.0), lambda: copy_(xs, xs)):
+            change()
+        flat = flatten(xs)
+        lists = [[flat], zeros(xs), unflatten(flat, xs), unflatten(flat.float(), xs)]
+        return [[(x.shape, x.dtype, x.is_contiguous()) for x in found] for found in lists]
+
+    assert shapes_on("meta") == shapes_on("cpu")

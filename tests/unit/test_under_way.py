@@ -28,6 +28,7 @@ class Recorder:
 
     def __init__(self, inner):
         self.inner, self.rank, self.members, self.log, self.num = inner, inner.rank, inner.members, [], 0
+        self.place = inner.place
 
     def noted(self, work):
         name, self.num = self.num, self.num + 1
@@ -40,8 +41,8 @@ class Recorder:
     def all_gather(self, x):
         return self.noted(self.inner.all_gather(x))
 
-    def all_to_all(self, xs):
-        return self.noted(self.inner.all_to_all(xs))
+    def all_to_all(self, x):
+        return self.noted(self.inner.all_to_all(x))
 
 
 def tensors():

@@ -1,0 +1,75 @@
+"""What a replica of the training loop costs in timing alone does not grow with how many others there are."""
+
+import json
+import sys
+import tracemalloc
+
+import pytest
+
+from lowcomm.algorithms.diloco import DiLoCo
+from lowcomm.algorithms.participation import DroppedRounds
+from lowcomm.compress.cast import Cast
+from lowcomm.compress.identity import Identity
+from lowcomm.config import Checkpointing, Run
+from lowcomm.models.llama import Llama
+from lowcomm.reduce import Reducer
+from lowcomm.sim.collectives import MANY
+from lowcomm.sim.presets import Home
+from lowcomm.sim.simulate import simulate
+
+FEW, MORE = 100, 400
+
+
+def run_of(compressor, dropped=None):
+    algorithm = DiLoCo(every=1, reducer=Reducer(compressor), dropped=dropped)
+    # large enough that 16-bit chunks of the model are worth while on so many ranks
+    return Run(model=Llama("500k"), algorithm=algorithm, checkpoint=Checkpointing(every=0), num_steps=2)
+
+
+def calls_of(action):
+    """How many calls of functions it made, of Python or of C."""
+    num_calls = 0
+
+    def count(frame, event, argument):
+        nonlocal num_calls
+        num_calls += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        action()
+    finally:
+        sys.setprofile(before)
+    return num_calls
+
+
+@pytest.mark.parametrize("compressor", [Identity(), Cast()], ids=["fp32", "bf16"])
+def test_calls_and_flows_of_a_rank_are_as_many_among_more(compressor, tmp_path):
+    assert FEW > MANY
+    run = run_of(compressor)
+    simulate(run, Home(num_hosts=2), tmp_path / "first", timing_only=True)  # what is imported and cached once
+    calls, flows = {}, {}
+    for num_ranks in (FEW, MORE):
+        out, cluster = tmp_path / str(num_ranks), Home(num_hosts=num_ranks)
+        calls[num_ranks] = calls_of(lambda out=out, cluster=cluster: simulate(run, cluster, out, timing_only=True))
+        events = json.loads((out / "trace.json").read_text())["traceEvents"]
+        flows[num_ranks] = sum(event.get("cat") == "flow" for event in events)
+    num_exchanges = 2 if compressor == Identity() else 4  # in two rounds
+    assert flows == {n: n * num_exchanges for n in (FEW, MORE)}
+    assert (calls[MORE] - calls[FEW]) / (MORE - FEW) <= 1.05 * calls[FEW] / FEW
+
+
+@pytest.mark.parametrize("compressor", [Identity(), Cast()], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dropped", [None, DroppedRounds(0.1)], ids=["all", "dropped"])
+def test_a_rank_takes_as_much_memory_among_more(compressor, dropped, tmp_path):
+    run = run_of(compressor, dropped)
+    simulate(run, Home(num_hosts=2), tmp_path / "first", timing_only=True)
+    peaks = {}
+    for num_ranks in (FEW, MORE):
+        tracemalloc.start()
+        try:
+            simulate(run, Home(num_hosts=num_ranks), tmp_path / str(num_ranks), timing_only=True)
+            peaks[num_ranks] = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert (peaks[MORE] - peaks[FEW]) / (MORE - FEW) <= 1.1 * peaks[FEW] / FEW
