@@ -20,8 +20,12 @@ from lowcomm.algorithms.participation import DroppedRounds
 from lowcomm.algorithms.qsr import QSR
 from lowcomm.algorithms.sparta import SPARTA
 from lowcomm.algorithms.streaming_diloco import StreamingDiLoCo
+from lowcomm.codecs.half import Half
 from lowcomm.compress.cast import Cast
+from lowcomm.compress.dct import DCT
+from lowcomm.compress.top_k import TopK
 from lowcomm.engine.torch_engine import TorchEngine
+from lowcomm.feedback.ef14 import EF14
 from lowcomm.reduce import Reducer
 from tests.world import run_world
 
@@ -32,7 +36,8 @@ CASES = {
     "local sgd, post-local, weighted": LocalSGD(every=2, start=2, weights=[1.0, 3.0]),
     "diloco": DiLoCo(every=3),
     "diloco, bfloat16 wire": DiLoCo(every=3, reducer=Reducer(Cast())),
-    "demo": DeMo(),
+    # of one value the transform is exact: of more, the signs of what cancels would be up to the processor's rounding
+    "demo": DeMo(Reducer(DCT(TopK(num=2, chunk=2, values=Half(), divide_by="present"), tile=1), EF14(decay=0.5))),
     "sparta": SPARTA(fraction=0.5),
     "sparta, late, then diloco": SPARTA(fraction=0.5, delay=1, then=DiLoCo(every=3)),
     "diloco, dropped": DiLoCo(every=2, dropped=DroppedRounds(0.5, "all", seed=7)),
