@@ -46,9 +46,10 @@ from lowcomm.comm.echo import EchoComm
 from lowcomm.config import Batch, Checkpointing, Run
 from lowcomm.engine.base import Engine
 from lowcomm.models.llama import Llama
+from lowcomm.sim import collectives
 from lowcomm.sim.clock import Clock
 from lowcomm.sim.comm import World
-from lowcomm.sim.links import Links
+from lowcomm.sim.links import BARE, Links
 from lowcomm.sim.memory import peak_bytes
 from lowcomm.sim.network import Network
 from lowcomm.tensors import rng
@@ -112,8 +113,8 @@ def think_s(rank: int, i: int) -> float:
 def lowcomm_run(num_ranks: int, num_rounds: int) -> tuple[Callable[[], object], Callable[[], int]]:
     """What to time, and how many events it had."""
     clock = Clock(isolate_torch=False)
-    network = Network(clock, Links(*rates(num_ranks), lambda source, to: LATENCY_S))
-    world, everybody = World(clock, network), tuple(range(num_ranks))
+    network = Network(clock, Links(*rates(num_ranks), lambda source, to: LATENCY_S, transport=BARE))
+    world, everybody = World(clock, network, collectives.Ring()), tuple(range(num_ranks))
     small, large = torch.empty(SMALL, device="meta"), torch.empty(LARGE, device="meta")
 
     def program(rank: int) -> None:

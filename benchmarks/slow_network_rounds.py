@@ -127,7 +127,7 @@ def simulated_seconds(
             "bits_per_s": rate_mbit_per_s * 1e6,
             "latency_s": LATENCY_S,
             "compute": {"class_path": "Constant", "init_args": {"mean_s": step_s}},
-            "transport": {"bandwidth_factor": PAYLOAD_SHARE, "latency_factor": 1.0},
+            "transport": {"bandwidth_factor": PAYLOAD_SHARE},
         },
     }
     paths = [out.with_name(f"{out.name}.{what}.yaml") for what in ("run", "cluster")]

@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ import lowcomm
 from lowcomm.codecs.absmax import Absmax
 from lowcomm.comm.base import Comm
 from lowcomm.comm.echo import EchoComm
+from lowcomm.compress.base import Compressor
 from lowcomm.compress.power_sgd import PowerSGD
 from lowcomm.compress.quantized import Quantized
 from lowcomm.compress.top_k import TopK
@@ -36,7 +36,7 @@ KINDS = ("all_sum", "all_gather", "all_to_all", "broadcast", "send", "exchange")
 SIZES = (4, 4_000, 400_000, 4_000_000, 16_000_000)
 NUM_TENSORS = 16
 PARAMETERS = {"1M": 256, "10M": 790}  # each tensor is a square of this width
-STREAMING = {"every": 4, "delay": 2}
+STREAMING_EVERY, STREAMING_DELAY = 4, 2
 STEP_S = 0.1  # of the steps within a round of Streaming DiLoCo, whose exchanges they hide
 
 
@@ -157,9 +157,11 @@ def rounds(algorithm: lowcomm.Algorithm[Any], width: int, num_steps: int) -> Mak
 
 def methods() -> dict[str, tuple[lowcomm.Algorithm[Any], int, float]]:
     """By name: the method, its steps a round, and about the bytes that a parameter puts on the wire of n ranks / 2."""
-    reducer = lowcomm.Reducer
-    diloco = lambda compressor: lowcomm.DiLoCo(every=1, reducer=reducer(compressor))  # noqa: E731
-    streaming = lowcomm.StreamingDiLoCo(**STREAMING, blocks_per_fragment=None)
+
+    def diloco(compressor: Compressor[Any]) -> lowcomm.DiLoCo:
+        return lowcomm.DiLoCo(every=1, reducer=lowcomm.Reducer(compressor))
+
+    streaming = lowcomm.StreamingDiLoCo(STREAMING_EVERY, STREAMING_DELAY, blocks_per_fragment=None)
     return {
         "data_parallel": (lowcomm.DataParallel(), 1, 4.0),
         "diloco fp32": (diloco(lowcomm.Identity()), 1, 4.0),
@@ -167,7 +169,7 @@ def methods() -> dict[str, tuple[lowcomm.Algorithm[Any], int, float]]:
         "diloco int8": (diloco(Quantized(Absmax(8))), 1, 1.0),
         "diloco top_k": (diloco(TopK()), 1, 0.6),
         "diloco power_sgd": (diloco(PowerSGD(rank=4)), 1, 0.1),
-        "streaming fp32": (streaming, STREAMING["every"], 4.0),
+        "streaming fp32": (streaming, STREAMING_EVERY, 4.0),
         "noloco": (lowcomm.NoLoCo(every=1), 1, 8.0),
     }
 
@@ -175,15 +177,15 @@ def methods() -> dict[str, tuple[lowcomm.Algorithm[Any], int, float]]:
 def cells(num_ranks: int, bits_per_s: float) -> Iterator[Cell]:
     """All that can be timed among so many ranks, quick ones first."""
     share = {"all_sum": 2 * (num_ranks - 1) / num_ranks, "all_gather": num_ranks - 1.0, "all_to_all": 1.0}
-    share |= {"broadcast": math.ceil(math.log2(num_ranks)), "send": 1.0, "exchange": 1.0}
+    share |= {"broadcast": float(math.ceil(math.log2(num_ranks))), "send": 1.0, "exchange": 1.0}
     for num_bytes in SIZES:
         for kind in KINDS if num_bytes < SIZES[-1] else ("all_sum", "all_to_all", "exchange"):
             wire_s = share[kind] * num_bytes * 8 / bits_per_s
             yield Cell(f"{kind} {num_bytes}", wire_s, exchange(kind, num_bytes))
     for size, width in PARAMETERS.items():
         for name, (algorithm, num_steps, parameter_bytes) in methods().items():
-            num_bytes = NUM_TENSORS * width**2 * parameter_bytes
-            wire_s = share["all_sum"] * num_bytes * 8 / bits_per_s
+            wire_bytes = NUM_TENSORS * width**2 * parameter_bytes
+            wire_s = share["all_sum"] * wire_bytes * 8 / bits_per_s
             yield Cell(f"{name} {size}", wire_s, rounds(algorithm, width, num_steps), num_steps)
 
 
@@ -234,14 +236,14 @@ def main() -> None:
     flags.add_argument("rate", type=float, help="Mbit/s of each host")
     flags.add_argument("latency_ms", type=float)
     flags.add_argument("--limit_s", type=float, default=6.0, help="calls whose bytes take longer are left out")
-    flags.add_argument("--only", choices=("exchanges", "rounds"), help="not the other; both by default")
+    flags.add_argument("--cells", nargs="+", help='only these, such as "all_sum 4000"')
     given = flags.parse_args()
     torch.set_num_threads(1)
     place = Real(lowcomm.connect("gloo", timeout_s=120))
     line = os.environ.get("SLOW_NETWORK_DELAY_LINE")
     margin_s = margin(len(place.comm.members), given.latency_ms / 1e3)
     for cell in cells(len(place.comm.members), given.rate * 1e6):
-        if cell.wire_s > given.limit_s or given.only == ("exchanges" if cell.num_steps else "rounds"):
+        if cell.wire_s > given.limit_s or (given.cells and cell.name not in given.cells):
             continue
         before = (time.monotonic(), processor_s(line) if line else 0.0)
         seconds = measure(place, cell, margin_s)
@@ -255,4 +257,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

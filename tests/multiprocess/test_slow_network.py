@@ -56,6 +56,30 @@ lowcomm.disconnect()
 """
 
 
+UP_AND_SLEEP = ("sh", "-c", "echo up; exec sleep 1000")
+# rank 0 asks rank 1 five times, and prints the seconds until each answer
+QUESTIONS = """
+import os, socket, time
+address = (os.environ["MASTER_ADDR"], 5000)
+if os.environ["RANK"] == "0":
+    connection, _ = socket.create_server(address).accept()
+    for _ in range(5):
+        start = time.perf_counter()
+        connection.sendall(b"x")
+        connection.recv(1)
+        print("seconds", time.perf_counter() - start)
+elif os.environ["RANK"] == "1":
+    while True:
+        try:
+            connection = socket.create_connection(address)
+            break
+        except ConnectionRefusedError:
+            time.sleep(0.05)
+    while connection.recv(1):
+        connection.sendall(b"x")
+"""
+
+
 def missing() -> str:
     """Why network namespaces cannot be made here, or nothing."""
     try:
@@ -121,6 +145,38 @@ def test_a_transfer_takes_the_time_of_the_slower_end(flags, mbit_per_s):
     assert NUM_BYTES * 8 / statistics.median(seconds) / 1e6 == pytest.approx(mbit_per_s, rel=0.15)
 
 
+@pytest.mark.parametrize(
+    ("latency_ms", "round_trip_ms"), [("30", 60), ("5,15,100", 40), ("0,10,99;50,0,99;99,99,0", 60)]
+)
+def test_an_answer_takes_the_way_there_and_back(latency_ms, round_trip_ms):
+    network = ("--hosts", "3", "--rate", "50", "--latency_ms", latency_ms)
+    code, output = slow(*network, "--", sys.executable, "-c", QUESTIONS)
+    assert code == 0, output
+    seconds = [float(x) for x in re.findall(r"^\[0\] seconds (.*)$", output, re.MULTILINE)]
+    assert len(seconds) == 5, output
+    assert statistics.median(seconds) * 1e3 == pytest.approx(round_trip_ms, abs=6)
+    assert min(seconds) * 1e3 >= round_trip_ms, "no packet is early"
+    assert re.search(r"slow_network: the delay line carried \d+ packets", output)
+
+
+def test_rates_hold_behind_latencies():
+    code, output = slow("--hosts", "2", "--rate", "50", "--latency_ms", "10", "--", sys.executable, "-c", SOCKETS)
+    assert code == 0, output
+    seconds = [float(x) for x in re.findall(r"^\[0\] seconds (.*)$", output, re.MULTILINE)]
+    assert len(seconds) == 3, output
+    # the first opens its window, and each waits for the word that asks for it
+    assert NUM_BYTES * 8 / (seconds[-1] - 0.02) / 1e6 == pytest.approx(50, rel=0.15)
+
+
+def test_without_its_delay_line_a_network_is_given_up():
+    with launched("--hosts", "2", "--rate", "50", "--latency_ms", "10", "--", *UP_AND_SLEEP) as process:
+        process.stdout.readline()
+        (line,) = hosts.ip("ip", "netns", "pids", f"{namespaces(process.pid)[0].rpartition('-')[0]}-switch").split()
+        os.kill(int(line), signal.SIGKILL)
+        code, output = finish(process)
+    assert code == 1 and "the delay line ended before the ranks; they are stopped" in output
+
+
 def test_ranks_find_each_other_over_gloo():
     code, output = slow("--hosts", "2", "--rate", "50", "--", sys.executable, "-c", ALL_REDUCE)
     assert code == 0, output
@@ -181,8 +237,8 @@ def test_what_a_killed_run_left_is_cleaned_away():
 
 def test_a_network_that_cannot_be_made_whole_is_taken_down(monkeypatch):
     network = hosts.Network(f"{hosts.PREFIX}-{os.getpid()}-0", 2, 1e6, 1e6)
-    real = slow_network.limit
-    monkeypatch.setattr(slow_network, "limit", lambda device, rate: real(device.replace("port1", "nothing"), rate))
+    real = hosts.limit
+    monkeypatch.setattr(hosts, "limit", lambda device, *rest: real(device.replace("port1", "nothing"), *rest))
     with pytest.raises(RuntimeError, match=r"tc -n .* dev nothing .* failed: .*SYS_ADMIN"):
         slow_network.run(network, ["true"], 10.0, 0.0, slow_network.Signals())
     assert namespaces(os.getpid()) == []
@@ -198,6 +254,9 @@ def test_a_network_that_cannot_be_made_whole_is_taken_down(monkeypatch):
         (["--hosts", "2", "--rate", "10", "--"], "there is no command; give one after --"),
         (["--hosts", "2", "--rate", "10", "--time_limit_s", "0", "--", "true"], "--time_limit_s 0 must be positive"),
         (["--hosts", "2", "--rate", "10", "--", "no-such-program"], "'no-such-program' cannot be found"),
+        (["--hosts", "3", "--rate", "10", "--latency_ms", "5,5", "--", "true"], "'5,5' is neither one number, nor one"),
+        (["--hosts", "2", "--rate", "10", "--latency_ms", "far", "--", "true"], "'far' is neither one number"),
+        (["--hosts", "2", "--rate", "10", "--latency_ms", "-5", "--", "true"], "each must be from 0 to 10000"),
     ],
 )
 def test_mistakes_are_told_in_one_paragraph(arguments, message, capsys):
