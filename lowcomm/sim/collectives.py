@@ -32,11 +32,19 @@ KINDS = ("all_sum", "all_gather", "all_to_all", "broadcast", "send", "exchange")
 
 
 class Turns(NamedTuple):
-    """How often a pipeline waits for word that there is room for its next messages; see `lowcomm.sim.tcp.turns_s`."""
+    """What a transfer waits for beside its latencies; see `lowcomm.sim.tcp.turns_s`.
+
+    Attributes:
+        num: how often for word that there is room for its next two messages.
+        message_bytes: of each.
+        both_ways: the other sends as much on the same connection.
+        behind: messages that its sender sends others before.
+    """
 
     num: int
     message_bytes: int
-    both_ways: bool = False  # the other sends as much on the same connection
+    both_ways: bool = False
+    behind: float = 0.0
 
 
 class Transfer(NamedTuple):

@@ -33,7 +33,7 @@ class Transport:
     window_bytes: float | None = 2.8e6
     initial_window_bytes: float | None = 14_480.0
     latency_factor: float = 1.0
-    bandwidth_factor: float = 0.95
+    bandwidth_factor: float = 0.94
     half_duplex: bool = False
 
     def __post_init__(self) -> None:

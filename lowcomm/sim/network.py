@@ -168,11 +168,11 @@ class Network:
     def _waits_s(self, flow: Flow, turns: Turns | None) -> float:
         """Seconds in which its bytes are held back, were the links its own; sets what its windows let it have then."""
         there_s, back_s = self.links.latency(flow.source, flow.to), self.links.latency(flow.to, flow.source)
-        if there_s + back_s == 0:
-            return 0.0
         bytes_per_s = min(link.bytes_per_s for link in flow.links)
         turns_wait_s = 0.0 if turns is None else turns_s(turns, bytes_per_s, there_s, back_s)
-        at_once = flow.num_bytes if turns is None or turns_wait_s == 0 else 2.0 * turns.message_bytes
+        if there_s + back_s == 0:
+            return turns_wait_s
+        at_once = flow.num_bytes if turns is None or turns.num * turns_wait_s == 0 else 2.0 * turns.message_bytes
         if at_once > FREE_WINDOWS * self.links.window_bytes():
             flow.window_bytes_per_s = self.links.window_bytes() / (there_s + back_s)
         path = (flow.source, flow.to)

@@ -53,8 +53,9 @@ def turns_s(turns: Turns, bytes_per_s: float, latency_s: float, back_s: float) -
     A message may leave when the one two before it has arrived and word of that has come back: with messages of s
     seconds, one way of a and two messages in each turn that is a + back - s, if that is positive. Where both ranks
     send to each other on one connection the word stands in line behind a message, and costs its way back each time.
+    What its sender sends others before comes on top.
     """
     message_s, round_trip_s = turns.message_bytes / bytes_per_s, latency_s + back_s
-    if turns.both_ways and message_s >= round_trip_s / 2:
-        return turns.num * round_trip_s
-    return turns.num * max(0.0, round_trip_s - message_s)
+    in_line = turns.both_ways and message_s >= round_trip_s / 2
+    each_s = round_trip_s if in_line else max(0.0, round_trip_s - message_s)
+    return turns.num * each_s + turns.behind * message_s

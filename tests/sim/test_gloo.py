@@ -2,9 +2,13 @@
 
 import heapq
 import math
+from functools import partial
 
 import pytest
+import torch
 
+from lowcomm.sim.clock import Clock
+from lowcomm.sim.comm import World
 from lowcomm.sim.gloo import Gloo, ring_latencies
 from lowcomm.sim.links import Links, Transport
 from lowcomm.sim.network import Network
@@ -156,3 +160,25 @@ def test_rings_take_the_time_of_their_messages(n, num_bytes, bytes_per_s):
         assert seconds == pytest.approx(all_sum(n, num_bytes, latency_s, bytes_per_s), rel=0.03, abs=1e-4)
         seconds = simulated("all_gather", n, num_bytes, latency_s, bytes_per_s)
         assert seconds == pytest.approx(all_gather(n, num_bytes, latency_s, bytes_per_s), rel=0.03, abs=1e-4)
+
+
+def ends_of_broadcast(n, num_bytes, latency_s, bytes_per_s):
+    """When each rank has it, and has passed it on."""
+    clock, ends, rates = Clock(isolate_torch=False), {}, [8 * bytes_per_s] * n
+    world = World(clock, Network(clock, Links(rates, rates, lambda a, b: latency_s, transport=PLAIN)))
+
+    def program(rank):
+        world.comm(rank, range(n)).broadcast(torch.zeros(num_bytes, dtype=torch.uint8, device="meta"), 1).wait()
+        ends[rank] = clock.now
+
+    for rank in range(n):
+        clock.spawn(rank, partial(program, rank))
+    clock.run()
+    return [ends[rank] for rank in range(n)]
+
+
+def test_a_broadcast_goes_down_a_binomial_tree_level_after_level():
+    # from rank 1 to 2 and 3, of which the first is 0.4 ahead: alone until then, they share the rest; then from 2 to 0
+    assert ends_of_broadcast(4, 1000, 0.0, 1000.0) == pytest.approx([2.6, 2.0, 2.6, 2.0])
+    # a word and a message to those that the source sends to, a message more for each level below
+    assert ends_of_broadcast(8, 0, 1.0, 1000.0)[2:6] == [3.0, 3.0, 4.0, 2.0]
