@@ -98,19 +98,8 @@ class Watched(ThreadComm):
         super().__init__(comm.board, comm.rank, comm.members)
         self.pending = []
 
-    def _together(self, kind, value, combine):
-        return self._kept(super()._together(kind, value, combine))
-
-    def send(self, x, to):
-        return self._kept(super().send(x, to))
-
-    def recv(self, like, source=None):
-        return self._kept(super().recv(like, source))
-
-    def exchange(self, x, peer):
-        return self._kept(super().exchange(x, peer))
-
-    def _kept(self, work):
+    def issue(self, call):
+        work = super().issue(call)
         wait = work.wait
 
         def waited():
