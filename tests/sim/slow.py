@@ -15,7 +15,7 @@ class SlowNetwork:
     def __init__(self, clock, slow_path=None):
         self.clock, self.slow_path, self.ended = clock, slow_path, []
 
-    def send(self, source, to, num_bytes, on_end, num_latencies=1.0):
+    def send(self, source, to, num_bytes, on_end, num_latencies=1.0, turns=None):
         assert source != to
         seconds = num_bytes * (3 if (source, to) == self.slow_path else 1)
 
