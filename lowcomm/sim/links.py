@@ -137,6 +137,11 @@ def _of(pairs: Pairs, source: int, to: int) -> float:
 
 
 def check_rate(name: str, bits_per_s: float) -> None:
+    """Refuse a rate of zero, of less, or without end.
+
+    Raises:
+        ValueError: naming it.
+    """
     if not (bits_per_s > 0 and math.isfinite(bits_per_s)):
         raise ValueError(
             f"{name} is {bits_per_s} bits/s; a link's rate must be above 0 and finite. To cut a connection, block it "

@@ -369,18 +369,6 @@ def test_impossible_links_are_refused(wrong, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *[("streams", 0), ("window_bytes", 0.0), ("initial_window_bytes", -1.0)],
-        *[("latency_factor", -1.0), ("bandwidth_factor", 1.5)],
-    ],
-)
-def test_impossible_transports_are_refused(name, value):
-    with pytest.raises(ValueError, match=f"{name} is {value}"):
-        Transport(**{name: value})
-
-
-@pytest.mark.parametrize(
     ("action", "message"),
     [
         (lambda network: network.send(0, 2, 1.0, lambda: None), "rank 2 is unknown: the links connect ranks 0 to 1"),

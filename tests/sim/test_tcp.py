@@ -72,3 +72,15 @@ def test_turns_hide_behind_long_messages():
     assert turns_s(Turns(6, 1_000_000), BYTES_PER_S, latency_s, latency_s) == 0.0
     # in line behind a message of the other direction
     assert turns_s(Turns(6, 1_000_000, both_ways=True), BYTES_PER_S, latency_s, latency_s) == pytest.approx(6 * 0.04)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("streams", 0), ("window_bytes", 0.0), ("initial_window_bytes", -1.0)],
+        *[("latency_factor", -1.0), ("bandwidth_factor", 1.5)],
+    ],
+)
+def test_impossible_transports_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}"):
+        Transport(**{name: value})
