@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowcomm.comm.base import Comm, Work, check_summable
+from lowcomm.comm.base import Call, Comm, Work
 from lowcomm.tensors import flatten, num_bytes, unflatten
 
 
@@ -54,39 +55,16 @@ class JoinedComm(Comm):
             batch.issue(self._inner)
         self._open.clear()
 
-    def all_sum(self, x: Tensor) -> Work[Tensor]:
-        """See `Comm.all_sum`; ``flush`` before waiting. ``x`` must not change until then."""
-        check_summable(x)
-        key = (x.dtype, x.device)
+    def issue(self, call: Call) -> Work[Any]:
+        """Sums wait: ``flush`` before waiting for one, and do not change what is summed until then."""
+        if call.kind != "all_sum":
+            return self._inner.issue(call)
+        key = (call.x.dtype, call.x.device)
         batch = self._open.setdefault(key, _Batch())
-        batch.tensors.append(x)
+        batch.tensors.append(call.x)
         if num_bytes(batch.tensors) >= self._limit_bytes:
             self._open.pop(key).issue(self._inner)
         return _Piece(batch, len(batch.tensors) - 1)
-
-    def all_gather(self, x: Tensor) -> Work[Tensor]:
-        """The inner one's, as all that follow."""
-        return self._inner.all_gather(x)
-
-    def all_to_all(self, x: Tensor) -> Work[Tensor]:
-        """See `Comm.all_to_all`."""
-        return self._inner.all_to_all(x)
-
-    def broadcast(self, x: Tensor, source: int) -> Work[Tensor]:
-        """See `Comm.broadcast`."""
-        return self._inner.broadcast(x, source)
-
-    def send(self, x: Tensor, to: int) -> Work[None]:
-        """See `Comm.send`."""
-        return self._inner.send(x, to)
-
-    def recv(self, like: Tensor, source: int | None = None) -> Work[tuple[int, Tensor]]:
-        """See `Comm.recv`."""
-        return self._inner.recv(like, source)
-
-    def exchange(self, x: Tensor, peer: int) -> Work[Tensor]:
-        """See `Comm.exchange`."""
-        return self._inner.exchange(x, peer)
 
     def sub(self, members: Sequence[int]) -> Comm:
         """A view that joins nothing."""

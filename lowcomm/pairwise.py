@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from lowcomm.comm.base import Comm, Done, Work, check_rows, check_summable
+from lowcomm.comm.base import Call, Comm, Work
 
 T = TypeVar("T")
 
@@ -32,45 +32,24 @@ class Pairwise(Comm):
         self.rank, self.members = inner.rank, tuple(sorted(members))
         self._inner = inner
 
-    def all_sum(self, x: Tensor) -> Work[Tensor]:
-        """See `Comm.all_sum`."""
-        check_summable(x)
-        return _Then(self._swaps([x] * len(self.members)), _added)
-
-    def all_gather(self, x: Tensor) -> Work[Tensor]:
-        """See `Comm.all_gather`."""
-        return _Then(self._swaps([x] * len(self.members)), torch.stack)
-
-    def all_to_all(self, x: Tensor) -> Work[Tensor]:
-        """See `Comm.all_to_all`."""
-        check_rows(x, len(self.members))
-        return _Then(self._swaps(list(x)), torch.stack)
-
-    def broadcast(self, x: Tensor, source: int) -> Work[Tensor]:
-        """See `Comm.broadcast`."""
-        self._check(source)
-        if source != self.rank:
-            return _Second(self._inner.recv(x, source))
-        sent = [self._inner.send(x, to) for to in self.members if to != source]
-        copy = x.detach().clone()
-        return _Then(sent, lambda _: copy)
-
-    def send(self, x: Tensor, to: int) -> Work[None]:
-        """See `Comm.send`."""
-        self._check(to)
-        return self._inner.send(x, to)
-
-    def recv(self, like: Tensor, source: int | None = None) -> Work[tuple[int, Tensor]]:
-        """See `Comm.recv`; the source must be named, as somebody outside of the group could come first."""
-        if source is None:
+    def issue(self, call: Call) -> Work[Any]:
+        """See `Comm.issue`; a receive must name its source, as somebody outside of the group could come first."""
+        x, peer = call.x, call.peer
+        if call.kind == "all_sum":
+            return _Then(self._swaps([x] * len(self.members)), _added)
+        if call.kind == "all_gather":
+            return _Then(self._swaps([x] * len(self.members)), torch.stack)
+        if call.kind == "all_to_all":
+            return _Then(self._swaps(list(x)), torch.stack)
+        if call.kind == "broadcast":
+            if peer != self.rank:
+                return _Then([self._inner.recv(x, peer)], lambda came: came[0][1])
+            sent = [self._inner.send(x, to) for to in self.members if to != self.rank]
+            copy = x.detach().clone()
+            return _Then(sent, lambda _: copy)
+        if call.kind == "recv" and peer is None:
             raise ValueError("recv(source=None) in a group of pairs could take an outsider's message; name the source")
-        self._check(source)
-        return self._inner.recv(like, source)
-
-    def exchange(self, x: Tensor, peer: int) -> Work[Tensor]:
-        """See `Comm.exchange`."""
-        self._check(peer)
-        return self._inner.exchange(x, peer)
+        return self._inner.issue(call)
 
     def sub(self, members: Sequence[int]) -> Comm:
         """Fewer of them, likewise."""
@@ -84,14 +63,7 @@ class Pairwise(Comm):
 
     def _swaps(self, xs: Sequence[Tensor]) -> list[Work[Tensor]]:
         """With every member, the tensor that is for it."""
-        return [
-            Done(x.detach().clone()) if peer == self.rank else self._inner.exchange(x, peer)
-            for x, peer in zip(xs, self.members, strict=True)
-        ]
-
-    def _check(self, rank: int) -> None:
-        if rank not in self.members:
-            raise ValueError(f"rank {rank} is not among the members {self.members}")
+        return [self._inner.exchange(x, peer) for x, peer in zip(xs, self.members, strict=True)]
 
 
 class _Then(Generic[T]):
@@ -102,16 +74,6 @@ class _Then(Generic[T]):
 
     def wait(self) -> T:
         return self._make([work.wait() for work in self._works])
-
-
-class _Second:
-    """A receive whose sender is known."""
-
-    def __init__(self, work: Work[tuple[int, Tensor]]) -> None:
-        self._work = work
-
-    def wait(self) -> Tensor:
-        return self._work.wait()[1]
 
 
 def _added(xs: list[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lowcomm.comm.base import Comm, Work, check_rows
+from lowcomm.comm.base import Call, Comm, Work
 
 T = TypeVar("T")
 PATIENCE_S = 60.0
@@ -47,35 +47,26 @@ class ThreadComm(Comm):
     def __init__(self, board: Board, rank: int, members: Sequence[int]) -> None:
         self.board, self.rank, self.members = board, rank, tuple(members)
 
-    def all_sum(self, x: Tensor) -> Work[Tensor]:
-        return self._together("sum", x, lambda xs: torch.stack(xs).sum(0) if len(xs) != 2 else xs[0] + xs[1])
-
-    def all_gather(self, x: Tensor) -> Work[Tensor]:
-        return self._together("gather", x, torch.stack)
-
-    def all_to_all(self, x: Tensor) -> Work[Tensor]:
-        check_rows(x, len(self.members))
-        return self._together("all_to_all", x, lambda xs: torch.stack([rows[self.place] for rows in xs]))
-
-    def broadcast(self, x: Tensor, source: int) -> Work[Tensor]:
-        return self._together("broadcast", x, lambda xs: xs[self.members.index(source)].clone())
-
-    def send(self, x: Tensor, to: int) -> Work[None]:
-        self.board.post(self._next("send", self.rank, to), self.rank, x.detach().clone())
-        return Later(lambda: None)
-
-    def recv(self, like: Tensor, source: int | None = None) -> Work[tuple[int, Tensor]]:
-        assert source is not None, "no test receives from whoever comes first"
-        key = self._next("send", source, self.rank)
-        return Later(lambda: (source, self.board.read(key, 1)[source]))
-
-    def exchange(self, x: Tensor, peer: int) -> Work[Tensor]:
-        if peer == self.rank:
-            copy = x.detach().clone()
-            return Later(lambda: copy)
-        key = self._next("exchange", *sorted((self.rank, peer)))
-        self.board.post(key, self.rank, x.detach().clone())
-        return Later(lambda: self.board.read(key, 2)[peer].clone())
+    def issue(self, call: Call) -> Work[Any]:
+        x, peer = call.x, -1 if call.peer is None else call.peer
+        assert (call.kind, peer) != ("recv", -1), "no test receives from whoever comes first"
+        if call.kind == "send":
+            self.board.post(self._next("send", self.rank, peer), self.rank, x.detach().clone())
+            return Later(lambda: None)
+        if call.kind == "recv":
+            key = self._next("send", peer, self.rank)
+            return Later(lambda: (peer, self.board.read(key, 1)[peer]))
+        if call.kind == "exchange":
+            key = self._next("exchange", *sorted((self.rank, peer)))
+            self.board.post(key, self.rank, x.detach().clone())
+            return Later(lambda: self.board.read(key, 2)[peer].clone())
+        combine = {
+            "all_sum": lambda xs: torch.stack(xs).sum(0) if len(xs) != 2 else xs[0] + xs[1],
+            "all_gather": torch.stack,
+            "all_to_all": lambda xs: torch.stack([rows[self.place] for rows in xs]),
+            "broadcast": lambda xs: xs[self.members.index(peer)].clone(),
+        }
+        return self._together(call.kind, x, combine[call.kind])
 
     def sub(self, members: Sequence[int]) -> Comm:
         return ThreadComm(self.board, self.rank, sorted(members))

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Generator, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Generator, Iterable, Sequence
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, final
 
 import torch
 from torch import Tensor
+
+_MANY = 16
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -42,8 +44,32 @@ class Work(Protocol[T_co]):
         ...
 
 
+Kind = Literal["all_sum", "all_gather", "all_to_all", "broadcast", "send", "recv", "exchange"]
+
+
+class Call(NamedTuple):
+    """What a rank asks of the wire.
+
+    Attributes:
+        x: what it brings; of "recv" and, elsewhere than at its source, of "broadcast", what comes is shaped like it.
+        peer: the source of a "broadcast" and of a "recv" (None: whoever comes first), whom a "send" goes to, the other
+            of an "exchange".
+    """
+
+    kind: Kind
+    x: Tensor
+    peer: int | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of ``x``."""
+        return self.x.numel() * self.x.element_size()
+
+
 class Comm(ABC):
     """One rank's view of the ranks that it talks to.
+
+    All exchanges are calls of one primitive, `issue`, which a world implements: its calls have been checked.
 
     Attributes:
         rank: this process, constant for its life; ranks of all views count in one numbering.
@@ -59,47 +85,8 @@ class Comm(ABC):
         return bisect_left(self.members, self.rank)
 
     @abstractmethod
-    def all_sum(self, x: Tensor) -> Work[Tensor]:
-        """The sum of every member's ``x`` (one shape, a dtype of `SUMMABLE`) as a fresh tensor; ``x`` is not modified.
-
-        Raises:
-            ValueError: for another dtype.
-        """
-
-    @abstractmethod
-    def all_gather(self, x: Tensor) -> Work[Tensor]:
-        """Every member's ``x`` (one shape and dtype): rows of a fresh ``[n, *x.shape]``, in members' order."""
-
-    @abstractmethod
-    def all_to_all(self, x: Tensor) -> Work[Tensor]:
-        """Row i of ``x`` goes to the i-th member; row i of the result, which is fresh, came from the i-th member.
-
-        All members' ``x`` have one shape, ``[n, ...]``, and dtype, and so has the result. One tensor, not n of them:
-        each of very many ranks would make as many.
-
-        Raises:
-            ValueError: when there is not one row for each member.
-        """
-
-    @abstractmethod
-    def broadcast(self, x: Tensor, source: int) -> Work[Tensor]:
-        """The ``x`` of rank ``source``, as a fresh tensor shaped like ``x``."""
-
-    @abstractmethod
-    def send(self, x: Tensor, to: int) -> Work[None]:
-        """Send ``x`` to rank ``to``, which must `recv` it; messages between two ranks keep their order."""
-
-    @abstractmethod
-    def recv(self, like: Tensor, source: int | None = None) -> Work[tuple[int, Tensor]]:
-        """The sender and a tensor shaped like ``like``, from rank ``source`` or, if None, from whoever comes first."""
-
-    @abstractmethod
-    def exchange(self, x: Tensor, peer: int) -> Work[Tensor]:
-        """Swap with rank ``peer``, which calls it for this rank: both get the other's ``x`` (one shape and dtype).
-
-        Both directions go at once, and nobody else takes part. Exchanges of two ranks are matched in order, and with
-        nothing else. With oneself it is a copy.
-        """
+    def issue(self, call: Call) -> Work[Any]:
+        """Start a call; its Work's result is that of the method of its name."""
 
     @abstractmethod
     def sub(self, members: Sequence[int]) -> Comm:
@@ -109,32 +96,86 @@ class Comm(ABC):
     def now(self) -> float:
         """Seconds since some fixed moment; virtual in the simulator."""
 
+    @final
+    def all_sum(self, x: Tensor) -> Work[Tensor]:
+        """The sum of every member's ``x`` (one shape, a dtype of `SUMMABLE`) as a fresh tensor; ``x`` is not modified.
+
+        Raises:
+            ValueError: for another dtype.
+        """
+        if x.dtype not in SUMMABLE:
+            raise ValueError(f"{x.dtype} cannot be summed on the wire; convert to one of {SUMMABLE}")
+        return self.issue(Call("all_sum", x))
+
+    @final
+    def all_gather(self, x: Tensor) -> Work[Tensor]:
+        """Every member's ``x`` (one shape and dtype): rows of a fresh ``[n, *x.shape]``, in members' order."""
+        return self.issue(Call("all_gather", x))
+
+    @final
+    def all_to_all(self, x: Tensor) -> Work[Tensor]:
+        """Row i of ``x`` goes to the i-th member; row i of the result, which is fresh, came from the i-th member.
+
+        All members' ``x`` have one shape, ``[n, ...]``, and dtype, and so has the result. One tensor, not n of them:
+        each of very many ranks would make as many.
+
+        Raises:
+            ValueError: when there is not one row for each member.
+        """
+        num = len(self.members)
+        if x.dim() == 0 or len(x) != num:
+            raise ValueError(f"all_to_all got shape {list(x.shape)} for {num} members; give one row for each")
+        return self.issue(Call("all_to_all", x))
+
+    @final
+    def broadcast(self, x: Tensor, source: int) -> Work[Tensor]:
+        """The ``x`` of rank ``source``, as a fresh tensor shaped like ``x``."""
+        self._check(source)
+        return self.issue(Call("broadcast", x, source))
+
+    @final
+    def send(self, x: Tensor, to: int) -> Work[None]:
+        """Send ``x`` to rank ``to``, which must `recv` it; messages between two ranks keep their order."""
+        self._check(to)
+        return self.issue(Call("send", x, to))
+
+    @final
+    def recv(self, like: Tensor, source: int | None = None) -> Work[tuple[int, Tensor]]:
+        """The sender and a tensor shaped like ``like``, from rank ``source`` or, if None, from whoever comes first."""
+        if source is not None:
+            self._check(source)
+        return self.issue(Call("recv", like, source))
+
+    @final
+    def exchange(self, x: Tensor, peer: int) -> Work[Tensor]:
+        """Swap with rank ``peer``, which calls it for this rank: both get the other's ``x`` (one shape and dtype).
+
+        Both directions go at once, and nobody else takes part. Exchanges of two ranks are matched in order, and with
+        nothing else. With oneself it is a copy.
+        """
+        self._check(peer)
+        if peer == self.rank:
+            return Done(x.detach().clone())
+        return self.issue(Call("exchange", x, peer))
+
+    def _check(self, rank: int) -> None:
+        place = bisect_left(self.members, rank)
+        if place == len(self.members) or self.members[place] != rank:
+            raise ValueError(f"rank {rank} is not among the members {named(self.members)}")
+
+
+def named(ranks: Iterable[int]) -> str:
+    """Ranks in order, for people: "0, 1, 2", and only the first ones of many."""
+    ordered = sorted(ranks)
+    first = ", ".join(map(str, ordered[:_MANY]))
+    return first if len(ordered) <= _MANY else f"{first}, ... ({len(ordered)} ranks)"
+
 
 # What both gloo and NCCL can add; other worlds refuse the rest alike.
 SUMMABLE = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
     *(torch.int64, torch.int32, torch.uint8, torch.int8),
 )
-
-
-def check_summable(x: Tensor) -> None:
-    """Refuse a tensor that not every world can sum.
-
-    Raises:
-        ValueError: naming the dtypes that can be.
-    """
-    if x.dtype not in SUMMABLE:
-        raise ValueError(f"{x.dtype} cannot be summed on the wire; convert to one of {SUMMABLE}")
-
-
-def check_rows(x: Tensor, num_members: int) -> None:
-    """Refuse for `Comm.all_to_all` what has not one row for each member.
-
-    Raises:
-        ValueError: saying so.
-    """
-    if x.dim() == 0 or len(x) != num_members:
-        raise ValueError(f"all_to_all got shape {list(x.shape)} for {num_members} members; give one row for each")
 
 
 class Done(Generic[T]):

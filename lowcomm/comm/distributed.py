@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowcomm.comm.base import Comm, Late, PeerLost, Work, check_rows, check_summable
+from lowcomm.comm.base import Call, Comm, Late, PeerLost, Work
 from lowcomm.tensors import bytes_of
 
 T = TypeVar("T")
@@ -93,67 +93,30 @@ class DistributedComm(Comm):
         self._group, self._timeout = group, timeout
         self._subs: dict[tuple[int, ...], DistributedComm] = {}
 
-    def all_sum(self, x: Tensor) -> Work[Tensor]:
-        """See `Comm.all_sum`."""
-        check_summable(x)
-        y = x.detach().to(self._wire, copy=True).contiguous()
-        work = _started(lambda: dist.all_reduce(y, group=self._ready(), async_op=True))
-        return Pending(work, lambda: y.to(x.device))
-
-    def all_gather(self, x: Tensor) -> Work[Tensor]:
-        """See `Comm.all_gather`."""
-        n, mine = len(self.members), self._bytes(x, copy=True)
-        out = mine.new_empty(n, mine.numel())
-        work = _started(lambda: dist.all_gather(list(out), mine, group=self._ready(), async_op=True))
-        return Pending(work, lambda: _typed(out.view(-1), x, (n, *x.shape)))
-
-    def all_to_all(self, x: Tensor) -> Work[Tensor]:
-        """See `Comm.all_to_all`."""
-        n = len(self.members)
-        check_rows(x, n)
-        mine = self._bytes(x, copy=True)
-        out = torch.empty_like(mine)
-        if self.backend == "gloo":
-            rows = [y.view(n, y.numel() // n) for y in (mine, out)]
-            work = _started(lambda: self._deal(*rows))
-        else:
-            work = _started(lambda: dist.all_to_all_single(out, mine, group=self._ready(), async_op=True))
-        return Pending(work, lambda: _typed(out, x, x.shape))
-
-    def broadcast(self, x: Tensor, source: int) -> Work[Tensor]:
-        """See `Comm.broadcast`."""
-        self._check(source)
-        y = self._bytes(x, copy=True)
-        work = _started(lambda: dist.broadcast(y, source, group=self._ready(), async_op=True))
-        return Pending(work, lambda: _typed(y, x, x.shape))
-
-    def send(self, x: Tensor, to: int) -> Work[None]:
-        """See `Comm.send`."""
-        self._check(to)
-        y = self._bytes(x, copy=True)
-        work = _started(lambda: dist.isend(y, to, group=self._ready()))
-        return Pending(work, lambda: _release(y))
-
-    def recv(self, like: Tensor, source: int | None = None) -> Work[tuple[int, Tensor]]:
-        """See `Comm.recv`; NCCL cannot receive from whoever comes first."""
-        y = torch.empty(like.numel() * like.element_size(), dtype=torch.uint8, device=self._wire)
-        if source is None:
-            if self.backend != "gloo":
-                raise ValueError("recv(source=None) needs gloo: NCCL must know the sender; name the source")
-            work = _started(lambda: dist.irecv(y, group=self._ready()))
-            return Pending(work, lambda: (self.members[work.source_rank()], _typed(y, like, like.shape)))
-        self._check(source)
-        work = _started(lambda: dist.irecv(y, source, group=self._ready()))
-        return Pending(work, lambda: (source, _typed(y, like, like.shape)))
-
-    def exchange(self, x: Tensor, peer: int) -> Work[Tensor]:
-        """See `Comm.exchange`."""
-        self._check(peer)
-        mine = self._bytes(x, copy=True)
-        if peer == self.rank:
-            return Pending(None, lambda: _typed(mine, x, x.shape))
-        theirs = torch.empty_like(mine)
-        return Pending(_started(lambda: self._swap(mine, theirs, peer)), lambda: _typed(theirs, x, x.shape))
+    def issue(self, call: Call) -> Work[Any]:
+        """See `Comm.issue`. A message that cannot be started is an error for who waits for it."""
+        x, peer = call.x.detach(), call.peer
+        if call.kind == "all_sum":
+            y = x.to(self._wire, copy=True).contiguous()
+            return Pending(
+                _started(lambda: dist.all_reduce(y, group=self._ready(), async_op=True)), lambda: y.to(x.device)
+            )
+        if call.kind == "recv":
+            return self._recv(x, peer)
+        mine = bytes_of(x.to(self._wire, copy=True))
+        if call.kind == "all_gather":
+            return self._all_gather(mine, x)
+        if call.kind == "all_to_all":
+            return self._all_to_all(mine, x)
+        if call.kind == "exchange":
+            assert peer is not None
+            theirs = torch.empty_like(mine)
+            return Pending(_started(lambda: self._swap(mine, theirs, peer)), lambda: _typed(theirs, x, x.shape))
+        if call.kind == "broadcast":
+            work = _started(lambda: dist.broadcast(mine, peer, group=self._ready(), async_op=True))
+            return Pending(work, lambda: _typed(mine, x, x.shape))
+        assert call.kind == "send"
+        return Pending(_started(lambda: dist.isend(mine, peer, group=self._ready())), lambda: _release(mine))
 
     def sub(self, members: Sequence[int]) -> Comm:
         """A smaller view; its process group is made by its members alone, when they first use it.
@@ -206,12 +169,31 @@ class DistributedComm(Comm):
         works += [dist.isend(mine[i], self.members[i], group, _ALL_TO_ALL_TAG) for i in neighbours]
         return _All(works, mine)
 
-    def _bytes(self, x: Tensor, copy: bool = False) -> Tensor:
-        return bytes_of(x.detach().to(self._wire, copy=copy))
+    def _all_gather(self, mine: Tensor, x: Tensor) -> Work[Tensor]:
+        n = len(self.members)
+        out = mine.new_empty(n, mine.numel())
+        work = _started(lambda: dist.all_gather(list(out), mine, group=self._ready(), async_op=True))
+        return Pending(work, lambda: _typed(out.view(-1), x, (n, *x.shape)))
 
-    def _check(self, rank: int) -> None:
-        if rank not in self.members:
-            raise ValueError(f"rank {rank} is not among the members {self.members}")
+    def _all_to_all(self, mine: Tensor, x: Tensor) -> Work[Tensor]:
+        n, out = len(self.members), torch.empty_like(mine)
+        if self.backend == "gloo":
+            rows = [y.view(n, y.numel() // n) for y in (mine, out)]
+            work = _started(lambda: self._deal(*rows))
+        else:
+            work = _started(lambda: dist.all_to_all_single(out, mine, group=self._ready(), async_op=True))
+        return Pending(work, lambda: _typed(out, x, x.shape))
+
+    def _recv(self, like: Tensor, source: int | None) -> Work[tuple[int, Tensor]]:
+        """NCCL cannot receive from whoever comes first."""
+        if source is None and self.backend != "gloo":
+            raise ValueError("recv(source=None) needs gloo: NCCL must know the sender; name the source")
+        y = torch.empty(like.numel() * like.element_size(), dtype=torch.uint8, device=self._wire)
+        work = _started(lambda: dist.irecv(y, source, group=self._ready()))
+        return Pending(
+            work,
+            lambda: (self.members[work.source_rank()] if source is None else source, _typed(y, like, like.shape)),
+        )
 
 
 class _All:

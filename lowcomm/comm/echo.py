@@ -7,11 +7,11 @@ k identical replicas.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from lowcomm.comm.base import Comm, Done, Work, check_rows, check_summable
+from lowcomm.comm.base import Call, Comm, Done, Work
 
 
 class EchoComm(Comm):
@@ -23,35 +23,18 @@ class EchoComm(Comm):
         self.rank = rank
         self.members = tuple(range(num_members))
 
-    def all_sum(self, x: Tensor) -> Work[Tensor]:
-        """n x."""
-        check_summable(x)
-        return Done(x.detach() * len(self.members))
-
-    def all_gather(self, x: Tensor) -> Work[Tensor]:
-        """n copies of x."""
-        return Done(x.detach().expand(len(self.members), *x.shape).clone(memory_format=torch.contiguous_format))
-
-    def all_to_all(self, x: Tensor) -> Work[Tensor]:
-        """n copies of what this rank sends itself."""
-        check_rows(x, len(self.members))
-        return Done(x.detach()[self.place].expand(x.shape).clone(memory_format=torch.contiguous_format))
-
-    def broadcast(self, x: Tensor, source: int) -> Work[Tensor]:
-        """A copy of x."""
-        return Done(x.detach().clone())
-
-    def send(self, x: Tensor, to: int) -> Work[None]:
-        """The message is dropped."""
-        return Done(None)
-
-    def recv(self, like: Tensor, source: int | None = None) -> Work[tuple[int, Tensor]]:
-        """``like`` itself, as if the sender had the same; from the next rank when any will do."""
-        return Done(((self.rank + 1) % len(self.members) if source is None else source, like.detach().clone()))
-
-    def exchange(self, x: Tensor, peer: int) -> Work[Tensor]:
-        """A copy of x."""
-        return Done(x.detach().clone())
+    def issue(self, call: Call) -> Work[Any]:
+        """What is sent is dropped; what comes from whoever comes first came from the next rank."""
+        x, n = call.x.detach(), len(self.members)
+        if call.kind == "all_sum":
+            return Done(x * n)
+        if call.kind == "all_gather":
+            return Done(x.expand(n, *x.shape).clone(memory_format=torch.contiguous_format))
+        if call.kind == "all_to_all":
+            return Done(x[self.place].expand(x.shape).clone(memory_format=torch.contiguous_format))
+        if call.kind == "recv":
+            return Done(((self.rank + 1) % n if call.peer is None else call.peer, x.clone()))
+        return Done(None if call.kind == "send" else x.clone())
 
     def sub(self, members: Sequence[int]) -> Comm:
         """An echo among fewer."""

@@ -21,9 +21,8 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
 
-from lowcomm.comm.base import Comm, Work
+from lowcomm.comm.base import Call, Comm, Work
 
 T = TypeVar("T")
 
@@ -111,41 +110,11 @@ class MeteredComm(Comm):
         """The same members and meter under another purpose."""
         return MeteredComm(self._inner, self.meter, tag, self._stream)
 
-    def all_sum(self, x: Tensor) -> Work[Tensor]:
-        """See `Comm.all_sum`."""
-        n = len(self.members)
-        size = 2 * (n - 1) * _size(x) // n
-        return self._counted(self._inner.all_sum(x), size, size)
-
-    def all_gather(self, x: Tensor) -> Work[Tensor]:
-        """See `Comm.all_gather`."""
-        size = (len(self.members) - 1) * _size(x)
-        return self._counted(self._inner.all_gather(x), size, size)
-
-    def all_to_all(self, x: Tensor) -> Work[Tensor]:
-        """See `Comm.all_to_all`."""
-        n = len(self.members)
-        size = (n - 1) * _size(x) // n
-        return self._counted(self._inner.all_to_all(x), size, size)
-
-    def broadcast(self, x: Tensor, source: int) -> Work[Tensor]:
-        """See `Comm.broadcast`."""
-        size = _size(x)
-        sent, received = ((len(self.members) - 1) * size, 0) if source == self.rank else (0, size)
-        return self._counted(self._inner.broadcast(x, source), sent, received)
-
-    def send(self, x: Tensor, to: int) -> Work[None]:
-        """See `Comm.send`."""
-        return self._counted(self._inner.send(x, to), _size(x), 0)
-
-    def recv(self, like: Tensor, source: int | None = None) -> Work[tuple[int, Tensor]]:
-        """See `Comm.recv`."""
-        return self._counted(self._inner.recv(like, source), 0, _size(like))
-
-    def exchange(self, x: Tensor, peer: int) -> Work[Tensor]:
-        """See `Comm.exchange`."""
-        size = 0 if peer == self.rank else _size(x)
-        return self._counted(self._inner.exchange(x, peer), size, size)
+    def issue(self, call: Call) -> Work[Any]:
+        """The inner one's, counted."""
+        work = self._inner.issue(call)
+        self.meter.count(self._tag, *traffic(call, len(self.members), self.rank))
+        return _Timed(work, self.meter, self._inner, self._tag, self._stream)
 
     def sub(self, members: Sequence[int]) -> Comm:
         """A smaller view on the same meter."""
@@ -155,9 +124,17 @@ class MeteredComm(Comm):
         """Seconds, as the inner Comm counts them."""
         return self._inner.now()
 
-    def _counted(self, work: Work[T], sent: int, received: int) -> Work[T]:
-        self.meter.count(self._tag, sent, received)
-        return _Timed(work, self.meter, self._inner, self._tag, self._stream)
+
+def traffic(call: Call, num_members: int, rank: int) -> tuple[int, int]:
+    """Bytes that a rank sends and receives in a call among so many members."""
+    size, others = call.num_bytes, num_members - 1
+    if call.kind == "broadcast":
+        return (others * size, 0) if call.peer == rank else (0, size)
+    if call.kind in ("send", "recv"):
+        return (size, 0) if call.kind == "send" else (0, size)
+    each = {"all_sum": 2 * others * size // num_members, "all_gather": others * size}
+    each |= {"all_to_all": others * size // num_members, "exchange": size}
+    return each[call.kind], each[call.kind]
 
 
 class _Timed(Generic[T]):
@@ -183,7 +160,3 @@ class _Timed(Generic[T]):
             self._meter.wait_s += end_s - start_s
             if self._meter.on_wait is not None and end_s > start_s:
                 self._meter.on_wait(self._tag, start_s, end_s)
-
-
-def _size(x: Tensor) -> int:
-    return x.numel() * x.element_size()

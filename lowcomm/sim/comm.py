@@ -14,10 +14,10 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from lowcomm.comm.base import Comm, Done, Work, check_rows, check_summable
+from lowcomm.comm.base import Call, Comm, Work, named
 from lowcomm.sim.clock import Clock
 from lowcomm.sim.collectives import Schedule
-from lowcomm.sim.exchange import Call, Carrier, Exchange, named
+from lowcomm.sim.exchange import Asked, Carrier, Exchange
 from lowcomm.sim.gloo import Gloo
 from lowcomm.sim.mail import Mailbox, check_like
 
@@ -140,7 +140,7 @@ class World:
                 self._latest[len(members)] = latest
         return latest[1]
 
-    def _join(self, view: View, rank: int, call: Call, x: Tensor | None, peer: int | None = None) -> Exchange:
+    def _join(self, view: View, rank: int, call: Asked, x: Tensor | None, peer: int | None = None) -> Exchange:
         """Arrive at the next exchange with all members, or with one."""
         number = view.num_calls[rank, peer] = view.num_calls.get((rank, peer), 0) + 1
         pair = None if peer is None else (min(rank, peer), max(rank, peer))
@@ -175,56 +175,24 @@ class SimComm(Comm):
         self.rank, self.members = rank, view.members
         self._world, self._view = world, view
 
-    def all_sum(self, x: Tensor) -> Work[Tensor]:
-        """See `Comm.all_sum`; added in members' order."""
-        check_summable(x)
-        exchange = self._join("all_sum", x)
-        return _Pending(partial(exchange.wait, self.rank), exchange.total)
-
-    def all_gather(self, x: Tensor) -> Work[Tensor]:
-        """See `Comm.all_gather`."""
-        exchange = self._join("all_gather", x)
-        return _Pending(partial(exchange.wait, self.rank), exchange.gathered)
-
-    def all_to_all(self, x: Tensor) -> Work[Tensor]:
-        """See `Comm.all_to_all`."""
-        check_rows(x, len(self.members))
-        exchange = self._join("all_to_all", x)
-        return _Pending(partial(exchange.wait, self.rank), partial(exchange.rows, self._view.position[self.rank]))
-
-    def broadcast(self, x: Tensor, source: int) -> Work[Tensor]:
-        """See `Comm.broadcast`."""
-        self._check(source)
-        exchange = self._join("broadcast", x, source)
-        return _Pending(partial(exchange.wait, self.rank), lambda: exchange.post(source).clone())
-
-    def send(self, x: Tensor, to: int) -> Work[None]:
-        """See `Comm.send`."""
-        self._check(to)
-        mailbox = self._world._mailbox(self._view, to)
-        return _Pending(partial(mailbox.wait_sent, mailbox.send(self.rank, _copy(x))), lambda: None)
-
-    def recv(self, like: Tensor, source: int | None = None) -> Work[tuple[int, Tensor]]:
-        """See `Comm.recv`."""
-        if source is not None:
-            self._check(source)
-        mailbox = self._world._mailbox(self._view, self.rank)
-        receive = mailbox.post(source)
-
-        def finish() -> tuple[int, Tensor]:
-            message = mailbox.wait_received(receive)
-            return message.source, check_like(message, like, self.rank)
-
-        return _Pending(lambda: None, finish)
-
-    def exchange(self, x: Tensor, peer: int) -> Work[Tensor]:
-        """See `Comm.exchange`; it starts when both have called it."""
-        self._check(peer)
-        mine = _copy(x)
-        if peer == self.rank:
-            return Done(mine)
-        exchange = self._world._join(self._view, self.rank, Call("exchange", x.shape, x.dtype), mine, peer)
-        return _Pending(partial(exchange.wait, self.rank), lambda: exchange.post(peer).clone())
+    def issue(self, call: Call) -> Work[Any]:
+        """See `Comm.issue`; sums are added in members' order, and swaps start when both have called."""
+        if call.kind == "send":
+            assert call.peer is not None
+            mailbox = self._world._mailbox(self._view, call.peer)
+            return _Pending(partial(mailbox.wait_sent, mailbox.send(self.rank, _copy(call.x))), lambda: None)
+        if call.kind == "recv":
+            return self._recv(call.x, call.peer)
+        exchange = self._join(call)
+        finish: dict[str, Callable[[], Tensor]] = {
+            "all_sum": exchange.total,
+            "all_gather": exchange.gathered,
+            "all_to_all": partial(exchange.rows, self._view.position[self.rank]),
+        }
+        if call.kind not in finish:
+            assert call.peer is not None
+            finish[call.kind] = partial(exchange.copy, call.peer)
+        return _Pending(partial(exchange.wait, self.rank), finish[call.kind])
 
     def sub(self, members: Sequence[int]) -> Comm:
         """See `Comm.sub`."""
@@ -236,14 +204,21 @@ class SimComm(Comm):
         """Virtual seconds since the start of the simulation."""
         return self._world.clock.now
 
-    def _join(self, kind: str, x: Tensor, source: int | None = None) -> Exchange:
-        is_read = source is None or source == self.rank
-        call = Call(kind, x.shape, x.dtype, source)
-        return self._world._join(self._view, self.rank, call, _copy(x) if is_read else None)
+    def _recv(self, like: Tensor, source: int | None) -> Work[tuple[int, Tensor]]:
+        mailbox = self._world._mailbox(self._view, self.rank)
+        receive = mailbox.post(source)
 
-    def _check(self, rank: int) -> None:
-        if rank not in self._view.position:
-            raise ValueError(f"rank {rank} is not among the members {named(self.members)}")
+        def finish() -> tuple[int, Tensor]:
+            message = mailbox.wait_received(receive)
+            return message.source, check_like(message, like, self.rank)
+
+        return _Pending(lambda: None, finish)
+
+    def _join(self, call: Call) -> Exchange:
+        swaps, is_read = call.kind == "exchange", call.kind != "broadcast" or call.peer == self.rank
+        asked = Asked(call.kind, call.x.shape, call.x.dtype, None if swaps else call.peer)
+        brought = _copy(call.x) if is_read else None
+        return self._world._join(self._view, self.rank, asked, brought, call.peer if swaps else None)
 
 
 class _Pending(Generic[T]):

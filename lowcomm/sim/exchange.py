@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from lowcomm.comm.base import PeerLost
+from lowcomm.comm.base import PeerLost, named
 from lowcomm.sim.clock import Clock
 from lowcomm.sim.collectives import Schedule, Transfer, Turns
-
-_MANY = 16
 
 
 class Carrier(Protocol):
@@ -36,8 +34,8 @@ class Carrier(Protocol):
         ...
 
 
-class Call(NamedTuple):
-    """What a rank asks for; all members of an exchange must ask for the same."""
+class Asked(NamedTuple):
+    """A call without its values; all members of an exchange must ask for the same."""
 
     kind: str
     shape: torch.Size
@@ -48,13 +46,6 @@ class Call(NamedTuple):
         """As in "broadcast of float32 [2, 3] from rank 1"."""
         source = "" if self.source is None else f" from rank {self.source}"
         return f"{self.kind} of {str(self.dtype).removeprefix('torch.')} {list(self.shape)}{source}"
-
-
-def named(ranks: Iterable[int]) -> str:
-    """Ranks in order, for people: "0, 1, 2", and only the first ones of many."""
-    ordered = sorted(ranks)
-    first = ", ".join(map(str, ordered[:_MANY]))
-    return first if len(ordered) <= _MANY else f"{first}, ... ({len(ordered)} ranks)"
 
 
 class Exchange:
@@ -97,7 +88,7 @@ class Exchange:
         schedule: Schedule,
         members: tuple[int, ...],
         number: int,
-        call: Call,
+        call: Asked,
         on_over: Callable[[], object],
     ) -> None:
         self._clock, self._carrier, self._schedule, self._on_over = clock, carrier, schedule, on_over
@@ -111,7 +102,7 @@ class Exchange:
         self._parked: dict[int, None] = {}  # a set in order of arrival
         self._total: Tensor | None = None
 
-    def arrive(self, rank: int, call: Call, x: Tensor | None) -> None:
+    def arrive(self, rank: int, call: Asked, x: Tensor | None) -> None:
         """A member joins with a tensor that nobody will change.
 
         Raises:
@@ -178,6 +169,10 @@ class Exchange:
         x = self.posts[rank]
         assert x is not None
         return x
+
+    def copy(self, rank: int) -> Tensor:
+        """The same as a fresh tensor."""
+        return self.post(rank).clone()
 
     def _start(self) -> None:
         transfers: list[Transfer] = []

@@ -16,9 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from torch import Tensor
-
-from lowcomm.comm.base import Comm, Late, PeerLost, Work
+from lowcomm.comm.base import Call, Comm, Late, PeerLost, Work
 from lowcomm.ledger import Ledger
 
 T = TypeVar("T")
@@ -194,10 +192,10 @@ class RankLog:
         self.books = Books(ledger.num_replicas, ledger.step_tokens, ledger.token_flops, ledger.peak_flops)
         ledger.heard, ledger.now = lambda call: self.program.append(self._log.number(Note(call))), now
 
-    def issue(self, kind: str, view: int, x: Tensor, other: int | None = None) -> int:
+    def issue(self, call: Call, view: int) -> int:
         """A message set out, whose purpose `count` says next; its number."""
         assert self._issued is None, "the meter has not counted the last message"
-        self._issued = (kind, view, x.numel() * x.element_size(), other)
+        self._issued = (call.kind, view, call.num_bytes, call.peer)
         self._num_issued += 1
         return self._num_issued
 
@@ -230,35 +228,11 @@ class LoggedComm(Comm):
         self.rank, self.members = inner.rank, inner.members
         self._inner, self._log, self._view = inner, log, log.view(inner.members)
 
-    def all_sum(self, x: Tensor) -> Work[Tensor]:
-        """See `Comm.all_sum`."""
-        return self._logged(self._inner.all_sum(x), "all_sum", x)
-
-    def all_gather(self, x: Tensor) -> Work[Tensor]:
-        """See `Comm.all_gather`."""
-        return self._logged(self._inner.all_gather(x), "all_gather", x)
-
-    def all_to_all(self, x: Tensor) -> Work[Tensor]:
-        """See `Comm.all_to_all`."""
-        return self._logged(self._inner.all_to_all(x), "all_to_all", x)
-
-    def broadcast(self, x: Tensor, source: int) -> Work[Tensor]:
-        """See `Comm.broadcast`."""
-        return self._logged(self._inner.broadcast(x, source), "broadcast", x, source)
-
-    def send(self, x: Tensor, to: int) -> Work[None]:
-        """See `Comm.send`."""
-        return self._logged(self._inner.send(x, to), "send", x, to)
-
-    def recv(self, like: Tensor, source: int | None = None) -> Work[tuple[int, Tensor]]:
-        """See `Comm.recv`; from whoever comes first, it is the end of replaying."""
-        if source is None:
+    def issue(self, call: Call) -> Work[Any]:
+        """The inner one's, recorded; a receive from whoever comes first is the end of replaying."""
+        if call.kind == "recv" and call.peer is None:
             self._log.refuse("takes messages from whoever comes first, which may be another at other times")
-        return self._logged(self._inner.recv(like, source), "recv", like, source)
-
-    def exchange(self, x: Tensor, peer: int) -> Work[Tensor]:
-        """See `Comm.exchange`."""
-        return self._logged(self._inner.exchange(x, peer), "exchange", x, peer)
+        return _Logged(self._inner.issue(call), self._log, self._log.issue(call, self._view))
 
     def sub(self, members: Sequence[int]) -> Comm:
         """See `Comm.sub`."""
@@ -268,9 +242,6 @@ class LoggedComm(Comm):
         """See `Comm.now`; counted."""
         self._log.num_reads += 1
         return self._inner.now()
-
-    def _logged(self, work: Work[T], kind: str, x: Tensor, other: int | None = None) -> Work[T]:
-        return _Logged(work, self._log, self._log.issue(kind, self._view, x, other))
 
 
 class _Logged(Generic[T]):

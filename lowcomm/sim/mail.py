@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lowcomm.comm.base import PeerLost
+from lowcomm.comm.base import PeerLost, named
 from lowcomm.sim.clock import Clock
 from lowcomm.sim.collectives import Schedule
-from lowcomm.sim.exchange import Carrier, named
+from lowcomm.sim.exchange import Carrier
 
 
 class Message:

@@ -265,9 +265,9 @@ def test_all_that_is_due_is_under_way_before_anything_is_waited_for():
             super().__init__()
             self.log = []
 
-        def all_sum(self, x):
+        def issue(self, call):
             self.log.append("sent")
-            return Awaited(super().all_sum(x), self.log)
+            return Awaited(super().issue(call), self.log)
 
     class Awaited:
         def __init__(self, work, log):

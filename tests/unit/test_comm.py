@@ -75,6 +75,6 @@ def test_small_sums_are_one_message_and_a_full_one_does_not_wait():
 def test_pairs_have_nothing_to_do_with_ranks_outside_of_their_group():
     group, x = Pairwise(EchoComm(3), (1, 0)), torch.ones(1)
     for call in (group.broadcast, group.send, group.recv, group.exchange):
-        with pytest.raises(ValueError, match=r"rank 2 is not among the members \(0, 1\)"):
+        with pytest.raises(ValueError, match="rank 2 is not among the members 0, 1"):
             call(x, 2)
     assert isinstance(group.sub((0,)), Pairwise), "which no process group is made for either"

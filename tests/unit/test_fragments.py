@@ -67,4 +67,5 @@ def test_the_published_steps_between_syncs(num_layers, between):
 def test_offsets_are_spread_evenly_over_a_round():
     assert offsets(2, 100) == [0, 50]
     assert offsets(3, 10) == [0, 3, 6]
+    assert offsets(3, 11) == [0, 3, 7], "the rest of the division is spread too"
     assert offsets(4, 1) == [0, 0, 0, 0]

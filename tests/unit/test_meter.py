@@ -33,7 +33,7 @@ class Slow(EchoComm):
     def now(self):
         return self.now_s
 
-    def all_sum(self, x):
+    def issue(self, call):
         return self
 
     def wait(self):
