@@ -155,7 +155,7 @@ class Comm(ABC):
         """
         self._check(peer)
         if peer == self.rank:
-            return Done(x.detach().clone())
+            return Done(x.detach().clone(memory_format=torch.contiguous_format))
         return self.issue(Call("exchange", x, peer))
 
     def _check(self, rank: int) -> None:

@@ -47,6 +47,7 @@ class Recorder:
 
     def __init__(self, comm):
         self.comm, self.rank, self.members, self.sums = comm, comm.rank, comm.members, []
+        self.place = comm.place
 
     def all_sum(self, x):
         self.sums.append((self.comm.now(), x.tolist()))

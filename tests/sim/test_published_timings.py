@@ -33,7 +33,7 @@ NCCL = {
     ("central", 1024): [(3.88, 4.28, 4.52), (10.14, 10.66, 11.75), (14.10, 21.26, 23.41), (20.56, 23.52, 28.67)],
 }
 # one set for all of them; the windows are open, as the benchmark warms up
-OF_NCCL = Transport(latency_factor=0.55, bandwidth_factor=0.84, window_bytes=8e6, initial_window_bytes=None)
+OF_NCCL = Transport(latency_factor=0.5, bandwidth_factor=0.84, window_bytes=4e6, initial_window_bytes=None)
 
 
 def seconds(transfers, num_hosts, latency_s, bits_per_s, transport):

@@ -7,6 +7,7 @@ import torch
 
 from lowcomm.comm.base import PeerLost
 from lowcomm.sim.clock import Clock
+from lowcomm.sim.collectives import Ring
 from lowcomm.sim.comm import World
 from tests.sim.slow import SlowNetwork, byte, simulate
 
@@ -87,7 +88,7 @@ def test_who_is_through_survives_a_crash_of_the_rest():
 def test_a_crash_frees_the_wire():
     clock = Clock(isolate_torch=False)
     network = SlowNetwork(clock)
-    world = World(clock, network)
+    world = World(clock, network, Ring())
 
     def program(rank):
         comm = world.comm(rank, range(3))

@@ -19,7 +19,7 @@ def test_messages_between_two_and_rows_count_by_purpose():
     comm.tagged("pair").sub((0, 1)).all_gather(torch.ones(3))
     counts = meter.state_dict()["by_tag"]
     assert counts.pop("rows") == [2 * 4 * 10, 2 * 4 * 10, 1]  # one of three stays here
-    assert counts == {"there": [20, 0, 1], "back": [0, 28, 1], "swap": [8, 8, 2], "pair": [12, 12, 1]}
+    assert counts == {"there": [20, 0, 1], "back": [0, 28, 1], "swap": [8, 8, 1], "pair": [12, 12, 1]}
     again = Meter()
     again.load_state_dict(meter.state_dict())
     assert again.by_tag == meter.by_tag and (again.bytes_sent, again.bytes_received) == (120, 128)
@@ -34,7 +34,7 @@ class Slow(EchoComm):
         return self.now_s
 
     def issue(self, call):
-        return self
+        return self if call.kind == "all_sum" else super().issue(call)
 
     def wait(self):
         self.now_s += 2.0

@@ -23,6 +23,7 @@ def calls(start: int, plan: Plan) -> list[str]:
     parts.algorithm.consensus.return_value = [torch.ones(1)]
     parts.comm.members, parts.comm.rank = (0,), 0
     parts.comm.tagged.return_value.members, parts.comm.tagged.return_value.rank = (0,), 0
+    parts.comm.tagged.return_value.place = 0
     parts.comm.tagged.return_value.all_sum = lambda x: SimpleNamespace(wait=lambda: x)
     train(
         Replica(parts.algorithm, parts.engine, {}, parts.stream, parts.ledger, parts.comm, torch.device("cpu")),
