@@ -119,7 +119,8 @@ def exchange(kind: str, num_bytes: int) -> Make:
             rows = x.new_zeros(n, max(1, num_bytes // 4 // n))
             return Calls(lambda: comm.all_to_all(rows).wait())
         if kind == "exchange":
-            return Calls(lambda: comm.exchange(x, rank ^ 1).wait())
+            peer = rank ^ 1 if rank ^ 1 < n else rank
+            return Calls(lambda: comm.exchange(x, peer).wait())
         assert kind == "send"
         if rank == 0:
             return Calls(lambda: comm.send(x, 1).wait())
