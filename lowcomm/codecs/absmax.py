@@ -13,21 +13,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lowcomm.codecs.blocks import BlockCodec, BlockDecoder, BlockEncoder, Layout
-from lowcomm.codecs.levels import ROUNDING, contraction_of_nearest, lookup, round_at_random, round_to_bytes
-from lowcomm.codecs.scales import (
-    SCALE_BYTES,
-    SCALE_GROWTH,
-    ScaleFormat,
-    check_scale,
-    scale_from_bytes,
-    scale_to_bytes,
-)
+from lowcomm.codecs.blocks import Factors, Tables
+from lowcomm.codecs.levels import ROUNDING, contraction_of_nearest, round_at_random, round_to_bytes
+from lowcomm.codecs.scaled import ScaledCodec
+from lowcomm.codecs.scales import SCALE_GROWTH, ScaleFormat
 
 
 @dataclass(frozen=True)
-class Absmax(BlockCodec):
-    """Integers in [-127, 127] or [-7, 7]: ``bits + 8 * SCALE_BYTES[scale] / block`` bits a value.
+class Absmax(ScaledCodec):
+    """Integers in [-127, 127] or [-7, 7]: ``bits`` a value, and the block's scale.
 
     Attributes:
         bits: 8 or 4.
@@ -44,12 +38,12 @@ class Absmax(BlockCodec):
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise ValueError(f"Absmax(bits={self.bits}): choose 8 or 4")
-        check_scale(self.scale)
-        self.layout()
+        super().__post_init__()
 
-    def layout(self) -> Layout:
-        """See `BlockCodec.layout`."""
-        return Layout(self.block, self.bits, SCALE_BYTES[self.scale])
+    @property
+    def reach(self) -> float:
+        """See `ScaledCodec.reach`."""
+        return self._limit
 
     def block_contraction(self, width: int) -> float:
         """The largest magnitude is met but for the rounding of the scale; the others miss by at most half a step.
@@ -67,35 +61,23 @@ class Absmax(BlockCodec):
         share = (width - 1 + 2 * rounded_up) / (limit / SCALE_GROWTH[self.scale]) ** 2
         return 1 - max((sqrt(1 + share) - 1) / 2, ROUNDING)
 
-    def encoder(self, device: torch.device, random: torch.Generator | None) -> BlockEncoder:
-        """See `BlockCodec.encoder`."""
-        assert random is not None or not self.stochastic, "random rounding needs random numbers"
+    def to_codes(self, scaled: Tensor, draws: Tensor | None, tables: Tables) -> Tensor:
+        """See `ScaledCodec.to_codes`."""
         limit = self._limit
+        codes = scaled if draws is None else round_at_random(scaled, draws)
+        codes = codes.clamp_(-limit, limit)
+        return round_to_bytes(codes if self.bits == 8 else codes.add_(limit))  # 8 bits are read back as int8
 
-        def encode(x: Tensor) -> tuple[Tensor, Tensor]:
-            header = scale_to_bytes(x.abs().amax(1, keepdim=True) / limit, self.scale)
-            step = scale_from_bytes(header, self.scale)
-            codes = x / step.masked_fill_(step == 0, 1.0)
-            if self.stochastic:
-                whole = round_at_random(codes, random).add_(limit).clamp_(0, 2 * limit).to(torch.uint8)
-                return header, whole.sub_(limit) if self.bits == 8 else whole
-            offset = 0 if self.bits == 8 else limit  # 8 bits are read back as int8
-            return header, round_to_bytes(codes.clamp_(-limit, limit).add_(offset))
+    def decode_blocks(self, header: Tensor, packed: Tensor, out: Tensor, tables: Tables) -> Factors:
+        """See `BlockCodec.decode_blocks`."""
+        if self.bits == 8:
+            return packed.view(torch.int8), header
+        return super().decode_blocks(header, packed, out, tables)
 
-        return encode
-
-    def decoder(self, device: torch.device) -> BlockDecoder:
-        """See `BlockCodec.decoder`."""
-        look = lookup(range(-self._limit, self._limit + 1), 4, device) if self.bits == 4 else None
-
-        def decode(header: Tensor, codes: Tensor, out: Tensor) -> None:
-            if look:
-                look(codes, out)
-            else:
-                out.copy_(codes.view(torch.int8))
-            out.mul_(scale_from_bytes(header, self.scale))
-
-        return decode
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """See `BlockCodec.levels`."""
+        return tuple(range(-self._limit, self._limit + 1))
 
     @property
     def _limit(self) -> int:

@@ -12,9 +12,8 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from lowcomm.codecs.blocks import BlockCodec, BlockDecoder, BlockEncoder, Layout
-from lowcomm.codecs.levels import look_up_bytes
-from lowcomm.codecs.packing import as_bytes, from_bytes, unpack
+from lowcomm.codecs.blocks import BlockCodec, Factors, Layout, Tables
+from lowcomm.codecs.levels import look_up
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Bins(BlockCodec):
 
     def layout(self) -> Layout:
         """See `BlockCodec.layout`."""
-        return Layout(self.block, 2, 16)
+        return Layout(self.block, 2, torch.float32, 4)
 
     def block_contraction(self, width: int) -> float:
         """What the bins' means keep of the spread d around the mean, of which |d|^2 = width sigma^2.
@@ -55,37 +54,25 @@ class Bins(BlockCodec):
         inner = min(1.0, kept * border**2 / 2)
         return min(1.0, kept * (1 - inner) + (inner / border) ** 2) * (1 - 1e-4)
 
-    def encoder(self, device: torch.device, random: torch.Generator | None) -> BlockEncoder:
-        """See `BlockCodec.encoder`."""
+    def encode_blocks(self, x: Tensor, draws: Tensor | None, tables: Tables) -> tuple[Tensor, Tensor]:
+        """See `BlockCodec.encode_blocks`."""
+        low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+        largest = torch.maximum(high, -low)
+        scaled = x / largest.masked_fill(largest == 0, 1.0)  # so that no sum or square leaves float32's range
+        mean = scaled.mean(1, keepdim=True)
+        deviation = torch.linalg.vector_norm(scaled - mean, dim=1, keepdim=True) / sqrt(x.shape[1])
+        border = deviation * (self.sigmas / 4)
+        codes = (scaled >= mean).to(torch.uint8)
+        codes += scaled >= mean + border
+        codes += scaled >= mean - border
+        means = []
+        for code in range(4):
+            inside = codes == code
+            total = torch.where(inside, scaled, 0.0).sum(1, keepdim=True)
+            means.append(total / inside.sum(1, keepdim=True).clamp_(min=1) * largest)
+        # rounding must not move a mean out of where the values are: so constants stay what they are
+        return torch.cat(means, 1).clamp_(low, high), codes
 
-        def encode(x: Tensor) -> tuple[Tensor, Tensor]:
-            low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
-            largest = torch.maximum(high, -low)
-            scaled = x / largest.masked_fill(largest == 0, 1.0)  # so that no sum or square leaves float32's range
-            mean = scaled.mean(1, keepdim=True)
-            deviation = torch.linalg.vector_norm(scaled - mean, dim=1, keepdim=True) / sqrt(x.shape[1])
-            border = deviation * (self.sigmas / 4)
-            codes = (scaled >= mean).to(torch.uint8)
-            codes += scaled >= mean + border
-            codes += scaled >= mean - border
-            means = []
-            for code in range(4):
-                inside = codes == code
-                total = torch.where(inside, scaled, 0.0).sum(1, keepdim=True)
-                means.append(total / inside.sum(1, keepdim=True).clamp_(min=1) * largest)
-            # rounding must not move a mean out of where the values are: so constants stay what they are
-            return as_bytes(torch.cat(means, 1).clamp_(low, high)), codes
-
-        return encode
-
-    def decoder(self, device: torch.device) -> BlockDecoder:
-        """See `BlockCodec.decoder`."""
-        each = unpack(torch.arange(256, dtype=torch.uint8)[:, None], 4, 2).to(torch.int32).view(-1).to(device)
-
-        def decode(header: Tensor, codes: Tensor, out: Tensor) -> None:
-            # for each block a table of what a whole byte stands for, so that four values are looked up at once
-            tables = from_bytes(header, torch.float32).index_select(1, each)
-            offset = torch.arange(0, 256 * header.shape[0], 256, dtype=torch.int32, device=device)[:, None]
-            look_up_bytes(tables.view(-1, 4), (codes.to(torch.int32) + offset).view(-1), out)
-
-        return decode
+    def decode_blocks(self, header: Tensor, packed: Tensor, out: Tensor, tables: Tables) -> Factors:
+        """See `BlockCodec.decode_blocks`."""
+        return look_up(header, packed, out), 1.0

@@ -12,16 +12,17 @@ Streaming DiLoCo (arXiv:2501.18512) sends outer gradients so. It does not say ho
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from lowcomm.codecs.level_codec import LevelCodec, Levels
-from lowcomm.codecs.scales import ScaleFormat, check_scale
+from lowcomm.codecs.scaled import LevelCodec
+from lowcomm.codecs.scales import ScaleFormat
 
 MAGNITUDES = tuple(2.0**-j for j in range(6, -1, -1))
 
 
 @dataclass(frozen=True)
 class E3M0(LevelCodec):
-    """The nearest signed power of two, or zero: ``4 + 8 * SCALE_BYTES[scale] / block`` bits a value.
+    """The nearest signed power of two, or zero: 4 bits a value, and the block's scale.
 
     Attributes:
         block: values that share a scale.
@@ -30,13 +31,9 @@ class E3M0(LevelCodec):
 
     block: int = 64
     scale: ScaleFormat = "e8m0"
+    levels: ClassVar[tuple[float, ...]] = (*(-m for m in reversed(MAGNITUDES)), 0.0, *MAGNITUDES)
 
-    def __post_init__(self) -> None:
-        check_scale(self.scale)
-        self.layout()
-
-    def levels(self) -> Levels:
-        """See `LevelCodec.levels`."""
-        values = (*(-m for m in reversed(MAGNITUDES)), 0.0, *MAGNITUDES)
-        # a power of two may leave the largest magnitude between 1 and 1.5, the middle to what would be the next level
-        return Levels(values, 1.5 if self.scale == "e8m0" else 1.0, self.block, self.scale)
+    @property
+    def reach(self) -> float:
+        """A power of two may leave the largest magnitude at up to 1.5, the middle to what would be the next level."""
+        return 1.5 if self.scale == "e8m0" else 1.0

@@ -7,16 +7,17 @@ to the block's largest magnitude. A power of two (e8m0) may leave it between 6 a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from lowcomm.codecs.level_codec import LevelCodec, Levels
-from lowcomm.codecs.scales import ScaleFormat, check_scale
+from lowcomm.codecs.scaled import LevelCodec
+from lowcomm.codecs.scales import ScaleFormat
 
 MAGNITUDES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 @dataclass(frozen=True)
 class FP4(LevelCodec):
-    """The nearest float of 4 bits: ``4 + 8 * SCALE_BYTES[scale] / block`` bits a value.
+    """The nearest float of 4 bits: 4 bits a value, and the block's scale.
 
     Attributes:
         block: values that share a scale.
@@ -25,12 +26,9 @@ class FP4(LevelCodec):
 
     block: int = 32
     scale: ScaleFormat = "e8m0"
+    levels: ClassVar[tuple[float, ...]] = (*(-m for m in reversed(MAGNITUDES)), 0.0, *MAGNITUDES)
 
-    def __post_init__(self) -> None:
-        check_scale(self.scale)
-        self.layout()
-
-    def levels(self) -> Levels:
-        """See `LevelCodec.levels`."""
-        values = (*(-m for m in reversed(MAGNITUDES)), 0.0, *MAGNITUDES)
-        return Levels(values, 7.0 if self.scale == "e8m0" else 6.0, self.block, self.scale)
+    @property
+    def reach(self) -> float:
+        """See `ScaledCodec.reach`."""
+        return 7.0 if self.scale == "e8m0" else 6.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from math import floor
 
@@ -15,26 +15,24 @@ from lowcomm.codecs.scales import SCALE_GROWTH, ScaleFormat
 CELLS = 2**16
 # float32 arithmetic itself misses by parts in 2^24; no bound is sharper than its square, with room to spare
 ROUNDING = 1e-12
+# the codes of bits 1, 2, 4 or 8 that each of 256 bytes holds, one byte after the other
+CODES_OF_BYTES = {
+    bits: unpack(torch.arange(256, dtype=torch.uint8)[:, None], 8 // bits, bits).reshape(-1).to(torch.int32)
+    for bits in (1, 2, 4, 8)
+}
 
 
-def nearest_level(levels: Sequence[float], reach: float, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """A function from float32 in [-reach, reach] to the place of the nearest level, uint8; beyond counts as the end.
+def cells_of_levels(levels: Sequence[float], reach: float) -> Tensor:
+    """The place of the nearest level for each cell of [-reach, reach], uint8; beyond counts as the end.
 
-    ``levels`` ascend and hold 0. The answer is looked up for one of at most 2^16 cells, by the end of the cell that is
-    next to zero: within a cell of the middle of two levels the smaller magnitude may be taken.
+    ``levels`` ascend and hold 0. A cell, one of at most 2^16, goes by its end next to zero: within a cell of the middle
+    of two levels the smaller magnitude may be taken.
     """
     cell = cell_size(reach)
-    num_cells = int(2 * reach / cell) + 1
     # the first cell that belongs to the upper of two levels
     first = [floor(((low + high) / 2 + reach) / cell) + (low >= 0) for low, high in pairwise(levels)]
-    counts = [end - start for start, end in pairwise([0, *first, num_cells])]
-    table = torch.cat([torch.full((count,), i, dtype=torch.uint8) for i, count in enumerate(counts)]).to(device)
-
-    def nearest(x: Tensor) -> Tensor:
-        cells = torch.add(x, reach).mul_(1 / cell).to(torch.int32).clamp_(0, num_cells - 1)
-        return table.index_select(0, cells.view(-1)).view(x.shape)
-
-    return nearest
+    counts = [end - start for start, end in pairwise([0, *first, int(2 * reach / cell) + 1])]
+    return torch.cat([torch.full((count,), i, dtype=torch.uint8) for i, count in enumerate(counts)])
 
 
 def round_to_bytes(x: Tensor) -> Tensor:
@@ -46,14 +44,14 @@ def round_to_bytes(x: Tensor) -> Tensor:
     return x.add_(1.5 * 2**23).view(torch.int32).to(torch.uint8)
 
 
-def round_at_random(x: Tensor, random: torch.Generator | None) -> Tensor:
-    """The integer below or above each float32 value, so that the mean is the value; ``x`` is used up.
+def round_at_random(x: Tensor, draws: Tensor) -> Tensor:
+    """The integer below or above each float32 value, so that the mean is the value; both arguments are used up.
 
     The random number meets the fraction alone: added to the value it may round up to the next integer, and so would
     zero after any offset.
     """
     whole = x.floor()
-    return whole.add_(x.sub_(whole).add_(torch.rand(x.shape, generator=random, device=x.device)).floor_())
+    return whole.add_(x.sub_(whole).add_(draws).floor_())
 
 
 def cell_size(reach: float) -> float:
@@ -66,35 +64,36 @@ def cell_size(reach: float) -> float:
     return cell
 
 
-def lookup(levels: Sequence[float], bits: int, device: torch.device) -> Callable[[Tensor, Tensor], object]:
-    """A function that takes packed codes ``[num, bytes]`` and writes the levels that they name.
-
-    To its second argument, float32 ``[num, width]`` and contiguous.
-    """
-    per_byte = 8 // bits
-    each = torch.tensor([*levels] + [0.0] * (2**bits - len(levels)))
-    table = each[unpack(torch.arange(256, dtype=torch.uint8)[:, None], per_byte, bits).long()].to(device)
-    return lambda packed, out: look_up_bytes(table, packed.reshape(-1).to(torch.int32), out)
+def byte_table(levels: Tensor) -> Tensor:
+    """What the codes of each byte stand for: float32 ``[num * 256, codes of a byte]`` for ``[num, 2**bits]``."""
+    bits = levels.shape[1].bit_length() - 1
+    return levels.index_select(1, CODES_OF_BYTES[bits].to(levels.device)).view(-1, 8 // bits)
 
 
-def look_up_bytes(table: Tensor, places: Tensor, out: Tensor) -> None:
-    """Write to ``out``, float32 ``[num, width]``, the rows of ``table`` at ``places``: all values of a byte at once.
+def look_up(levels: Tensor, packed: Tensor, out: Tensor, table: Tensor | None = None) -> Tensor:
+    """What packed codes ``[num, bytes]`` stand for: float32 ``[num, width]``, in ``out`` where it can be.
 
     Args:
-        table: float32, a row for what each byte stands for.
-        places: int32, of the bytes of all ``num`` rows; the last byte of a row may be used in part.
+        levels: by code, for all blocks or for each: float32 ``[1 or num, 2**bits]``.
+        out: of that shape, contiguous.
+        table: `byte_table` of them, if it is at hand.
     """
-    per_byte = table.shape[1]
-    if out.shape[1] % per_byte or out.storage_offset() % per_byte:  # not whole bytes, or not aligned for wide elements
-        whole = torch.empty(out.shape[0], -(-out.shape[1] // per_byte) * per_byte, device=out.device)
-        look_up_bytes(table, places, whole)
-        out.copy_(whole[:, : out.shape[1]])
-        return
-    wide = {1: torch.float32, 2: torch.float64, 4: torch.complex128}.get(per_byte)
-    if wide is None:
-        torch.index_select(table, 0, places, out=out.view(-1, per_byte))
-    else:  # a row as one element
-        torch.index_select(table.view(wide).view(-1), 0, places, out=out.view(-1).view(wide))
+    (num, width), bits = out.shape, levels.shape[1].bit_length() - 1
+    if torch.compiler.is_compiling():
+        return levels.expand(num, -1).gather(1, unpack(packed, width, bits).long())
+    per_byte = 8 // bits
+    if width % per_byte or out.storage_offset() % per_byte:  # not whole bytes, or not aligned for wide elements
+        whole = torch.empty(num, packed.shape[1] * per_byte, device=out.device)
+        return look_up(levels, packed, whole, table)[:, :width]
+    table = byte_table(levels) if table is None else table
+    places = packed.to(torch.int32)
+    if len(levels) > 1:
+        places += torch.arange(0, 256 * num, 256, dtype=torch.int32, device=out.device)[:, None]
+    found, wide = out.view(-1, per_byte), {8: torch.float32, 4: torch.float64, 2: torch.complex128}.get(bits)
+    if wide is not None:  # all values of a byte as one element
+        table, found = table.view(wide).view(-1), found.view(wide).view(-1)
+    torch.index_select(table, 0, places.view(-1), out=found)
+    return out
 
 
 def contraction_of_nearest(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from lowcomm.codecs.level_codec import LevelCodec, Levels
-from lowcomm.codecs.scales import ScaleFormat, check_scale
+from lowcomm.codecs.scaled import LevelCodec
+from lowcomm.codecs.scales import ScaleFormat
 
 NEGATIVE = (-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004)
 POSITIVE = (0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0)
@@ -13,7 +14,7 @@ POSITIVE = (0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0
 
 @dataclass(frozen=True)
 class NF4(LevelCodec):
-    """The nearest level, times the block's largest magnitude: ``4 + 8 * SCALE_BYTES[scale] / block`` bits a value.
+    """The nearest level, times the block's largest magnitude: 4 bits a value, and the block's scale.
 
     Attributes:
         block: values that share a scale.
@@ -23,10 +24,5 @@ class NF4(LevelCodec):
     block: int = 64
     scale: ScaleFormat = "bfloat16"
 
-    def __post_init__(self) -> None:
-        check_scale(self.scale)
-        self.layout()
-
-    def levels(self) -> Levels:
-        """See `LevelCodec.levels`."""
-        return Levels((*NEGATIVE, 0.0, *POSITIVE), 1.0, self.block, self.scale)
+    reach: ClassVar[float] = 1.0
+    levels: ClassVar[tuple[float, ...]] = (*NEGATIVE, 0.0, *POSITIVE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -12,14 +14,19 @@ def packed_bytes(num: int, bits: int) -> int:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Numbers below ``2**bits``, uint8 ``[rows, num]``, as uint8 ``[rows, packed_bytes(num, bits)]``.
+    """Numbers below ``2**bits``, uint8 or bool ``[rows, num]``, as uint8 ``[rows, packed_bytes(num, bits)]``.
 
     The first number of a byte stands in its lowest bits; the last byte is filled up with zeros.
     """
-    assert bits in (1, 2, 4, 8) and codes.dtype == torch.uint8
+    assert bits in (1, 2, 4, 8) and codes.itemsize == 1
     if bits == 8:
         return codes
-    per_byte, (num_rows, num) = 8 // bits, codes.shape
+    if torch.compiler.is_compiling():
+        first, *others = of_byte(codes.to(torch.uint8), bits)
+        for i, part in enumerate(others, 1):
+            first = torch.bitwise_or(first, part << i * bits)
+        return first
+    codes, per_byte, (num_rows, num) = codes.view(torch.uint8), 8 // bits, codes.shape
     if codes.numel() == 0:  # has no strides that a wider dtype could have
         return codes.new_empty(num_rows, packed_bytes(num, bits))
     padding = -num % per_byte
@@ -39,10 +46,14 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, num: int, bits: int) -> Tensor:
-    """The inverse of `pack`: uint8 ``[rows, num]``."""
+    """The inverse of `pack`: uint8 ``[rows, num]``, compiled int32."""
     assert bits in (1, 2, 4, 8) and packed.dtype == torch.uint8
     if bits == 8:
         return packed[:, :num]
+    if torch.compiler.is_compiling():
+        shifts = torch.arange(0, 8, bits, dtype=torch.int32, device=packed.device)
+        codes = torch.bitwise_right_shift(packed.to(torch.int32)[:, :, None], shifts)
+        return torch.bitwise_and(codes, 2**bits - 1).flatten(1)[:, :num]
     if bits == 4:
         wide = packed.to(torch.int16)
         wide = (wide | (wide << 4)) & 0x0F0F
@@ -55,6 +66,29 @@ def unpack(packed: Tensor, num: int, bits: int) -> Tensor:
         wide = (wide | (wide << 14)) & 0x0003000300030003
         wide = (wide | (wide << 7)) & 0x0101010101010101
     return wide.view(torch.uint8)[:, :num]
+
+
+def of_byte(x: Tensor, bits: int) -> tuple[Tensor, ...]:
+    """The first, second, ... of all those values ``[rows, num]`` whose codes share a byte.
+
+    Compiled, what is packed and what is reduced go through rows in this order, so that they become one program.
+    """
+    return x.view(x.shape[0], -1, 8 // bits).unbind(2)
+
+
+def largest(x: Tensor, bits: int) -> Tensor:
+    """The largest magnitude of each row ``[rows, 1]``; codes of ``bits`` bits will be packed."""
+    size = x.abs()
+    if torch.compiler.is_compiling():
+        size = reduce(torch.maximum, of_byte(size, bits))
+    return size.amax(1, keepdim=True)
+
+
+def total(x: Tensor, bits: int) -> Tensor:
+    """The sum of each row ``[rows, 1]``; see `largest`."""
+    if torch.compiler.is_compiling():
+        x = reduce(torch.add, of_byte(x, bits))
+    return x.sum(1, keepdim=True)
 
 
 def as_bytes(x: Tensor) -> Tensor:

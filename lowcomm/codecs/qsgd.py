@@ -13,9 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowcomm.codecs.blocks import BlockCodec, BlockDecoder, BlockEncoder, Layout
-from lowcomm.codecs.levels import ROUNDING, lookup, round_at_random
-from lowcomm.codecs.packing import as_bytes, from_bytes
+from lowcomm.codecs.blocks import BlockCodec, Layout, Tables
+from lowcomm.codecs.levels import ROUNDING, round_at_random
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class QSGD(BlockCodec):
     def layout(self) -> Layout:
         """See `BlockCodec.layout`."""
         bits = next(bits for bits in (2, 4, 8) if 2**bits > 2 * self.num_levels)
-        return Layout(self.block, bits, 4)
+        return Layout(self.block, bits, torch.float32)
 
     def variance(self, width: int) -> float:
         """The sharp omega of E|decode(encode(x)) - x|^2 <= omega |x|^2, for one block of ``width`` values.
@@ -54,28 +53,17 @@ class QSGD(BlockCodec):
         """1 - `variance`."""
         return 1 - max(self.variance(width), ROUNDING)
 
-    def encoder(self, device: torch.device, random: torch.Generator | None) -> BlockEncoder:
-        """See `BlockCodec.encoder`."""
-        assert random is not None, "random rounding needs random numbers"
+    def encode_blocks(self, x: Tensor, draws: Tensor | None, tables: Tables) -> tuple[Tensor, Tensor]:
+        """See `BlockCodec.encode_blocks`."""
+        assert draws is not None
         s = self.num_levels
+        largest = x.abs().amax(1, keepdim=True)
+        scaled = x / largest.masked_fill(largest == 0, 1.0)  # so that no square leaves float32's range
+        norm = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+        levels = round_at_random(scaled.mul_(s / norm.masked_fill(norm == 0, 1.0)), draws)
+        return norm * largest, levels.add_(s).clamp_(0, 2 * s).to(torch.uint8)
 
-        def encode(x: Tensor) -> tuple[Tensor, Tensor]:
-            largest = x.abs().amax(1, keepdim=True)
-            scaled = x / largest.masked_fill(largest == 0, 1.0)  # so that no square leaves float32's range
-            norm = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
-            levels = scaled.mul_(s / norm.masked_fill(norm == 0, 1.0))
-            levels = round_at_random(levels, random).add_(s).clamp_(0, 2 * s)
-            return as_bytes(norm * largest), levels.to(torch.uint8)
-
-        return encode
-
-    def decoder(self, device: torch.device) -> BlockDecoder:
-        """See `BlockCodec.decoder`."""
-        s = self.num_levels
-        look = lookup([level / s for level in range(-s, s + 1)], self.layout().bits, device)
-
-        def decode(header: Tensor, codes: Tensor, out: Tensor) -> None:
-            look(codes, out)
-            out.mul_(from_bytes(header, torch.float32))
-
-        return decode
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """See `BlockCodec.levels`."""
+        return tuple(level / self.num_levels for level in range(-self.num_levels, self.num_levels + 1))

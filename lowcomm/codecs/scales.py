@@ -7,10 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lowcomm.codecs.packing import as_bytes, from_bytes
-
 ScaleFormat = Literal["float32", "bfloat16", "float16", "e8m0"]
-SCALE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "e8m0": 1}
+SCALE_TYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+SCALE_TYPES["e8m0"] = torch.uint8
 # How much larger than what it stands for a rounded scale can be. In float16 only between 6.1e-5 and 65504: larger
 # scales take the largest, so that their block saturates, and smaller ones are coarse.
 SCALE_GROWTH: dict[str, float] = {"float32": 1.0, "bfloat16": 1 + 2**-7, "float16": 1 + 2**-10, "e8m0": 2.0}
@@ -22,30 +21,35 @@ def check_scale(scale: str) -> None:
     Raises:
         ValueError: naming the choices.
     """
-    if scale not in SCALE_BYTES:
-        raise ValueError(f"scale is {scale!r}; choose one of {', '.join(SCALE_BYTES)}")
+    if scale not in SCALE_TYPES:
+        raise ValueError(f"scale is {scale!r}; choose one of {', '.join(SCALE_TYPES)}")
 
 
-def scale_to_bytes(scale: Tensor, how: ScaleFormat) -> Tensor:
-    """Nonnegative float32 ``[num, 1]`` as uint8 ``[num, SCALE_BYTES[how]]``; 0 stays 0.
+def scale_to_format(scale: Tensor, how: ScaleFormat) -> tuple[Tensor, Tensor]:
+    """Nonnegative float32 ``[num, 1]`` in `SCALE_TYPES`, and as what is read back; 0 stays 0, and NaN is kept as NaN.
 
     Rounded up, so that no value of the block lies beyond what the scale allows; scales too large for the format take
     its largest.
     """
     if how == "float32":
-        return as_bytes(scale)
+        return scale, scale.clone()
     if how == "float16":
         limited = scale.clamp(max=torch.finfo(torch.float16).max)
         half = limited.to(torch.float16)
-        return as_bytes(half.view(torch.int16) + (half.float() < limited))  # the next float is the next integer
-    pattern = scale.contiguous().view(torch.int32)
+        # the next float is the next integer
+        kept = (half.view(torch.int16) + (half.float() < limited)).view(torch.float16)
+        return kept, kept.float()
     if how == "bfloat16":
-        return as_bytes(((pattern + 0xFFFF) >> 16).clamp_(max=0x7F7F).to(torch.int16))
-    return ((pattern + 0x7FFFFF) >> 23).clamp_(max=254).to(torch.uint8)  # the exponent, biased by 127; 0 stands for 0
+        pattern = scale.clamp(max=torch.finfo(torch.bfloat16).max).view(torch.int32).clamp_(max=0x7FFF0000)
+        upper = (pattern + 0xFFFF) >> 16
+        return upper.to(torch.int16).view(torch.bfloat16), (upper << 16).view(torch.float32)
+    # the exponent, biased by 127; 0 stands for 0, 255 for NaN, whose sum wraps around
+    exponent = ((scale.contiguous().view(torch.int32) + 0x7FFFFF) >> 23).clamp_(-1, 254)
+    return exponent.to(torch.uint8), (exponent << 23).view(torch.float32)
 
 
-def scale_from_bytes(raw: Tensor, how: ScaleFormat) -> Tensor:
-    """The inverse of `scale_to_bytes`, float32 ``[num, 1]``."""
-    if how == "e8m0":
-        return (raw.to(torch.int32) << 23).view(torch.float32)
-    return from_bytes(raw, getattr(torch, how)).float()
+def scale_from_format(kept: Tensor) -> Tensor:
+    """What is read back of headers, as float32 of their shape."""
+    if kept.dtype != torch.uint8:
+        return kept.float()
+    return ((kept.to(torch.int32) << 23) | (kept == 255)).view(torch.float32)

@@ -8,13 +8,13 @@ their own.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lowcomm.codecs.blocks import BlockCodec, BlockDecoder, BlockEncoder, Layout
-from lowcomm.codecs.levels import lookup
-from lowcomm.codecs.packing import as_bytes, from_bytes
+from lowcomm.codecs.blocks import BlockCodec, Layout, Tables
+from lowcomm.codecs.packing import total
 
 
 @dataclass(frozen=True)
@@ -26,33 +26,20 @@ class Sign(BlockCodec):
     """
 
     block: int = 4096
+    levels: ClassVar[tuple[float, ...]] = (-1.0, 1.0)
 
     def __post_init__(self) -> None:
         self.layout()
 
     def layout(self) -> Layout:
         """See `BlockCodec.layout`."""
-        return Layout(self.block, 1, 4)
+        return Layout(self.block, 1, torch.float32)
 
     def block_contraction(self, width: int) -> float:
         """A single value among zeros; for a normal distribution it is 2 / pi."""
         return (1 - 1e-6) / width
 
-    def encoder(self, device: torch.device, random: torch.Generator | None) -> BlockEncoder:
-        """See `BlockCodec.encoder`."""
-
-        def encode(x: Tensor) -> tuple[Tensor, Tensor]:
-            # divided before they are added, for sums beyond float32
-            return as_bytes(x.abs().mul_(1 / x.shape[1]).sum(1, keepdim=True)), (x >= 0).view(torch.uint8)
-
-        return encode
-
-    def decoder(self, device: torch.device) -> BlockDecoder:
-        """See `BlockCodec.decoder`."""
-        look = lookup((-1.0, 1.0), 1, device)
-
-        def decode(header: Tensor, codes: Tensor, out: Tensor) -> None:
-            look(codes, out)
-            out.mul_(from_bytes(header, torch.float32))
-
-        return decode
+    def encode_blocks(self, x: Tensor, draws: Tensor | None, tables: Tables) -> tuple[Tensor, Tensor]:
+        """See `BlockCodec.encode_blocks`."""
+        size = x.abs().mul_(1 / x.shape[1])  # divided before they are added, for sums beyond float32
+        return total(size, 1), x >= 0

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowcomm.codecs.blocks import BlockCodec, BlockDecoder, BlockEncoder, Layout
-from lowcomm.codecs.packing import as_bytes, from_bytes, unpack
+from lowcomm.codecs.blocks import BlockCodec, Factors, Layout, Tables
+from lowcomm.codecs.levels import look_up
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class SignMagnitude(BlockCodec):
 
     def layout(self) -> Layout:
         """See `BlockCodec.layout`."""
-        return Layout(self.block, 2, 4)
+        return Layout(self.block, 2, torch.bfloat16, 2)
 
     def block_contraction(self, width: int) -> float:
         """Of m values that share their mean magnitude a, m a^2 >= |x|^2 / m is taken off; bfloat16 spoils 2^-16 of it.
@@ -47,36 +47,24 @@ class SignMagnitude(BlockCodec):
         """
         return (1 - 2**-16) / width
 
-    def encoder(self, device: torch.device, random: torch.Generator | None) -> BlockEncoder:
-        """See `BlockCodec.encoder`."""
-        limit = torch.finfo(torch.bfloat16).max
+    def encode_blocks(self, x: Tensor, draws: Tensor | None, tables: Tables) -> tuple[Tensor, Tensor]:
+        """See `BlockCodec.encode_blocks`."""
+        size = x.abs()
+        largest = size.amax(1, keepdim=True)
+        size /= largest.masked_fill(largest == 0, 1.0)  # at most 1, so that no sum leaves float32's range
+        total = size.sum(1, keepdim=True)
+        border = total / x.shape[1]
+        for _ in range(self.rounds):
+            small, large = _means(size, size > border, total)
+            border = (small + large) / 2
+        is_large = size > border
+        means = torch.cat(_means(size, is_large, total), 1) * largest
+        codes = is_large.to(torch.uint8) | ((x < 0).to(torch.uint8) << 1)
+        return means.clamp_(max=torch.finfo(torch.bfloat16).max).to(torch.bfloat16), codes
 
-        def encode(x: Tensor) -> tuple[Tensor, Tensor]:
-            size = x.abs()
-            largest = size.amax(1, keepdim=True)
-            size /= largest.masked_fill(largest == 0, 1.0)  # at most 1, so that no sum leaves float32's range
-            total = size.sum(1, keepdim=True)
-            border = total / x.shape[1]
-            for _ in range(self.rounds):
-                small, large = _means(size, size > border, total)
-                border = (small + large) / 2
-            is_large = size > border
-            means = torch.cat(_means(size, is_large, total), 1) * largest
-            codes = is_large.to(torch.uint8) | ((x < 0).to(torch.uint8) << 1)
-            return as_bytes(means.clamp_(max=limit).to(torch.bfloat16)), codes
-
-        return encode
-
-    def decoder(self, device: torch.device) -> BlockDecoder:
-        """See `BlockCodec.decoder`."""
-
-        def decode(header: Tensor, codes: Tensor, out: Tensor) -> None:
-            small, large = from_bytes(header, torch.bfloat16).float().split(1, 1)
-            each = unpack(codes, out.shape[1], 2)
-            magnitude = torch.where((each & 1).bool(), large, small)
-            torch.where((each & 2).bool(), -magnitude, magnitude, out=out)
-
-        return decode
+    def decode_blocks(self, header: Tensor, packed: Tensor, out: Tensor, tables: Tables) -> Factors:
+        """See `BlockCodec.decode_blocks`."""
+        return look_up(torch.cat([header, -header], 1), packed, out), 1.0
 
 
 def _means(size: Tensor, is_large: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lowcomm.codecs.blocks import BlockCodec
 from lowcomm.tensors import digest, rng
 from tests.compressors import all_codecs
 from tests.conformance.test_compressors import KINDS, draw
@@ -53,6 +54,18 @@ def test_a_payload_shares_nothing_with_its_values(codec):
     before = payload.clone()
     x.fill_(7.0)
     assert torch.equal(payload, before)
+
+
+def test_nan_spoils_its_block_and_no_other(codec):
+    """So that a sum over ranks shows that one of them had NaN."""
+    num, place = 3 * 64 + 5, 3
+    block = codec.layout().block if isinstance(codec, BlockCodec) else 1
+    x = draw("normal", (2, num), 0).float()
+    x[1, place] = float("nan")
+    y = codec.decode(codec.encode(x, rng(0, "rounding")), num)
+    spoilt = torch.zeros(2, num, dtype=torch.bool)
+    spoilt[1, place // block * block : (place // block + 1) * block] = True
+    assert torch.equal(y.isnan(), spoilt)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

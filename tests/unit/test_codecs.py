@@ -10,11 +10,11 @@ from lowcomm.codecs.float32 import Float32
 from lowcomm.codecs.fp4 import FP4
 from lowcomm.codecs.fp8 import FP8
 from lowcomm.codecs.half import Half
-from lowcomm.codecs.levels import cell_size, nearest_level
+from lowcomm.codecs.levels import cell_size
 from lowcomm.codecs.nf4 import NF4
 from lowcomm.codecs.packing import pack, unpack
 from lowcomm.codecs.qsgd import QSGD
-from lowcomm.codecs.scales import SCALE_BYTES, SCALE_GROWTH, scale_from_bytes, scale_to_bytes
+from lowcomm.codecs.scales import SCALE_GROWTH, SCALE_TYPES, scale_from_format, scale_to_format
 from lowcomm.codecs.sign import Sign
 from lowcomm.codecs.sign_magnitude import SignMagnitude
 from lowcomm.tensors import rng
@@ -105,34 +105,39 @@ def test_packing(bits, num):
     assert torch.equal(pack(wider[:1, wider.shape[1] - num :], bits), packed[:1]), "views that are contiguous"
 
 
-@pytest.mark.parametrize("how", SCALE_BYTES)
+@pytest.mark.parametrize("how", SCALE_TYPES)
 def test_scales_are_rounded_up_and_not_far(how):
     random = rng(0, "scales")
     scale = torch.cat([torch.rand(1000, 1, generator=random) * 6e4 + 1e-4, 2.0 ** torch.arange(-13.0, 16.0)[:, None]])
-    raw = scale_to_bytes(scale, how)
-    back = scale_from_bytes(raw, how)
-    assert raw.shape == (len(scale), SCALE_BYTES[how]) and raw.dtype == torch.uint8
+    kept, back = scale_to_format(scale, how)
+    assert kept.shape == scale.shape and kept.dtype == SCALE_TYPES[how]
+    assert torch.equal(scale_from_format(kept), back)
     assert (back >= scale).all() and (back <= scale * SCALE_GROWTH[how]).all()
     assert torch.equal(back[1000:], scale[1000:]), "powers of two are exact in every format"
-    ends = torch.tensor([[0.0], [3.4e38]])
-    assert scale_from_bytes(scale_to_bytes(ends, how), how).isfinite().all()
-    assert scale_from_bytes(scale_to_bytes(ends, how), how)[0] == 0
+    ends = scale_from_format(scale_to_format(torch.tensor([[0.0], [3.4e38]]), how)[0])
+    assert ends.isfinite().all() and ends[0] == 0
+    patterns = torch.tensor([[0x7FC00000], [0x7F800001], [0x7FFFFFFF]], dtype=torch.int32)
+    kept, _ = scale_to_format(patterns.view(torch.float32), how)
+    assert scale_from_format(kept).isnan().all(), "every NaN stays one"
+
+
+def nearest(x):
+    """The places of the nearest levels of NF4."""
+    return NF4().to_codes(x.clone(), None, NF4().tables())
 
 
 def test_nearest_level_is_nearest():
-    levels = NF4().levels()
-    exact = torch.tensor(levels.values, dtype=torch.float64)
+    exact = torch.tensor(NF4.levels, dtype=torch.float64)
     x = torch.rand(20_000, generator=rng(0, "x")) * 2 - 1
-    places = nearest_level(levels.values, 1.0, torch.device("cpu"))(x).long()
+    places = nearest(x).long()
     missed, least = (exact[places] - x).abs(), (exact - x.double()[:, None]).abs().amin(1)
     assert (missed <= least + 2 * cell_size(1.0)).all() and (missed == least).double().mean() > 0.99
     middles = ((exact[1:] + exact[:-1]) / 2 * (1 - 1e-5)).float()
-    places = nearest_level(levels.values, 1.0, torch.device("cpu"))(middles).long()
+    places = nearest(middles).long()
     assert torch.equal(exact[places].abs(), torch.minimum(exact[1:].abs(), exact[:-1].abs())), (
         "towards zero if in doubt"
     )
-    grid = torch.tensor(levels.values)
-    assert nearest_level(levels.values, 1.0, torch.device("cpu"))(grid).tolist() == list(range(16))
+    assert nearest(torch.tensor(NF4.levels)).tolist() == list(range(16))
 
 
 def test_levels_of_nf4_are_those_of_its_paper():
@@ -140,7 +145,7 @@ def test_levels_of_nf4_are_those_of_its_paper():
     last = 1 - (1 / 32 + 1 / 30) / 2
     sides = [torch.special.ndtri(torch.linspace(0.5, last, num, dtype=torch.float64))[1:] for num in (8, 9)]
     quantiles = torch.cat([-sides[0].flip(0), torch.zeros(1), sides[1]]) / sides[1][-1]
-    assert NF4().levels().values == pytest.approx(quantiles.tolist(), abs=1e-6)
+    assert NF4.levels == pytest.approx(quantiles.tolist(), abs=1e-6)
 
 
 def test_e3m0_rounds_in_the_linear_domain():
