@@ -29,15 +29,15 @@ MASTER_PORT = 29500  # free: no host runs anything else
 # What a bucket holds passes at once after a pause. So much of it that a processor that comes late to refill it loses
 # nothing, so little that it does not matter beside a message; at least two frames.
 BURST_S = 1e-3
+DELAYED_BURST_S = 2e-3  # where there are latencies, beside which that is little
 MIN_BURST_BYTES = 4096
 # How long a frame may queue before it is dropped: long enough that a few hosts that send to one at once lose none.
 QUEUE_S = 0.4
 # Of TCP, whatever the machine's default, so that times can be compared between machines: every kernel has reno. It also
 # was the steadiest: a ring of 4 hosts at 10 Mbit/s got 9.3 to 9.4 of it, with bbr 7.5 to 9.8, with cubic 7.5 to 10.6.
 CONGESTION_CONTROL = "reno"
-# Of what TCP hands over as one segment, to be cut by the device. A bucket cuts what is longer than its burst, and then
-# the delay line carries ten times as many packets.
-DELAYED_BURST_S = 2e-3  # where there is one
+# How much TCP may hand over as one segment, which the delay line then carries whole. A bucket cuts what is longer than
+# its burst, into ten times as many packets.
 SEGMENT_SHARE = 0.8  # of a burst
 MIN_SEGMENT_BYTES, MAX_SEGMENT_BYTES = 3_300, 65_536
 

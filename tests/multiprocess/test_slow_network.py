@@ -18,6 +18,14 @@ from tests.multiprocess.launch import ROOT
 SCRIPT = str(ROOT / "launch" / "slow_network")
 NUM_BYTES = 1_000_000
 
+# what a rank does that talks to rank 0
+CONNECT = """    while True:
+        try:
+            connection = socket.create_connection(address)
+            break
+        except ConnectionRefusedError:
+            time.sleep(0.05)
+"""
 # rank 0 takes NUM_BYTES from rank 1 three times, and prints the seconds of each
 SOCKETS = f"""
 import os, socket, time
@@ -31,13 +39,7 @@ if os.environ["RANK"] == "0":
             missing -= len(connection.recv(min(missing, 2**16)))
         print("seconds", time.perf_counter() - start)
 else:
-    while True:
-        try:
-            connection = socket.create_connection(address)
-            break
-        except ConnectionRefusedError:
-            time.sleep(0.05)
-    for _ in range(3):
+{CONNECT}    for _ in range(3):
         connection.recv(1)
         connection.sendall(bytes({NUM_BYTES}))
 """
@@ -54,11 +56,9 @@ for _ in range(3):
     assert total.eq(3.0).all()
 lowcomm.disconnect()
 """
-
-
 UP_AND_SLEEP = ("sh", "-c", "echo up; exec sleep 1000")
 # rank 0 asks rank 1 five times, and prints the seconds until each answer
-QUESTIONS = """
+QUESTIONS = f"""
 import os, socket, time
 address = (os.environ["MASTER_ADDR"], 5000)
 if os.environ["RANK"] == "0":
@@ -69,13 +69,7 @@ if os.environ["RANK"] == "0":
         connection.recv(1)
         print("seconds", time.perf_counter() - start)
 elif os.environ["RANK"] == "1":
-    while True:
-        try:
-            connection = socket.create_connection(address)
-            break
-        except ConnectionRefusedError:
-            time.sleep(0.05)
-    while connection.recv(1):
+{CONNECT}    while connection.recv(1):
         connection.sendall(b"x")
 """
 
