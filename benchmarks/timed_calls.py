@@ -36,7 +36,7 @@ KINDS = ("all_sum", "all_gather", "all_to_all", "broadcast", "send", "exchange")
 SIZES = (4, 4_000, 400_000, 4_000_000, 16_000_000)
 NUM_TENSORS = 16
 PARAMETERS = {"1M": 256, "10M": 790}  # each tensor is a square of this width
-STREAMING_EVERY, STREAMING_DELAY = 4, 2
+STREAMING_EVERY, STREAMING_DELAY, NUM_PERIODS = 4, 2, 3
 STEP_S = 0.1  # of the steps within a round of Streaming DiLoCo, whose exchanges they hide
 
 
@@ -75,15 +75,8 @@ class Real:
         return largest
 
 
-@dataclass(frozen=True)
-class Calls:
-    """What is timed, and what waits for all that it left under way."""
-
-    call: Callable[[], object]
-    settle: Callable[[], object] = lambda: None
-
-
-Make = Callable[[Place, Comm], Calls]
+Call = Callable[[], object]
+Make = Callable[[Place, Comm], Call]
 
 
 @dataclass(frozen=True)
@@ -106,33 +99,36 @@ class Cell:
 def exchange(kind: str, num_bytes: int) -> Make:
     """A call of `Comm`; ``num_bytes`` is what a rank puts in, or what it has for all others in an all_to_all."""
 
-    def make(place: Place, comm: Comm) -> Calls:
+    def make(place: Place, comm: Comm) -> Call:
         n, rank = len(comm.members), comm.rank
         x = torch.zeros(num_bytes // 4, device=place.device)
         if kind == "all_sum":
-            return Calls(lambda: comm.all_sum(x).wait())
+            return lambda: comm.all_sum(x).wait()
         if kind == "all_gather":
-            return Calls(lambda: comm.all_gather(x).wait())
+            return lambda: comm.all_gather(x).wait()
         if kind == "broadcast":
-            return Calls(lambda: comm.broadcast(x, 0).wait())
+            return lambda: comm.broadcast(x, 0).wait()
         if kind == "all_to_all":
             rows = x.new_zeros(n, max(1, num_bytes // 4 // n))
-            return Calls(lambda: comm.all_to_all(rows).wait())
+            return lambda: comm.all_to_all(rows).wait()
         if kind == "exchange":
             peer = rank ^ 1 if rank ^ 1 < n else rank
-            return Calls(lambda: comm.exchange(x, peer).wait())
+            return lambda: comm.exchange(x, peer).wait()
         assert kind == "send"
         if rank == 0:
-            return Calls(lambda: comm.send(x, 1).wait())
-        return Calls(lambda: comm.recv(x, 0).wait() if rank == 1 else None)
+            return lambda: comm.send(x, 1).wait()
+        return lambda: comm.recv(x, 0).wait() if rank == 1 else None
 
     return make
 
 
 def rounds(algorithm: lowcomm.Algorithm[Any], width: int, num_steps: int) -> Make:
-    """Steps of a method around a model of nothing but parameters; of more than one, each takes at least `STEP_S`."""
+    """Steps of a method around a model of nothing but parameters, until nothing is under way.
 
-    def make(place: Place, comm: Comm) -> Calls:
+    Of more than one, each takes at least `STEP_S`.
+    """
+
+    def make(place: Place, comm: Comm) -> Call:
         xs = [torch.randn(width, width, device=place.device) for _ in range(NUM_TENSORS)]
         model = nn.ParameterList(xs)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, foreach=True)
@@ -150,8 +146,9 @@ def rounds(algorithm: lowcomm.Algorithm[Any], width: int, num_steps: int) -> Mak
                 if num_steps > 1:
                     place.until(start_s + STEP_S)
                 algorithm.after_update(t, engine, state, comm)
+            algorithm.settle(state)
 
-        return Calls(call, lambda: algorithm.settle(state))
+        return call
 
     return make
 
@@ -170,7 +167,7 @@ def methods() -> dict[str, tuple[lowcomm.Algorithm[Any], int, float]]:
         "diloco int8": (diloco(Quantized(Absmax(8))), 1, 1.0),
         "diloco top_k": (diloco(TopK()), 1, 0.6),
         "diloco power_sgd": (diloco(PowerSGD(rank=4)), 1, 0.1),
-        "streaming fp32": (streaming, STREAMING_EVERY, 4.0),
+        "streaming fp32": (streaming, NUM_PERIODS * STREAMING_EVERY, 4.0),
         "noloco": (lowcomm.NoLoCo(every=1), 1, 8.0),
     }
 
@@ -204,10 +201,7 @@ def timed(place: Place, call: Callable[[], object], num: int, margin_s: float) -
 def measure(place: Place, cell: Cell, margin_s: float) -> list[float]:
     """Seconds of a cell's calls in one world; the first does not count where there are several, as always of rounds."""
     num = 3 if cell.wire_s < 0.5 else 2 if cell.wire_s < 2 or cell.num_steps else 1
-    calls = cell.make(place, place.comm)
-    seconds = timed(place, calls.call, num, margin_s)
-    calls.settle()
-    return seconds[num > 1 :]
+    return timed(place, cell.make(place, place.comm), num, margin_s)[num > 1 :]
 
 
 def computing(place: Place, cell: Cell, margin_s: float) -> float:
@@ -217,7 +211,7 @@ def computing(place: Place, cell: Cell, margin_s: float) -> float:
     """
     comm = EchoComm(len(place.comm.members), place.comm.rank)
     hidden_s = cell.num_steps * STEP_S if cell.num_steps > 1 else 0.0
-    return max(0.0, min(timed(place, cell.make(place, comm).call, 2, margin_s)) - hidden_s)
+    return max(0.0, min(timed(place, cell.make(place, comm), 2, margin_s)) - hidden_s)
 
 
 def processor_s(pid: str) -> float:
