@@ -1,6 +1,7 @@
 """lowcomm trains models across machines joined by slow, uneven, unreliable links."""
 
-from lowcomm.algorithms.base import Algorithm
+from lowcomm.algorithms.base import Algorithm, step
+from lowcomm.algorithms.composed import After, Then
 from lowcomm.algorithms.data_parallel import DataParallel
 from lowcomm.algorithms.demo import DeMo
 from lowcomm.algorithms.des_loc import DESLOC
@@ -41,6 +42,7 @@ __all__ = [
     "SAVIC",
     "SGD",
     "SPARTA",
+    "After",
     "Algorithm",
     "Cast",
     "Comm",
@@ -70,6 +72,7 @@ __all__ = [
     "StreamingDiLoCo",
     "Sync",
     "Task",
+    "Then",
     "TorchEngine",
     "Work",
     "attach",
@@ -77,4 +80,5 @@ __all__ = [
     "ddp_hook",
     "disconnect",
     "fsdp_hook",
+    "step",
 ]

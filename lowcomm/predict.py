@@ -45,7 +45,6 @@ def predict(run: Run, num_replicas: int, vocab_size: int) -> Prediction:
     state = run.algorithm.init(engine, comm)
     counted, num_rounds, sent = 0, 0, 0  # at the end of the last round
     for t in range(1, num_steps + 1):
-        run.algorithm.consensus(engine, state)  # applies what would wait for a forward, of which there is none
         for p in model.parameters():
             p.grad = torch.empty_like(p)
         run.algorithm.before_update(t, engine, state, comm)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lowcomm.algorithms.base import Algorithm
+from lowcomm.algorithms.base import Algorithm, step
 from lowcomm.checkpoint import Checkpoints
 from lowcomm.comm.metered import MeteredComm
 from lowcomm.engine.base import Engine
@@ -69,12 +69,7 @@ def train(replica: Replica, plan: Plan, checkpoints: Checkpoints) -> None:
     ledger.start()
     for t in range(ledger.t + 1, plan.num_steps + 1):
         lr = engine.lr()
-        wanted = algorithm.during_forward(t, engine, state, comm)
-        ready = algorithm.during_backward(t, engine, state, comm)
-        loss = engine.backward(replica.stream.next().to(replica.device), ready, wanted)
-        algorithm.before_update(t, engine, state, comm)
-        engine.update()
-        algorithm.after_update(t, engine, state, comm)
+        loss = step(algorithm, t, engine, state, comm, replica.stream.next().to(replica.device))
         if t == plan.num_steps:
             algorithm.finish(t, engine, state, comm)
         ledger.step(t, loss, lr, algorithm.num_rounds(state))

@@ -5,11 +5,14 @@ from collections.abc import Callable
 from typing import Any
 
 from lowcomm.algorithms.base import Algorithm
+from lowcomm.algorithms.composed import After, Then
+from lowcomm.algorithms.data_parallel import DataParallel
 from lowcomm.algorithms.des_loc import DESLOC
 from lowcomm.algorithms.diloco import DiLoCo
 from lowcomm.algorithms.eager_diloco import EagerDiLoCo
 from lowcomm.algorithms.fragments import offsets
 from lowcomm.algorithms.gasloc import GASLoC
+from lowcomm.algorithms.local_sgd import LocalSGD
 from lowcomm.algorithms.noloco import NoLoCo
 from lowcomm.algorithms.qsr import QSR
 from lowcomm.algorithms.sparta import SPARTA
@@ -37,7 +40,6 @@ ALGORITHMS: list[Algorithm] = [
     DESLOC(_PERIODS),
     DESLOC(_PERIODS, Nesterov(), Reducer(Cast(), bucket_bytes=64)),
     DESLOC(_PERIODS, reducer=Reducer(TopK(0.25, chunk=8), EF14())),
-    DESLOC(_PERIODS, reducer=Reducer(Cast(), bucket_bytes=64), start=5),
     StreamingDiLoCo(4, blocks_per_fragment=1),
     StreamingDiLoCo(4, 3, blocks_per_fragment=1, reducer=Reducer(Quantized(), EF14())),
     StreamingDiLoCo(4, 4, blend=0.0, blocks_per_fragment=None, reducer=Reducer(PowerSGD(1), EF14())),
@@ -52,9 +54,14 @@ ALGORITHMS: list[Algorithm] = [
     SPARTA(fraction=1.0),
     SPARTA(fraction=0.3, delay=2, reducer=Reducer(Quantized())),
     SPARTA(fraction=0.3, every=2, delay=5),
-    SPARTA(fraction=0.3, delay=1, then=DiLoCo(every=4)),
-    SPARTA(fraction=0.3, then=DiLoCo(every=4, overlap=True, reducer=Reducer(bucket_bytes=64))),
-    SPARTA(fraction=0.3, delay=2, then=StreamingDiLoCo(4, 1, reducer=Reducer(bucket_bytes=64), overlap=True)),
+    Then(SPARTA(fraction=0.3, delay=1), DiLoCo(every=4)),
+    Then(SPARTA(fraction=0.3), DiLoCo(every=4, overlap=True, reducer=Reducer(bucket_bytes=64))),
+    Then(
+        SPARTA(fraction=0.3, delay=2), StreamingDiLoCo(4, 1, reducer=Reducer(bucket_bytes=64), overlap=True)
+    ),
+    After(5, DataParallel(), DESLOC(_PERIODS, reducer=Reducer(Cast(), bucket_bytes=64))),
+    After(3, DataParallel(overlap=True), StreamingDiLoCo(4, blocks_per_fragment=1)),
+    After(3, DataParallel(), LocalSGD(4)),
 ]
 # The inner optimizer of methods that need one of their own; AdamW for the others.
 INNERS: dict[str, Inner] = {"DESLOC": adamw, "DeMo": sgd, "SAVIC": scaled_sgd}
@@ -62,7 +69,9 @@ INNERS: dict[str, Inner] = {"DESLOC": adamw, "DeMo": sgd, "SAVIC": scaled_sgd}
 ROUNDS: dict[str, Callable[[Algorithm, int], int]] = {
     "DESLOC": lambda a, num_steps: _des_loc_rounds(a, num_steps),
     "DiLoCo": lambda a, num_steps: _diloco_rounds(a, num_steps),
+    "After": lambda a, num_steps: _after_rounds(a, num_steps),
     "SPARTA": lambda a, num_steps: _sparta_rounds(a, num_steps),
+    "Then": lambda a, num_steps: num_steps // a.first.every + expected_rounds(a.then, num_steps),
     "StreamingDiLoCo": lambda a, num_steps: _streaming_rounds(a, num_steps),
 }
 # What a run of `lowcomm train` needs besides the name of the method.
@@ -101,19 +110,24 @@ def expected_rounds(algorithm: Algorithm, num_steps: int) -> int:
 
 
 def _sparta_rounds(sparta: Algorithm, num_steps: int) -> int:
-    """Sparse averages, and those of what runs after it or one of everything."""
+    """Sparse averages, and one of everything."""
     assert isinstance(sparta, SPARTA)
     num = num_steps // sparta.every
-    if sparta.then is not None:
-        return num + expected_rounds(sparta.then, num_steps)
     return num + (sparta.fraction < 1 or sparta.delay > 0 or num_steps % sparta.every > 0)
 
 
 def _des_loc_rounds(algorithm: Any, num_steps: int) -> int:
-    """Steps of data parallel and after which a slot is due, and a partial last round of the parameters."""
-    start, periods = min(algorithm.start, num_steps), algorithm.periods
-    due = {t for t in range(1, num_steps - start + 1) if any(t % every == 0 for every in periods.values())}
-    return start + len(due) + ((num_steps - start) % periods["param"] != 0)
+    """Steps after which a slot is due, and a partial last round of the parameters."""
+    periods = algorithm.periods
+    due = {t for t in range(1, num_steps + 1) if any(t % every == 0 for every in periods.values())}
+    return len(due) + (num_steps % periods["param"] != 0)
+
+
+def _after_rounds(algorithm: Any, num_steps: int) -> int:
+    """Those of both."""
+    num_first = min(algorithm.num_steps, num_steps)
+    rest = num_steps - num_first
+    return num_first + (expected_rounds(algorithm.then, rest) if rest else 0)
 
 
 def _diloco_rounds(algorithm: Any, num_steps: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowcomm.algorithms.base import Algorithm
+from lowcomm.algorithms.base import Algorithm, step
 from lowcomm.comm.base import Comm
 from lowcomm.engine.base import Engine
 from lowcomm.engine.torch_engine import TorchEngine
@@ -58,12 +58,6 @@ def make_engine(inner: Inner = sgd, dtype: torch.dtype = torch.float64, loss: Lo
     return TorchEngine(model, inner(list(model.parameters())), loss=loss, clip_norm=None)
 
 
-def backward(algorithm: Algorithm, t: int, engine: Engine, state: Any, comm: Comm, batch: Any) -> Tensor:
-    """The first lines of the training loop."""
-    wanted = algorithm.during_forward(t, engine, state, comm)
-    return engine.backward(batch, algorithm.during_backward(t, engine, state, comm), wanted)
-
-
 def step_all(models: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer], t: int) -> None:
     """Inner step ``t`` of explicit replicas, each on its own batch."""
     for rank, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
@@ -79,28 +73,14 @@ def flat(params: list[Tensor]) -> Tensor:
 def train(
     algorithm: Algorithm, comm: Comm, num_steps: int, inner: Inner = sgd, data_rank: int | None = None
 ) -> list[Tensor]:
-    """The training loop in small; this replica's flat parameters after each step, and at last after `finish`.
-
-    After a step they are as the next forward finds them, which may apply something before it uses them.
-    """
-    found = []
-
-    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        value = mse(model, batch)
-        found.append(flat(list(model.parameters())))
-        return value
-
-    engine = make_engine(inner, loss=loss)
-    state = algorithm.init(engine, comm)
+    """The training loop in small; this replica's flat parameters after each step, and at last after `finish`."""
+    engine = make_engine(inner)
+    state, found = algorithm.init(engine, comm), []
     for t in range(1, num_steps + 1):
-        backward(algorithm, t, engine, state, comm, make_batch(comm.rank if data_rank is None else data_rank, t))
-        algorithm.before_update(t, engine, state, comm)
-        engine.update()
-        algorithm.after_update(t, engine, state, comm)
-    algorithm.consensus(engine, state)
-    found.append(flat(engine.slots()["param"]))
+        step(algorithm, t, engine, state, comm, make_batch(comm.rank if data_rank is None else data_rank, t))
+        found.append(flat(engine.slots()["param"]))
     algorithm.finish(num_steps, engine, state, comm)
-    return [*found[1:], flat(engine.slots()["param"])]
+    return [*found, flat(engine.slots()["param"])]
 
 
 def train_on(
@@ -110,10 +90,7 @@ def train_on(
     engine = make_engine(inner)
     state, found = algorithm.init(engine, comm), []
     for t in range(1, num_steps + 1):
-        backward(algorithm, t, engine, state, comm, make_batch(comm.rank, t))
-        algorithm.before_update(t, engine, state, comm)
-        engine.update()
-        algorithm.after_update(t, engine, state, comm)
+        step(algorithm, t, engine, state, comm, make_batch(comm.rank, t))
         if t == ends_t:
             algorithm.finish(t, engine, state, comm)
         found.append(flat(engine.slots()["param"]))

@@ -1,34 +1,29 @@
 """Data parallel: average the gradients at every step. The baseline that talks most.
 
+    every step:   g_i <- sum_j w_j g_j;   then the same inner update everywhere
+
 Differs from the paper in: nothing; with an exact reducer it is synchronous large-batch training.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from lowcomm.algorithms.base import Algorithm
-from lowcomm.algorithms.overlapped import Groups, GroupsState, average_gradients
+from lowcomm.algorithms.exchanges import Exchange, Sending
+from lowcomm.algorithms.participation import check_number, check_participation, check_weights, counted, factor
+from lowcomm.algorithms.rounds import Rounds, RoundsState
 from lowcomm.comm.base import Comm
-from lowcomm.engine.base import Engine, Ready
+from lowcomm.engine.base import Engine
 from lowcomm.reduce import Reducer
-
-
-@dataclass
-class DataParallelState:
-    """Attributes:
-    gradients: what averaging them keeps between steps.
-    round: steps synced so far.
-    """
-
-    gradients: GroupsState
-    round: int = 0
+from lowcomm.tensors import copy_, mul_
 
 
 @dataclass(frozen=True)
-class DataParallel(Algorithm[DataParallelState]):
+class DataParallel(Rounds[RoundsState]):
     """One round a step: the mean gradient, then the same inner update everywhere.
 
     Traffic of a round: one all-reduce of the gradients, 2 (n - 1) / n x their bytes for each of n replicas.
@@ -38,51 +33,46 @@ class DataParallel(Algorithm[DataParallelState]):
         overlap: send gradients while backward computes others. Parameters are grouped from the last to the first, by
             the reducer's `bucket_bytes`; a group sets out once it and all groups before it are final, so the order is
             that of the parameters on every rank. A compressor's second and later messages follow after backward.
+        weights: how much each replica counts, in rank order. None: equally.
     """
 
     reducer: Reducer = Reducer()
     overlap: bool = False
+    weights: list[float] | None = None
+    averages: ClassVar = "grad"
+    every: ClassVar = 1
 
-    def init(self, engine: Engine, comm: Comm) -> DataParallelState:
+    def __post_init__(self) -> None:
+        check_weights(self.weights)
+        check_participation(self.reducer, self.weights, None)
+
+    def begin(self, engine: Engine, comm: Comm) -> RoundsState:
         """Nothing averaged yet."""
-        return DataParallelState(self._groups().init(engine.slots()["param"]))
+        check_number("weights", self.weights, comm.members)
+        kept = {"gradients": self.keep(engine.slots()["param"])}
+        return RoundsState(kept=kept, replicas=counted(comm.members, self.weights))
 
-    def sends_in_backward(self) -> bool:
-        """With `overlap`."""
-        return self.overlap
+    def round(self, t: int, engine: Engine, state: RoundsState, comm: Comm) -> list[Sending]:
+        """The gradients."""
+        params, share = engine.slots()["param"], factor(t, comm, state.replicas, self.weights, None)
 
-    def during_backward(self, t: int, engine: Engine, state: DataParallelState, comm: Comm) -> Ready | None:
-        """With `overlap`, start each group's average as soon as its turn has come."""
-        if not self.overlap:
-            return None
-        gradients: dict[int, Tensor] = {}
-        params = engine.slots()["param"]
-        final = self._groups().in_turn(params, state.gradients, comm, lambda group: [gradients[i] for i in group])
+        def values(places: Sequence[int]) -> list[Tensor]:
+            gradients = engine.gradients(places)
+            if share is not None and share != 1:
+                gradients = [g.clone() for g in gradients]
+                mul_(gradients, share)
+            return gradients
 
-        def ready(i: int, gradient: Tensor) -> None:
-            gradients[i] = gradient
-            final(i)
+        return [Sending("gradients", self.reducer, params, values, range(len(params)))]
 
-        return ready
-
-    def before_update(self, t: int, engine: Engine, state: DataParallelState, comm: Comm) -> None:
+    def commit(self, t: int, engine: Engine, state: RoundsState, sent: Exchange, means: list[Tensor]) -> None:
         """Replace the gradients by their mean over replicas."""
-        average_gradients(self._groups(), engine.slots()["grad"], state.gradients, comm)
+        copy_(engine.slots()["grad"], means)
 
-    def after_update(self, t: int, engine: Engine, state: DataParallelState, comm: Comm) -> None:
-        """Count the round."""
-        state.round += 1
-
-    def finish(self, t: int, engine: Engine, state: DataParallelState, comm: Comm) -> None:
-        """Nothing is in flight and the replicas are equal."""
-
-    def num_rounds(self, state: DataParallelState) -> int:
-        """Steps synced so far."""
-        return state.round
-
-    def consensus(self, engine: Engine, state: DataParallelState) -> list[Tensor]:
+    def stands(self, engine: Engine, state: RoundsState) -> list[Tensor]:
         """The live parameters: they are equal on all replicas."""
         return engine.slots()["param"]
 
-    def _groups(self) -> Groups:
-        return Groups(self.reducer, self.overlap)
+    def keeps_equal(self) -> bool:
+        """They are, and optimizer states too."""
+        return True

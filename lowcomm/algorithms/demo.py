@@ -16,37 +16,27 @@ stays in m; ranks are decoded one after the other, so that sums do not depend on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lowcomm.algorithms.base import Algorithm
+from lowcomm.algorithms.exchanges import Exchange, Sending
+from lowcomm.algorithms.rounds import Rounds, RoundsState
 from lowcomm.codecs.half import Half
 from lowcomm.comm.base import Comm
 from lowcomm.compress.dct import DCT
 from lowcomm.compress.top_k import TopK
 from lowcomm.engine.base import Engine
 from lowcomm.feedback.ef14 import EF14
-from lowcomm.reduce import Reducer, ReducerState
+from lowcomm.reduce import Reducer
 from lowcomm.tensors import copy_
 
 
-@dataclass
-class DeMoState:
-    """Attributes:
-    reducer: what averaging keeps: with the default each replica's momentum residual m, of which no two are alike.
-    round: steps so far.
-    """
-
-    reducer: ReducerState
-    round: int = 0
-
-
 @dataclass(frozen=True)
-class DeMo(Algorithm[DeMoState]):
+class DeMo(Rounds[RoundsState]):
     """Decoupled momentum: a small message at every step, and a step by its sign.
 
     Traffic of a round: a message from each of n replicas to the n - 1 others; by default of 100 bytes for each 4,096
@@ -67,8 +57,11 @@ class DeMo(Algorithm[DeMoState]):
         DCT(TopK(num=32, chunk=4096, values=Half(), divide_by="present"), tile=64), EF14(decay=0.999)
     )
 
-    def init(self, engine: Engine, comm: Comm) -> DeMoState:
-        """No momentum.
+    averages: ClassVar = "grad"
+    every: ClassVar = 1
+
+    def begin(self, engine: Engine, comm: Comm) -> RoundsState:
+        """No momentum: what a replica's reducer keeps is its m, of which no two are alike.
 
         Raises:
             ValueError: when the engine clips gradients or takes steps that need them all, or when the inner optimizer
@@ -77,35 +70,36 @@ class DeMo(Algorithm[DeMoState]):
         if (reason := engine.needs_all_gradients()) is not None:
             raise ValueError(f"DeMo takes a step of size lr by the sign of each value, but {reason}")
         _require_no_state(engine)
-        return DeMoState(self.reducer.init([_wide(x) for x in engine.slots()["param"]]))
+        return RoundsState(kept={"momentum": self.keep([_wide(x) for x in engine.slots()["param"]])})
 
-    def before_update(self, t: int, engine: Engine, state: DeMoState, comm: Comm) -> None:
-        """Put the sign of what is combined of lr x gradient in the place of the gradients."""
-        gradients = engine.slots()["grad"]
-        scaled = torch._foreach_mul([_wide(g) for g in gradients], engine.lr())
-        combined, state.reducer = self.reducer.mean(scaled, state.reducer, comm).result()
-        copy_(gradients, torch._foreach_sign(combined))
+    def round(self, t: int, engine: Engine, state: RoundsState, comm: Comm) -> list[Sending]:
+        """lr x gradient."""
 
-    def after_update(self, t: int, engine: Engine, state: DeMoState, comm: Comm) -> None:
-        """Count the round.
+        def values(places: Sequence[int]) -> list[Tensor]:
+            return list(torch._foreach_mul([_wide(g) for g in engine.gradients(places)], engine.lr()))
+
+        return [Sending("momentum", self.reducer, [_wide(x) for x in engine.slots()["param"]], values)]
+
+    def commit(self, t: int, engine: Engine, state: RoundsState, sent: Exchange, means: list[Tensor]) -> None:
+        """Put the sign of what was combined in the place of the gradients."""
+        copy_(engine.slots()["grad"], torch._foreach_sign(means))
+
+    def after_update(self, t: int, engine: Engine, state: RoundsState, comm: Comm) -> None:
+        """Nothing is sent here.
 
         Raises:
             ValueError: at the first step, when the inner optimizer turns out to keep a state.
         """
-        state.round += 1
         if t == 1:
             _require_no_state(engine)
 
-    def finish(self, t: int, engine: Engine, state: DeMoState, comm: Comm) -> None:
-        """Nothing is in flight and the replicas are equal."""
-
-    def num_rounds(self, state: DeMoState) -> int:
-        """Steps so far."""
-        return state.round
-
-    def consensus(self, engine: Engine, state: DeMoState) -> list[Tensor]:
+    def stands(self, engine: Engine, state: RoundsState) -> list[Tensor]:
         """The live parameters: they are equal on all replicas."""
         return engine.slots()["param"]
+
+    def keeps_equal(self) -> bool:
+        """They are, and the optimizer keeps nothing."""
+        return True
 
 
 def _wide(x: Tensor) -> Tensor:

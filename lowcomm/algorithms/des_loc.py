@@ -23,55 +23,48 @@ in float32 or better.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from lowcomm.algorithms.anchors import anchor_of
-from lowcomm.algorithms.base import Algorithm
-from lowcomm.algorithms.diloco import DiLoCo, DiLoCoState
-from lowcomm.comm.base import Comm, Task, Work
+from lowcomm.algorithms.anchors import anchor_of, delta
+from lowcomm.algorithms.diloco import DiLoCoState
+from lowcomm.algorithms.exchanges import Exchange, Sending
+from lowcomm.algorithms.rounds import Rounds
+from lowcomm.comm.base import Comm
 from lowcomm.compress.identity import Identity
 from lowcomm.engine.base import Engine
 from lowcomm.feedback.none import NoFeedback
 from lowcomm.outer.base import Outer
 from lowcomm.outer.sgd import SGD
-from lowcomm.reduce import Reducer, ReducerState
+from lowcomm.reduce import Reducer
 from lowcomm.tensors import copy_
 
-
-@dataclass
-class Averaged:
-    """One optimizer state after its first average.
-
-    Attributes:
-        anchor: its last average, float32 or better; equal on all replicas.
-        reducer: what averaging the differences to it keeps between rounds.
-    """
-
-    anchor: list[Tensor]
-    reducer: ReducerState
+# The slot of whether a replica has negative values of an optimizer state, by the state's own.
+_SIGNS = "signs of "
+# The slot of the first average of a state, of which nothing is kept.
+_FIRST = "first "
 
 
 @dataclass
-class DESLOCState:
+class DESLOCState(DiLoCoState):
     """Attributes:
-    params: the rounds of the parameters.
-    averaged: optimizer states by name, each from its first average or the last step of data parallel on; none where the
-        reducer is exact.
-    round: steps so far after which something was averaged.
+    averages: optimizer states by name as they were last averaged, float32 or better; equal on all replicas. None of
+        one that never was, or where the reducer is exact.
+    has_negative: by name, whether any replica has a negative value in each tensor; only within a round.
+    params_t: the step of the last average of the parameters.
     """
 
-    params: DiLoCoState
-    averaged: dict[str, Averaged] = field(default_factory=dict)
-    round: int = 0
+    averages: dict[str, list[Tensor]] = field(default_factory=dict)
+    has_negative: dict[str, Tensor] = field(default_factory=dict)
+    params_t: int = 0
 
 
 @dataclass(frozen=True)
-class DESLOC(Algorithm[DESLOCState]):
+class DESLOC(Rounds[DESLOCState]):
     """Periodic averages of parameters and optimizer states.
 
     Traffic of a step, on average: the sum of 1 / period over all periods, times an all-reduce of the parameters in
@@ -83,18 +76,14 @@ class DESLOC(Algorithm[DESLOCState]):
             "exp_avg". A state without a period stays with its replica. By default those of Adam at 3 and 6 times the
             parameters' period, as the paper advises for its second moment that forgets slowly.
         outer: how the parameters follow their mean delta: SGD(1) averages, Nesterov is DES-LOC-Nesterov.
-        reducer: how differences to the last average are averaged, each of its own; with `start` gradients too.
-        start: steps of data parallel first; 2,048 in the paper's runs of 700M parameters with outer Nesterov.
+        reducer: how differences to the last average are averaged, each of its own.
     """
 
     periods: dict[str, int] = field(default_factory=lambda: {"param": 32, "exp_avg": 96, "exp_avg_sq": 192})
     outer: Outer = SGD(lr=1.0)
     reducer: Reducer = Reducer()
-    start: int = 0
 
     def __post_init__(self) -> None:
-        if self.start < 0:
-            raise ValueError(f"start is {self.start}; it is a number of steps, at least 0")
         if "param" not in self.periods:
             raise ValueError(
                 f"periods {self.periods} has none for 'param', so the replicas would never meet; add one, such as 32"
@@ -108,13 +97,30 @@ class DESLOC(Algorithm[DESLOCState]):
                     "it with its replica"
                 )
 
-    def init(self, engine: Engine, comm: Comm) -> DESLOCState:
-        """The anchor of the parameters; optimizer states are there only after the first update."""
-        return DESLOCState(self._params().init(engine, comm))
+    @property
+    def every(self) -> int:  # type: ignore[override]  # of a field where periods are not several
+        """The period of the parameters."""
+        return self.periods["param"]
 
-    def before_update(self, t: int, engine: Engine, state: DESLOCState, comm: Comm) -> None:
-        """Data parallel up to step `start`."""
-        self._params().before_update(t, engine, state.params, comm)
+    def init(self, engine: Engine, comm: Comm, t: int = 0) -> DESLOCState:
+        """After other steps that kept optimizer states equal, these are their last averages."""
+        state = super().init(engine, comm, t)
+        state.params_t = t
+        if t > 0:
+            self._check_names(engine.slots())
+            if not self._is_exact():
+                state.averages = {name: anchor_of(engine.slots()[name]) for name in self.periods if name != "param"}
+                state.kept |= {name: self.keep(average) for name, average in state.averages.items()}
+        return state
+
+    def begin(self, engine: Engine, comm: Comm) -> DESLOCState:
+        """The anchor of the parameters; optimizer states are there only after the first update."""
+        anchor = anchor_of(engine.slots()["param"])
+        return DESLOCState(anchor, self.outer.init(anchor), kept={"param": self.keep(anchor)})
+
+    def is_due(self, t: int, state: DESLOCState) -> bool:
+        """Whether anything is averaged after step ``t``."""
+        return bool(self._due(t, state))
 
     def after_update(self, t: int, engine: Engine, state: DESLOCState, comm: Comm) -> None:
         """Average what is due; all that is due is under way at once.
@@ -122,44 +128,67 @@ class DESLOC(Algorithm[DESLOCState]):
         Raises:
             ValueError: after the first step, when the optimizer lacks a state that has a period.
         """
-        due = self._due(t)
-        slots = engine.slots() if t in (1, self.start) or due else {}
         if t == 1:
-            self._check_names(slots)
-        tasks = {
-            name: Task(self._average(slots[name], state.averaged.get(name), comm)) for name in due if name != "param"
-        }
-        self._params().after_update(t, engine, state.params, comm)
-        for name, task in tasks.items():
-            averaged = task.result()
-            copy_(slots[name], averaged.anchor)
+            self._check_names(engine.slots())
+        super().after_update(t, engine, state, comm)
+
+    def reducer_of(self, slot: str) -> Reducer:
+        """Signs travel as they are."""
+        return Reducer() if slot.startswith(_SIGNS) else self.reducer
+
+    def round(self, t: int, engine: Engine, state: DESLOCState, comm: Comm) -> list[Sending]:
+        """What is due: deltas of the parameters, and optimizer states or their differences to the last average."""
+        slots, sendings = engine.slots(), []
+        for name in self._due(t, state):
+            if name == "param":
+                sendings += self._parameters(engine, state)
+            elif name not in state.averages:
+                wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in slots[name]]
+                exact = Reducer(bucket_bytes=self.reducer.bucket_bytes)
+                sendings.append(Sending(_FIRST + name, exact, wide, partial(_at, wide)))
+            else:
+                signs = [torch.stack([(x < 0).any() for x in slots[name]]).float()]
+                sendings.append(Sending(_SIGNS + name, Reducer(), signs, partial(_at, signs)))
+                moved = partial(delta, state.averages[name], slots[name], -1.0)
+                sendings.append(Sending(name, self.reducer, state.averages[name], moved))
+        return sendings
+
+    def commit(self, t: int, engine: Engine, state: DESLOCState, sent: Exchange, means: list[Tensor]) -> None:
+        """Load the new average: of parameters by an outer step."""
+        if sent.slot == "param":
+            self.outer.apply(state.anchor, means, state.outer)
+            copy_(engine.slots()["param"], state.anchor)
+            state.params_t = t
+        elif sent.slot.startswith(_FIRST):
+            name = sent.slot.removeprefix(_FIRST)
+            copy_(engine.slots()[name], means)
+            del state.kept[sent.slot]
             if not self._is_exact():
-                state.averaged[name] = averaged
-        if t == self.start and not self._is_exact():
-            anchors = {name: anchor_of(slots[name]) for name in self.periods if name != "param"}
-            state.averaged = {name: Averaged(anchor, self.reducer.init(anchor)) for name, anchor in anchors.items()}
-        state.round += 1 if due or t <= self.start else 0
+                state.averages[name], state.kept[name] = means, self.keep(means)
+        elif sent.slot.startswith(_SIGNS):
+            state.has_negative[sent.slot.removeprefix(_SIGNS)] = means[0]
+        else:
+            negative, average = state.has_negative.pop(sent.slot), state.averages[sent.slot]
+            torch._foreach_add_(average, means)
+            for x, has_negative in zip(average, negative.unbind(), strict=True):
+                x.copy_(torch.where(has_negative > 0, x, x.clamp(min=0)))
+            copy_(engine.slots()[sent.slot], average)
 
-    def finish(self, t: int, engine: Engine, state: DESLOCState, comm: Comm) -> None:
-        """Sync a partial last round of the parameters; optimizer states are not needed any more."""
-        before = state.params.round
-        self._params().finish(t, engine, state.params, comm)
-        state.round += state.params.round - before
+    def rest(self, t: int, engine: Engine, state: DESLOCState, comm: Comm) -> list[Sending] | None:
+        """A partial last round of the parameters; optimizer states are not needed any more."""
+        return self._parameters(engine, state) if t > state.params_t else None
 
-    def num_rounds(self, state: DESLOCState) -> int:
-        """Steps so far after which something was averaged."""
-        return state.round
-
-    def consensus(self, engine: Engine, state: DESLOCState) -> list[Tensor]:
+    def stands(self, engine: Engine, state: DESLOCState) -> list[Tensor]:
         """The parameters' anchor."""
-        return self._params().consensus(engine, state.params)
+        return state.anchor
 
-    def _due(self, t: int) -> list[str]:
+    def _parameters(self, engine: Engine, state: DESLOCState) -> list[Sending]:
+        moved = partial(delta, state.anchor, engine.slots()["param"], 1.0)
+        return [Sending("param", self.reducer, state.anchor, moved)]
+
+    def _due(self, t: int, state: DESLOCState) -> list[str]:
         """What is averaged after step ``t``, in one order on all replicas."""
-        return sorted(name for name, every in self.periods.items() if t > self.start and (t - self.start) % every == 0)
-
-    def _params(self) -> DiLoCo:
-        return DiLoCo(self.periods["param"], self.outer, self.reducer, self.start)
+        return sorted(name for name, every in self.periods.items() if (t - state.begun_t) % every == 0)
 
     def _is_exact(self) -> bool:
         return isinstance(self.reducer.compressor, Identity) and isinstance(self.reducer.feedback, NoFeedback)
@@ -173,19 +202,6 @@ class DESLOC(Algorithm[DESLOCState]):
                 "replica"
             )
 
-    def _average(self, xs: list[Tensor], averaged: Averaged | None, comm: Comm) -> Generator[Work[Any], Any, Averaged]:
-        """The mean of ``xs`` over replicas as the new anchor."""
-        wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in xs]
-        if averaged is None:
-            exact = Reducer(bucket_bytes=self.reducer.bucket_bytes)
-            means, _ = yield from exact.mean(wide, exact.init(wide), comm).steps()
-            return Averaged(means, self.reducer.init(means))
-        negative = comm.all_sum(torch.stack([(x < 0).any() for x in xs]).float())
-        # from what this replica was loaded with, not the anchor: no step taken must mean no difference
-        loaded = [a.to(x.dtype).to(a.dtype) for a, x in zip(averaged.anchor, xs, strict=True)]
-        task = self.reducer.mean(torch._foreach_sub(wide, loaded), averaged.reducer, comm)
-        has_negative = (yield negative).unbind()
-        moved, reducer = yield from task.steps()
-        anchor = torch._foreach_add(averaged.anchor, moved)
-        cut = [torch.where(n > 0, a, a.clamp(min=0)) for n, a in zip(has_negative, anchor, strict=True)]
-        return Averaged(cut, reducer)
+
+def _at(xs: Sequence[Tensor], places: Sequence[int]) -> list[Tensor]:
+    return [xs[i] for i in places]

@@ -36,18 +36,19 @@ import torch
 from torch import Tensor
 
 from lowcomm.algorithms.anchors import anchor_of, delta
-from lowcomm.algorithms.base import Algorithm
-from lowcomm.algorithms.under_way import UnderWay, num_advances, send
+from lowcomm.algorithms.exchanges import Exchange, Sending
+from lowcomm.algorithms.qsr import check_every
+from lowcomm.algorithms.rounds import Rounds, RoundsState
 from lowcomm.comm.base import Comm
 from lowcomm.engine.base import Engine
 from lowcomm.outer.base import Outer
 from lowcomm.outer.nesterov import Nesterov
-from lowcomm.reduce import Reducer, ReducerState
+from lowcomm.reduce import Reducer
 from lowcomm.tensors import add_, copy_, zeros
 
 
 @dataclass
-class EagerDiLoCoState:
+class EagerDiLoCoState(RoundsState):
     """Attributes:
     own: this replica's anchor, float32 or better.
     own_outer: state of its outer optimizer.
@@ -55,11 +56,7 @@ class EagerDiLoCoState:
     common_outer: state of its outer optimizer; equal on all replicas.
     correction: the next outer step's D_m less the fresh own delta: less the last own delta over M, and once it is
         there, plus the average.
-    reducer: what averaging deltas keeps between rounds.
-    under_way: the average of the last round's deltas; None before the first round and after the end.
-    round: rounds so far.
-    t: inner steps so far.
-    synced_t: the inner step of the last round.
+    unheard: own deltas whose average was given up, which go with the next.
     """
 
     own: list[Tensor]
@@ -67,15 +64,11 @@ class EagerDiLoCoState:
     common: list[Tensor]
     common_outer: Any
     correction: list[Tensor]
-    reducer: ReducerState
-    under_way: UnderWay | None = None
-    round: int = 0
-    t: int = 0
-    synced_t: int = 0
+    unheard: list[Tensor] | None = None
 
 
 @dataclass(frozen=True)
-class EagerDiLoCo(Algorithm[EagerDiLoCoState]):
+class EagerDiLoCo(Rounds[EagerDiLoCoState]):
     """DiLoCo whose transfers have a whole round's time, and which steps at once by what it knows.
 
     Traffic of a round: as DiLoCo, 2 (n - 1) / n x 4 bytes a parameter for each of n replicas with an exact reducer.
@@ -95,63 +88,40 @@ class EagerDiLoCo(Algorithm[EagerDiLoCoState]):
     reducer: Reducer = Reducer()
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"every is {self.every}; a round needs at least 1 inner step")
+        check_every(self.every)
 
-    def init(self, engine: Engine, comm: Comm) -> EagerDiLoCoState:
+    def begin(self, engine: Engine, comm: Comm) -> EagerDiLoCoState:
         """Both anchors are copies of the parameters."""
         own, common = (anchor_of(engine.slots()["param"]) for _ in range(2))
-        reducer = self.reducer.init(own)
-        return EagerDiLoCoState(own, self.outer.init(own), common, self.outer.init(common), zeros(own), reducer)
+        outers = self.outer.init(own), self.outer.init(common)
+        return EagerDiLoCoState(own, outers[0], common, outers[1], zeros(own), kept={"deltas": self.keep(own)})
 
-    def after_update(self, t: int, engine: Engine, state: EagerDiLoCoState, comm: Comm) -> None:
-        """A round when it is due; between rounds, the later messages of the average under way at their steps."""
-        state.t = t
-        if t % self.every == 0:
-            params = engine.slots()["param"]
-            self._land(state)
-            moved = self._send(params, state, comm)
-            share = torch._foreach_div(moved, len(comm.members))
-            self.outer.apply(state.own, list(torch._foreach_add(state.correction, share)), state.own_outer)
-            state.correction = list(torch._foreach_neg(share))
-            copy_(params, state.own)
-        elif state.under_way is not None:
-            for _ in range(num_advances(self.reducer, t - state.synced_t, self.every)):
-                state.under_way.advance()
+    def round(self, t: int, engine: Engine, state: EagerDiLoCoState, comm: Comm) -> list[Sending]:
+        """What this replica has moved, needed at the end of the next round."""
+        moved = delta(state.own, engine.slots()["param"], 1.0, range(len(state.own)))
+        if state.unheard is not None:
+            add_(moved, state.unheard)
+        memo = [moved, len(comm.members)]
+        return [Sending("deltas", self.reducer, state.own, lambda places: moved, delay=self.every, memo=memo)]
 
-    def settle(self, state: EagerDiLoCoState) -> None:
-        """Wait for the average under way."""
-        if state.under_way is not None:
-            state.under_way.settle()
+    def commit(self, t: int, engine: Engine, state: EagerDiLoCoState, sent: Exchange, means: list[Tensor]) -> None:
+        """The average moves the common anchor, and will correct the own one."""
+        self.outer.apply(state.common, means, state.common_outer)
+        add_(state.correction, means)
 
-    def finish(self, t: int, engine: Engine, state: EagerDiLoCoState, comm: Comm) -> None:
-        """Average a partial last round, wait for what is under way, and load the common anchor everywhere."""
-        params = engine.slots()["param"]
-        self._land(state)
-        if state.t > state.synced_t:
-            self._send(params, state, comm)
-            self._land(state)
-        copy_(params, state.common)
+    def departed(self, t: int, engine: Engine, state: EagerDiLoCoState, sent: Exchange, has_arrived: bool) -> None:
+        """The own anchor takes the own part of what is under way."""
+        moved, num_members = sent.memo
+        share = torch._foreach_div(moved, num_members)
+        self.outer.apply(state.own, list(torch._foreach_add(state.correction, share)), state.own_outer)
+        state.correction = list(torch._foreach_neg(share))
+        state.unheard = None
+        copy_(engine.slots()["param"], state.own)
 
-    def num_rounds(self, state: EagerDiLoCoState) -> int:
-        """Rounds so far, the one that is under way included."""
-        return state.round
+    def abandoned(self, state: EagerDiLoCoState, lost: Exchange) -> None:
+        """The own part has been taken, and is taken back with the next; the deltas themselves go again."""
+        state.unheard = lost.memo[0]
 
-    def consensus(self, engine: Engine, state: EagerDiLoCoState) -> list[Tensor]:
+    def stands(self, engine: Engine, state: EagerDiLoCoState) -> list[Tensor]:
         """The common anchor; it lags by the round that is under way."""
         return state.common
-
-    def _land(self, state: EagerDiLoCoState) -> None:
-        """Take in the average of the last round's deltas."""
-        if state.under_way is not None:
-            mean, state.reducer = state.under_way.result()
-            self.outer.apply(state.common, mean, state.common_outer)
-            add_(state.correction, mean)
-            state.under_way = None
-
-    def _send(self, params: list[Tensor], state: EagerDiLoCoState, comm: Comm) -> list[Tensor]:
-        """Send off what this replica has moved, and return it."""
-        moved = delta(state.own, params, 1.0, range(len(params)))
-        state.under_way = send(self.reducer, moved, state.reducer, comm)
-        state.round, state.synced_t = state.round + 1, state.t
-        return moved

@@ -18,46 +18,35 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lowcomm.algorithms.anchors import anchor_of, delta
-from lowcomm.algorithms.base import Algorithm
-from lowcomm.algorithms.gossip import (
-    Finalize,
-    check_finalize,
-    check_pull,
-    finalized,
-    group_mean,
-)
+from lowcomm.algorithms.exchanges import Exchange, Sending
+from lowcomm.algorithms.gossip import Finalize, check_finalize, check_pull, finalized, group_mean
+from lowcomm.algorithms.qsr import check_every
+from lowcomm.algorithms.rounds import Rounds, RoundsState
 from lowcomm.comm.base import Comm
 from lowcomm.engine.base import Engine
-from lowcomm.reduce import Reducer, ReducerState
+from lowcomm.reduce import Reducer
 from lowcomm.tensors import copy_
 
 
 @dataclass
-class GASLoCState:
+class GASLoCState(RoundsState):
     """Attributes:
     anchor: x, what this replica was loaded with, float32 or better.
     proposed: y of the last round, likewise; before the first, x.
-    averaged: what averaging keeps between rounds.
-    round: rounds so far.
-    t: inner steps so far.
-    synced_t: the inner step of the last round.
     """
 
     anchor: list[Tensor]
     proposed: list[Tensor]
-    averaged: ReducerState
-    round: int = 0
-    t: int = 0
-    synced_t: int = 0
 
 
 @dataclass(frozen=True)
-class GASLoC(Algorithm[GASLoCState]):
+class GASLoC(Rounds[GASLoCState]):
     """Local steps, an outer step of one's own, and a step towards the mean of a random group.
 
     Traffic of a round, for N parameters and groups of n: (n - 1) x 4 N bytes. At the end, one all-reduce of 4 N bytes,
@@ -87,8 +76,7 @@ class GASLoC(Algorithm[GASLoCState]):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"every is {self.every}; a round needs at least 1 inner step")
+        check_every(self.every)
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"GASLoC(lr={self.lr}): it must be positive and finite; 0.7 is usual")
         if not 0 <= self.momentum < 1:
@@ -103,43 +91,32 @@ class GASLoC(Algorithm[GASLoCState]):
         remedy = "lower gossip or momentum"
         check_pull(self.gossip, self.momentum, self.group_size, f"GASLoC(gossip={self.gossip:g})", remedy)
 
-    def init(self, engine: Engine, comm: Comm) -> GASLoCState:
+    def begin(self, engine: Engine, comm: Comm) -> GASLoCState:
         """Both points are copies of the parameters, which all replicas share."""
         params = engine.slots()["param"]
         anchor = anchor_of(params)
-        return GASLoCState(anchor, anchor_of(params), self.reducer.init(anchor))
+        return GASLoCState(anchor, anchor_of(params), kept={"proposed": self.keep(anchor)})
 
-    def after_update(self, t: int, engine: Engine, state: GASLoCState, comm: Comm) -> None:
-        """A round when it is due."""
-        state.t = t
-        if t % self.every == 0:
-            self._sync(engine, state, comm)
+    def round(self, t: int, engine: Engine, state: GASLoCState, comm: Comm) -> list[Sending]:
+        """What this replica proposes, to its group."""
+        moved = delta(state.anchor, engine.slots()["param"], -1.0, range(len(state.anchor)))
+        proposed = list(torch._foreach_add(state.anchor, moved, alpha=self.lr))
+        among = partial(group_mean, self.reducer, size=self.group_size, seed=self.seed, round=state.round + 1)
+        return [Sending("proposed", self.reducer, proposed, lambda places: proposed, memo=proposed, average=among)]
 
-    def finish(self, t: int, engine: Engine, state: GASLoCState, comm: Comm) -> None:
-        """A round for a partial last one; then what `finalize` says, which all replicas' parameters become."""
-        if state.t > state.synced_t:
-            self._sync(engine, state, comm)
-        state.anchor = finalized(state.anchor, self.finalize, comm)
+    def commit(self, t: int, engine: Engine, state: GASLoCState, sent: Exchange, means: list[Tensor]) -> None:
+        """Towards the group's mean, and on with the momentum."""
+        state.anchor = mixed(sent.memo, means, state.proposed, self.gossip, self.momentum)
+        state.proposed = sent.memo
         copy_(engine.slots()["param"], state.anchor)
 
-    def num_rounds(self, state: GASLoCState) -> int:
-        """Rounds so far."""
-        return state.round
+    def close(self, engine: Engine, state: GASLoCState, comm: Comm) -> None:
+        """What `finalize` says, which all replicas' parameters become."""
+        state.anchor = finalized(state.anchor, self.finalize, comm)
 
-    def consensus(self, engine: Engine, state: GASLoCState) -> list[Tensor]:
+    def stands(self, engine: Engine, state: GASLoCState) -> list[Tensor]:
         """This replica's anchor; replicas stay apart, and their losses rather than their parameters are averaged."""
         return state.anchor
-
-    def _sync(self, engine: Engine, state: GASLoCState, comm: Comm) -> None:
-        params, round = engine.slots()["param"], state.round + 1
-        moved = delta(state.anchor, params, -1.0, range(len(params)))
-        proposed = list(torch._foreach_add(state.anchor, moved, alpha=self.lr))
-        task = group_mean(self.reducer, proposed, state.averaged, comm, self.group_size, self.seed, round)
-        mean, state.averaged = task.result()
-        state.anchor = mixed(proposed, mean, state.proposed, self.gossip, self.momentum)
-        state.proposed = proposed
-        copy_(params, state.anchor)
-        state.round, state.synced_t = round, state.t
 
 
 def mixed(

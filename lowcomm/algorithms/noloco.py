@@ -19,53 +19,40 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lowcomm.algorithms.anchors import anchor_of, delta
-from lowcomm.algorithms.base import Algorithm
-from lowcomm.algorithms.gossip import (
-    Finalize,
-    check_finalize,
-    check_pull,
-    finalized,
-    group_mean,
-    local,
-)
-from lowcomm.algorithms.under_way import UnderWay, num_advances
+from lowcomm.algorithms.exchanges import Average, Exchange, Sending
+from lowcomm.algorithms.gossip import Finalize, check_finalize, check_pull, finalized, group_mean, local
+from lowcomm.algorithms.qsr import check_every
+from lowcomm.algorithms.rounds import Rounds, RoundsState
 from lowcomm.comm.base import Comm
 from lowcomm.engine.base import Engine
-from lowcomm.reduce import ALL_SENT, Reducer, ReducerState
+from lowcomm.reduce import Reducer
 from lowcomm.tensors import add_, copy_, mul_, zeros
 
 
 @dataclass
-class NoLoCoState:
+class NoLoCoState(RoundsState):
     """Attributes:
     anchor: phi, this replica's slow weights, float32 or better.
     momentum: d, likewise.
-    averaged: what averaging thetas (or deltas) keeps between rounds.
-    anchors: what averaging anchors keeps, up to the round that `coming` is of.
-    coming: the mean anchor of the next round's group, sent off after the last round; None where nobody needs it, as
-        all anchors are equal or thetas travel in place of deltas, and after a partial last round.
-    round: rounds so far.
-    t: inner steps so far.
-    synced_t: the inner step of the last round.
+    mean_anchor: that of this round's group, once it has come; None where nobody needs it, as all anchors are equal or
+        thetas travel in place of deltas.
+    is_apart: whether anchors may differ.
     """
 
     anchor: list[Tensor]
     momentum: list[Tensor]
-    averaged: ReducerState
-    anchors: ReducerState
-    coming: UnderWay | None = None
-    round: int = 0
-    t: int = 0
-    synced_t: int = 0
+    mean_anchor: list[Tensor] | None = None
+    is_apart: bool = False
 
 
 @dataclass(frozen=True)
-class NoLoCo(Algorithm[NoLoCoState]):
+class NoLoCo(Rounds[NoLoCoState]):
     """Local steps, and outer steps on the mean of a random group.
 
     Traffic of a round, for N parameters and groups of n: (n - 1) x 4 N bytes with `gamma` None, twice that with a
@@ -101,8 +88,7 @@ class NoLoCo(Algorithm[NoLoCoState]):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"every is {self.every}; a round needs at least 1 inner step")
+        check_every(self.every)
         if not 0 <= self.alpha < 1:
             raise ValueError(f"NoLoCo(alpha={self.alpha}): it must be at least 0 and below 1; 0.5 is the paper's")
         if not (self.beta > 0 and math.isfinite(self.beta)):
@@ -123,79 +109,75 @@ class NoLoCo(Algorithm[NoLoCoState]):
             named = f"NoLoCo(gamma={self.gamma:g})"
             check_pull(self.gamma, self.alpha, self.group_size, named, "choose it within, or lower alpha")
 
-    def init(self, engine: Engine, comm: Comm) -> NoLoCoState:
+    def begin(self, engine: Engine, comm: Comm) -> NoLoCoState:
         """Every anchor is a copy of the parameters, which all replicas share."""
         anchor = anchor_of(engine.slots()["param"])
-        momentum = zeros(anchor)
-        return NoLoCoState(anchor, momentum, self.reducer.init(anchor), self.anchors.init(anchor))
+        kept = {slot: self.keep(anchor, slot) for slot in ("moved", "anchors")}
+        return NoLoCoState(anchor, zeros(anchor), kept=kept)
+
+    def reducer_of(self, slot: str) -> Reducer:
+        """Anchors have one of their own."""
+        return self.anchors if slot == "anchors" else self.reducer
+
+    def round(self, t: int, engine: Engine, state: NoLoCoState, comm: Comm) -> list[Sending]:
+        """Thetas, or deltas, and anchors if they are apart and did not travel ahead."""
+        params, round = engine.slots()["param"], state.round + 1
+        is_coming = state.mean_anchor is not None or any(sent.slot == "anchors" for sent in state.under_way)
+        is_missing = state.is_apart and self._has_groups(comm) and not is_coming
+        ahead = [self._anchors(state, round, 0)] if is_missing else []
+        if self.gamma is None:
+            moved = local(state.anchor, params)
+        else:
+            moved = delta(state.anchor, params, -1.0, range(len(params)))
+        among = self._among(self.reducer, round)
+        return [*ahead, Sending("moved", self.reducer, moved, lambda places: moved, average=among)]
+
+    def commit(self, t: int, engine: Engine, state: NoLoCoState, sent: Exchange, means: list[Tensor]) -> None:
+        """An outer step of this replica's own, on what its group has moved and on how far it is from the group."""
+        if sent.slot == "anchors":
+            state.mean_anchor = means
+            return
+        if self.gamma is None:
+            pulls = [(self.beta, list(torch._foreach_sub(means, state.anchor)))]
+        else:
+            pulls = [(self.beta, means)]
+            if state.mean_anchor is not None:
+                pulls.append((self.gamma, list(torch._foreach_sub(state.mean_anchor, state.anchor))))
+        outer_step(state.anchor, state.momentum, self.alpha, pulls)
+        state.mean_anchor, state.is_apart = None, True
+        copy_(engine.slots()["param"], state.anchor)
 
     def after_update(self, t: int, engine: Engine, state: NoLoCoState, comm: Comm) -> None:
-        """A round when it is due, after which the anchors set out; in between, what follows of their messages."""
-        state.t = t
-        if t % self.every == 0:
-            self._sync(engine, state, comm)
-            self._send_anchors(state, comm)
-        elif state.coming is not None:
-            self._advance(state.coming, t - state.synced_t)
+        """A round when it is due, after which the anchors set out to the group of the next one."""
+        is_due = self.is_due(t, state)
+        super().after_update(t, engine, state, comm)
+        if is_due and self._has_groups(comm):
+            self.exchange(t, engine, state, comm, [self._anchors(state, state.round + 1, self.every)])
 
-    def settle(self, state: NoLoCoState) -> None:
-        """See `Algorithm.settle`."""
-        if state.coming is not None:
-            state.coming.settle()
-
-    def finish(self, t: int, engine: Engine, state: NoLoCoState, comm: Comm) -> None:
-        """A round for a partial last one; then what `finalize` says, which all replicas' parameters become."""
-        if state.t > state.synced_t:
-            self._sync(engine, state, comm)
-        self.settle(state)
-        state.anchor = finalized(state.anchor, self.finalize, comm)
-        copy_(engine.slots()["param"], state.anchor)
+    def close(self, engine: Engine, state: NoLoCoState, comm: Comm) -> None:
+        """What `finalize` says, which all replicas' parameters become."""
+        anchor = finalized(state.anchor, self.finalize, comm)
         if self.finalize != "ensemble":
-            # all anchors are equal again, and no round uses those under way: what partners share begins anew, too
-            state.coming, state.anchors = None, self.anchors.init(state.anchor)
+            # all anchors are equal again, and nobody needs their mean: what partners share begins anew, too
+            state.mean_anchor, state.is_apart, state.kept["anchors"] = None, False, self.keep(anchor, "anchors")
+        state.anchor = anchor
 
-    def num_rounds(self, state: NoLoCoState) -> int:
-        """Rounds so far."""
-        return state.round
-
-    def consensus(self, engine: Engine, state: NoLoCoState) -> list[Tensor]:
+    def stands(self, engine: Engine, state: NoLoCoState) -> list[Tensor]:
         """This replica's anchor; replicas stay apart, and their losses rather than their parameters are averaged."""
         return state.anchor
 
-    def _sync(self, engine: Engine, state: NoLoCoState, comm: Comm) -> None:
-        params, round = engine.slots()["param"], state.round + 1
-        if self.gamma is None:
-            theta = local(state.anchor, params)
-            mean, averaged = self._start(self.reducer, theta, state.averaged, round, comm).result()
-            pulls = [(self.beta, list(torch._foreach_sub(mean, state.anchor)))]
-        else:
-            if state.coming is None and state.round > 0 and self.finalize == "ensemble":
-                self._send_anchors(state, comm)  # a run that had ended with a partial round goes on
-            moved = delta(state.anchor, params, -1.0, range(len(params)))
-            mean, averaged = self._start(self.reducer, moved, state.averaged, round, comm).result()
-            pulls = [(self.beta, mean)]
-            if state.coming is not None:
-                mean_anchor, state.anchors = state.coming.result()
-                pulls.append((self.gamma, list(torch._foreach_sub(mean_anchor, state.anchor))))
-                state.coming = None
-        outer_step(state.anchor, state.momentum, self.alpha, pulls)
-        copy_(params, state.anchor)
-        state.averaged, state.round, state.synced_t = averaged, round, state.t
+    def _has_groups(self, comm: Comm) -> bool:
+        """Whether anchors travel: they are asked for and may differ."""
+        return self.gamma is not None and self.group_size is not None and self.group_size < len(comm.members)
 
-    def _send_anchors(self, state: NoLoCoState, comm: Comm) -> None:
-        """To the group of the next round, where they are asked for and may differ."""
-        if self.gamma is not None and self.group_size is not None and self.group_size < len(comm.members):
-            state.coming = self._start(self.anchors, state.anchor, state.anchors, state.round + 1, comm)
+    def _anchors(self, state: NoLoCoState, round: int, delay: int) -> Sending:
+        among, anchor = self._among(self.anchors, round), state.anchor
+        return Sending(
+            "anchors", self.anchors, anchor, lambda places: anchor, delay=delay, average=among, has_prelude=True
+        )
 
-    def _start(self, reducer: Reducer, xs: list[Tensor], kept: ReducerState, round: int, comm: Comm) -> UnderWay:
-        return UnderWay(group_mean(reducer, xs, kept, comm, self.group_size, self.seed, round))
-
-    def _advance(self, coming: UnderWay, age: int) -> None:
-        """What is sent of the anchors ``age`` inner steps after a round; members of a group do it at the same ones."""
-        if age == 1 and coming.task is not None and coming.task.pending is not ALL_SENT:
-            coming.advance()  # new partners have made anew what they share, and the average itself sets out
-        for _ in range(num_advances(self.anchors, age, self.every)):
-            coming.advance()
+    def _among(self, reducer: Reducer, round: int) -> Average:
+        return partial(group_mean, reducer, size=self.group_size, seed=self.seed, round=round)
 
 
 def outer_step(

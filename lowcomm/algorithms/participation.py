@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from lowcomm.comm.base import Comm
 from lowcomm.feedback.none import NoFeedback
 from lowcomm.reduce import Reducer
 from lowcomm.tensors import rng
@@ -46,16 +47,26 @@ class DroppedRounds:
         return (draws >= self.probability).tolist()
 
 
-def check_weights(weights: Sequence[float]) -> None:
-    """Refuse weights that cannot be shares.
+def check_weights(weights: Sequence[float] | None) -> None:
+    """Refuse weights that cannot be shares, or lack one of the members.
 
     Raises:
         ValueError: for a weight that is not positive and finite.
     """
-    if any(not (w > 0 and math.isfinite(w)) for w in weights):
+    if weights is not None and any(not (w > 0 and math.isfinite(w)) for w in weights):
         raise ValueError(
             f"weights {list(weights)}: each must be positive and finite; leave a replica out to give it none"
         )
+
+
+def check_number(name: str, options: Sequence[object] | None, members: Sequence[int]) -> None:
+    """Refuse a list of something for each replica that has too many or too few.
+
+    Raises:
+        ValueError: naming both numbers.
+    """
+    if options is not None and len(options) != len(members):
+        raise ValueError(f"{name} has {len(options)} entries for {len(members)} replicas; give one for each")
 
 
 def check_participation(reducer: Reducer, weights: Sequence[float] | None, dropped: DroppedRounds | None) -> None:
@@ -76,21 +87,32 @@ def check_participation(reducer: Reducer, weights: Sequence[float] | None, dropp
         )
 
 
+def counted(members: Sequence[int], *options: object) -> list[int]:
+    """The replicas that ``options`` are about, weights or lost rounds: the first members, or nobody without any."""
+    return list(members) if any(option is not None for option in options) else []
+
+
 def factor(
-    round: int, place: int, num_replicas: int, weights: Sequence[float] | None, dropped: DroppedRounds | None
+    round: int,
+    comm: Comm,
+    replicas: Sequence[int],
+    weights: Sequence[float] | None,
+    dropped: DroppedRounds | None,
 ) -> float | None:
     """What a replica multiplies its delta by before the plain mean, to make it the weighted mean over arrivals.
 
     A factor of 1 everywhere is the plain mean; 0: this replica's delta is lost; None: nobody's arrives.
 
     Args:
-        place: of this replica among all, from 0.
+        comm: of those who still take part.
+        replicas: the members at the start, in whose order weights and draws are.
     """
     if weights is None and dropped is None:
         return 1.0  # without a look at all others, which thousands of replicas would each take
-    base = [1.0] * num_replicas if weights is None else list(weights)
-    here = [True] * num_replicas if dropped is None else dropped.arrived(round, num_replicas)
-    counted = [w if arrived else 0.0 for w, arrived in zip(base, here, strict=True)]
+    places = [replicas.index(member) for member in comm.members]
+    base = [1.0 if weights is None else weights[i] for i in places]
+    arrived = [True] * len(replicas) if dropped is None else dropped.arrived(round, len(replicas))
+    shares = [w if arrived[i] else 0.0 for w, i in zip(base, places, strict=True)]
     by_all = dropped is not None and dropped.divide_by == "all"
-    total = sum(base) if by_all else sum(counted)
-    return counted[place] * num_replicas / total if any(counted) else None
+    total = sum(base) if by_all else sum(shares)
+    return shares[comm.place] * len(places) / total if any(shares) else None

@@ -18,37 +18,40 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from lowcomm.algorithms.base import Algorithm
-from lowcomm.algorithms.diloco import DiLoCo, DiLoCoState
-from lowcomm.algorithms.qsr import QSR
+from lowcomm.algorithms.anchors import anchor_of, delta
+from lowcomm.algorithms.exchanges import Exchange, Sending
+from lowcomm.algorithms.qsr import QSR, check_every
+from lowcomm.algorithms.rounds import Rounds, RoundsState
 from lowcomm.comm.base import Comm
 from lowcomm.engine.base import Engine
-from lowcomm.outer.sgd import SGD
 from lowcomm.reduce import Reducer, ReducerState
-from lowcomm.tensors import copy_, mul_, zeros
+from lowcomm.tensors import add_, copy_, mul_, zeros
 
 
 @dataclass
-class SAVICState:
+class SAVICState(RoundsState):
     """Attributes:
-    rounds: of averaging parameters.
-    gradients: what averaging gradients keeps between rounds.
+    anchor: the last mean of the parameters, float32 or better.
     squares: D^2 without the correction of its start at zero, float32 or better; equal on all replicas.
     num_scalings: gradients that D^2 holds.
+    gradients: what averaging gradients keeps between rounds.
+    gradient: the mean gradient of the step that ends a round, until the round ends.
     """
 
-    rounds: DiLoCoState
-    gradients: ReducerState
+    anchor: list[Tensor]
     squares: list[Tensor]
+    gradients: ReducerState
     num_scalings: int = 0
+    gradient: list[Tensor] | None = None
 
 
 @dataclass(frozen=True)
-class SAVIC(Algorithm[SAVICState]):
+class SAVIC(Rounds[SAVICState]):
     """Local SGD with one scaling for all. The inner optimizer is `lowcomm.optim.scaled_sgd.ScaledSGD`.
 
     Traffic of a round: two all-reduces of the parameters' size, their differences and a gradient; twice DiLoCo's.
@@ -74,7 +77,7 @@ class SAVIC(Algorithm[SAVICState]):
     def __post_init__(self) -> None:
         if isinstance(self.every, QSR):
             raise ValueError(f"SAVIC(every={self.every}): its rounds have one length; give a number of steps")
-        self._rounds()
+        check_every(self.every)
         if not (self.alpha > 0 and math.isfinite(self.alpha)):
             raise ValueError(
                 f"SAVIC(alpha={self.alpha}): gradients are divided by at least this, so it must be positive and "
@@ -83,7 +86,7 @@ class SAVIC(Algorithm[SAVICState]):
         if not 0 <= self.beta < 1:
             raise ValueError(f"SAVIC(beta={self.beta}): it must be at least 0 and below 1; 0.999 is Adam's")
 
-    def init(self, engine: Engine, comm: Comm) -> SAVICState:
+    def begin(self, engine: Engine, comm: Comm) -> SAVICState:
         """The last mean is the first parameters, and nothing is known of gradients.
 
         Raises:
@@ -95,39 +98,40 @@ class SAVIC(Algorithm[SAVICState]):
                 "SAVIC sets the scaling of the inner optimizer, but this one has no state 'scale': take "
                 "lowcomm.optim.scaled_sgd.ScaledSGD (optimizer.path)"
             )
-        squares = zeros(slots["scale"])
-        return SAVICState(self._rounds().init(engine, comm), self.gradient_reducer.init(squares), squares)
+        anchor, squares = anchor_of(slots["param"]), zeros(slots["scale"])
+        kept = {"deltas": self.keep(anchor)}
+        return SAVICState(anchor, squares, self.gradient_reducer.init(squares), kept=kept)
 
     def before_update(self, t: int, engine: Engine, state: SAVICState, comm: Comm) -> None:
-        """In the last step of a round: D from the mean gradient. The gradients themselves stay, and so does D-hat."""
-        if t % self.every:
-            return
-        gradients = [g.to(s.dtype) for g, s in zip(engine.slots()["grad"], state.squares, strict=True)]
-        mean, state.gradients = self.gradient_reducer.mean(gradients, state.gradients, comm).result()
-        mul_(state.squares, self.beta)
-        torch._foreach_addcmul_(state.squares, mean, mean, 1 - self.beta)
-        state.num_scalings += 1
+        """In the last step of a round: the mean gradient. The gradients themselves stay, and so does D-hat."""
+        if self.is_due(t, state):
+            gradients = [g.to(s.dtype) for g, s in zip(engine.slots()["grad"], state.squares, strict=True)]
+            state.gradient, state.gradients = self.gradient_reducer.mean(gradients, state.gradients, comm).result()
 
-    def after_update(self, t: int, engine: Engine, state: SAVICState, comm: Comm) -> None:
-        """At the end of a round: the mean of the parameters, and the new scaling."""
-        self._rounds().after_update(t, engine, state.rounds, comm)
-        if t % self.every == 0:
+    def round(self, t: int, engine: Engine, state: SAVICState, comm: Comm) -> list[Sending]:
+        """Differences to the last mean of the parameters."""
+        moved = partial(delta, state.anchor, engine.slots()["param"], 1.0)
+        return [Sending("deltas", self.reducer, state.anchor, moved)]
+
+    def commit(self, t: int, engine: Engine, state: SAVICState, sent: Exchange, means: list[Tensor]) -> None:
+        """The mean of the parameters and, but for a partial last round, D and D-hat from the mean gradient."""
+        add_(state.anchor, means, alpha=-1.0)
+        copy_(engine.slots()["param"], state.anchor)
+        if state.gradient is not None:
+            mul_(state.squares, self.beta)
+            torch._foreach_addcmul_(state.squares, state.gradient, state.gradient, 1 - self.beta)
+            state.num_scalings, state.gradient = state.num_scalings + 1, None
             copy_(engine.slots()["scale"], self._scaling(state))
 
-    def finish(self, t: int, engine: Engine, state: SAVICState, comm: Comm) -> None:
-        """Average a partial last round; the scaling stays."""
-        self._rounds().finish(t, engine, state.rounds, comm)
+    def enter(self, engine: Engine, state: SAVICState, comm: Comm) -> None:
+        """What averaging gradients shares, too."""
+        gradients = self.gradient_reducer.resync(state.gradients, comm).result()
+        super().enter(engine, state, comm)
+        state.gradients = gradients
 
-    def num_rounds(self, state: SAVICState) -> int:
-        """Averages of the parameters so far."""
-        return self._rounds().num_rounds(state.rounds)
-
-    def consensus(self, engine: Engine, state: SAVICState) -> list[Tensor]:
+    def stands(self, engine: Engine, state: SAVICState) -> list[Tensor]:
         """The last mean."""
-        return self._rounds().consensus(engine, state.rounds)
-
-    def _rounds(self) -> DiLoCo:
-        return DiLoCo(self.every, SGD(lr=1.0), self.reducer)
+        return state.anchor
 
     def _scaling(self, state: SAVICState) -> list[Tensor]:
         """D-hat, a function of what is equal everywhere."""

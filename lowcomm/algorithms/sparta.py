@@ -31,58 +31,36 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from lowcomm.algorithms.anchors import anchor_of, delta
-from lowcomm.algorithms.base import Algorithm
-from lowcomm.algorithms.under_way import UnderWay, num_advances, send
+from lowcomm.algorithms.exchanges import Exchange, Sending
+from lowcomm.algorithms.qsr import check_every
+from lowcomm.algorithms.rounds import Rounds, RoundsState
 from lowcomm.comm.base import Comm
-from lowcomm.engine.base import Engine, Ready, Wanted
+from lowcomm.engine.base import Engine
 from lowcomm.feedback.none import NoFeedback
-from lowcomm.reduce import Reducer, ReducerState
+from lowcomm.reduce import Reducer
 from lowcomm.tensors import copy_, rng
 
-
-@dataclass
-class Sent:
-    """A part of the parameters whose average is under way.
-
-    Attributes:
-        number: which average of the run, from 1; it says which part.
-        exchange: of the differences.
-        own: this replica's values when they were sent.
-        last: what they were measured from, the last averages of these values.
-    """
-
-    number: int
-    exchange: UnderWay
-    own: list[Tensor]
-    last: list[Tensor]
+_ALL = "all"
 
 
 @dataclass
-class SPARTAState:
+class SPARTAState(RoundsState):
     """Attributes:
     last: the last average of every value, at first what the replicas start from; float32 or better, equal on all.
-    reducers: what averaging keeps, for each average that can be under way at once.
-    under_way: those that are, the oldest first.
-    then: the state of the method that runs after it.
-    round: averages so far.
     """
 
     last: list[Tensor]
-    reducers: list[ReducerState]
-    under_way: list[Sent]
-    then: Any
-    round: int = 0
 
 
 @dataclass(frozen=True)
-class SPARTA(Algorithm[SPARTAState]):
+class SPARTA(Rounds[SPARTAState]):
     """Sparse averages of the parameters. Optimizer state stays with its replica.
 
     Traffic of a round: one all-reduce of ceil(n_k / ceil(1 / fraction)) values of each parameter of n_k values in
@@ -99,8 +77,6 @@ class SPARTA(Algorithm[SPARTAState]):
         seed: of the parts; equal on all replicas.
         reducer: how differences to the last average are averaged. Its feedback must be NoFeedback: a memory belongs to
             the values of one part and the next round has another.
-        then: a method that runs after it at each step, on the parameters that it leaves, and ends the run in its way,
-            such as DiLoCo(every=100). Its deltas are measured on parameters that SPARTA has moved.
     """
 
     fraction: float = 0.005
@@ -108,13 +84,11 @@ class SPARTA(Algorithm[SPARTAState]):
     delay: int = 0
     seed: int = 0
     reducer: Reducer = Reducer()
-    then: Algorithm | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
             raise ValueError(f"SPARTA(fraction={self.fraction}): it is a share of the parameters, above 0, at most 1")
-        if self.every < 1:
-            raise ValueError(f"every is {self.every}; a round needs at least 1 inner step")
+        check_every(self.every)
         if not 0 <= self.delay < self.every * self.num_parts:
             raise ValueError(
                 f"delay is {self.delay}; with every={self.every} and fraction={self.fraction} a pass through all "
@@ -137,108 +111,59 @@ class SPARTA(Algorithm[SPARTAState]):
         """How many later averages are sent before one is taken in: L, below K."""
         return self.delay // self.every
 
-    def init(self, engine: Engine, comm: Comm) -> SPARTAState:
+    def begin(self, engine: Engine, comm: Comm) -> SPARTAState:
         """The last averages are the first parameters."""
-        params = engine.slots()["param"]
-        last = anchor_of(params)
+        last = anchor_of(engine.slots()["param"])
         part = [a.new_empty(part_size(a.numel(), self.num_parts)) for a in last]
-        reducers = [self.reducer.init(part) for _ in range(self.num_late + 1)]
-        then = None if self.then is None else self.then.init(engine, comm)
-        return SPARTAState(last, reducers, [], then)
+        return SPARTAState(last, kept={str(i): self.keep(part) for i in range(self.num_late + 1)})
 
-    def sends_in_backward(self) -> bool:
-        """Where `then` does; what it sends there was not averaged in that step."""
-        return self.then is not None and self.then.sends_in_backward()
-
-    def during_forward(self, t: int, engine: Engine, state: SPARTAState, comm: Comm) -> Wanted | None:
-        """That of `then`."""
-        return None if self.then is None else self.then.during_forward(t, engine, state.then, comm)
-
-    def during_backward(self, t: int, engine: Engine, state: SPARTAState, comm: Comm) -> Ready | None:
-        """That of `then`."""
-        return None if self.then is None else self.then.during_backward(t, engine, state.then, comm)
-
-    def before_update(self, t: int, engine: Engine, state: SPARTAState, comm: Comm) -> None:
-        """That of `then`."""
-        if self.then is not None:
-            self.then.before_update(t, engine, state.then, comm)
-
-    def after_update(self, t: int, engine: Engine, state: SPARTAState, comm: Comm) -> None:
-        """Send the next part, take in what was sent `delay` steps ago; then `then`."""
-        if t % self.every == 0:
-            state.under_way.append(self._send(t // self.every, engine, state, comm))
-            state.round += 1
-        for sent in state.under_way:
-            for _ in range(num_advances(self.reducer, t - sent.number * self.every, self.delay)):
-                sent.exchange.advance()
-        while state.under_way and state.under_way[0].number * self.every + self.delay <= t:
-            self._take_in(engine, state)
-        if self.then is not None:
-            self.then.after_update(t, engine, state.then, comm)
-
-    def settle(self, state: SPARTAState) -> None:
-        """Wait for what is under way; its values are used when they are due."""
-        for sent in state.under_way:
-            sent.exchange.settle()
-        if self.then is not None:
-            self.then.settle(state.then)
-
-    def finish(self, t: int, engine: Engine, state: SPARTAState, comm: Comm) -> None:
-        """Take in what is under way; then let `then` end the run or average all parameters."""
-        self.consensus(engine, state)  # what `then` has left to another forward would come before what is under way
-        while state.under_way:
-            self._take_in(engine, state)
-        if self.then is not None:
-            self.then.finish(t, engine, state.then, comm)
-        elif self.num_parts > 1 or t % self.every or self.delay:
-            self._average_all(engine, state, comm)
-
-    def num_rounds(self, state: SPARTAState) -> int:
-        """Averages so far, and the rounds of `then`."""
-        return state.round + (0 if self.then is None else self.then.num_rounds(state.then))
-
-    def consensus(self, engine: Engine, state: SPARTAState) -> list[Tensor]:
-        """That of `then`. Without it this replica's live parameters, which differ a little from the others' until the
-        run ends: an evaluation is then the mean of the replicas' losses.
-        """
-        return engine.slots()["param"] if self.then is None else self.then.consensus(engine, state.then)
-
-    def _send(self, number: int, engine: Engine, state: SPARTAState, comm: Comm) -> Sent:
+    def round(self, t: int, engine: Engine, state: SPARTAState, comm: Comm) -> list[Sending]:
+        """Differences of the next part to its last averages."""
         params = engine.slots()["param"]
-        where = self._places(params, number)
+        where = self._places(params, t, state)
         own = [p.take(i) for p, i in zip(params, where, strict=True)]
         last = [a.take(i) for a, i in zip(state.last, where, strict=True)]
         # what the reducer keeps has one shape
         fill = [part_size(p.numel(), self.num_parts) - i.numel() for p, i in zip(params, where, strict=True)]
         part = [pad(d, (0, k)) for d, k in zip(delta(last, own, 1.0, range(len(own))), fill, strict=True)]
-        reducer = state.reducers[number % len(state.reducers)]
-        return Sent(number, send(self.reducer, part, reducer, comm), own, last)
+        slot = str(self._number(t, state) % (self.num_late + 1))
+        return [Sending(slot, self.reducer, part, lambda places: part, delay=self.delay, memo=[own, last])]
 
-    def _take_in(self, engine: Engine, state: SPARTAState) -> None:
-        """Use the oldest average under way."""
+    def commit(self, t: int, engine: Engine, state: SPARTAState, sent: Exchange, means: list[Tensor]) -> None:
+        """Put the averages of a part in their places, and on them what was trained since they were sent."""
         params = engine.slots()["param"]
-        sent = state.under_way[0]
-        means, reducer = sent.exchange.result()
-        where = self._places(params, sent.number)
-        means = [mean[: i.numel()] for mean, i in zip(means, where, strict=True)]
-        averages = torch._foreach_sub(sent.last, means)
-        for p, a, i, own, average in zip(params, state.last, where, sent.own, averages, strict=True):
+        if sent.slot == _ALL:
+            torch._foreach_sub_(state.last, means)
+            copy_(params, state.last)
+            del state.kept[_ALL]  # another time it begins anew
+            return
+        own, last = sent.memo
+        where = self._places(params, sent.sent_t, state)
+        averages = torch._foreach_sub(last, [mean[: i.numel()] for mean, i in zip(means, where, strict=True)])
+        for p, a, i, before, average in zip(params, state.last, where, own, averages, strict=True):
             _put(a, i, average)
-            since = p.take(i).to(a.dtype).sub_(own)  # 0 without a delay: the average itself, then
+            since = p.take(i).to(a.dtype).sub_(before)  # 0 without a delay: the average itself, then
             _put(p, i, since.add_(average).to(p.dtype))
-        state.reducers[sent.number % len(state.reducers)] = reducer
-        state.under_way.pop(0)
 
-    def _places(self, params: Sequence[Tensor], number: int) -> list[Tensor]:
-        return places(params, self.num_parts, number, self.seed, self.num_late)
+    def rest(self, t: int, engine: Engine, state: SPARTAState, comm: Comm) -> list[Sending] | None:
+        """All parameters, unless the last part was all of them and has been averaged."""
+        if self.num_parts == 1 and state.synced_t == t and not self.delay:
+            return None
+        moved = partial(delta, state.last, engine.slots()["param"], 1.0)
+        return [Sending(_ALL, self.reducer, state.last, moved)]
 
-    def _average_all(self, engine: Engine, state: SPARTAState, comm: Comm) -> None:
-        params = engine.slots()["param"]
-        fresh = self.reducer.init(state.last)
-        means, _ = self.reducer.mean(delta(state.last, params, 1.0, range(len(params))), fresh, comm).result()
-        torch._foreach_sub_(state.last, means)
-        copy_(params, state.last)
-        state.round += 1
+    def stands(self, engine: Engine, state: SPARTAState) -> list[Tensor]:
+        """This replica's live parameters, which differ a little from the others' until the run ends: an evaluation is
+        the mean of the replicas' losses.
+        """
+        return engine.slots()["param"]
+
+    def _number(self, t: int, state: SPARTAState) -> int:
+        """Which average it is that sets out at step ``t``, from 1."""
+        return (t - state.begun_t) // self.every
+
+    def _places(self, params: Sequence[Tensor], t: int, state: SPARTAState) -> list[Tensor]:
+        return places(params, self.num_parts, self._number(t, state), self.seed, self.num_late)
 
 
 def part_size(num: int, num_parts: int) -> int:

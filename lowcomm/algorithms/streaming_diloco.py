@@ -24,24 +24,24 @@ At the end of a run what is under way is applied and partial rounds are synced.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowcomm.algorithms.anchors import anchor_of, delta
-from lowcomm.algorithms.base import Algorithm
+from lowcomm.algorithms.exchanges import Exchange, Sending
 from lowcomm.algorithms.fragments import Pattern, cut, offsets
-from lowcomm.algorithms.overlapped import Groups, GroupsState, Turn, in_turn
-from lowcomm.algorithms.under_way import num_advances
+from lowcomm.algorithms.participation import check_number, counted
+from lowcomm.algorithms.qsr import check_every
+from lowcomm.algorithms.rounds import Rounds, RoundsState
 from lowcomm.comm.base import Comm
-from lowcomm.engine.base import Engine, Ready, Wanted
+from lowcomm.engine.base import Engine
 from lowcomm.outer.base import Outer
 from lowcomm.outer.nesterov import Nesterov
 from lowcomm.reduce import Reducer
-from lowcomm.tensors import copy_
 
 
 @dataclass
@@ -50,27 +50,19 @@ class Fragment:
 
     Attributes:
         numbers: which parameters it holds.
-        outers: state of the outer optimizer for each group that travels by itself; equal on all replicas.
-        deltas: what averaging keeps between rounds, and the averages that have been sent and not applied.
+        outer: state of the outer optimizer; equal on all replicas.
         sent_t: the inner step of the last delta; None before the first.
         round: averages applied so far.
-        is_due: the delay is over, and the next forward applies what is under way; only with `overlap`.
     """
 
     numbers: list[int]
-    outers: list[Any]
-    deltas: GroupsState
+    outer: Any
     sent_t: int | None = None
     round: int = 0
-    is_due: bool = False
-
-    def age(self, t: int) -> int:
-        """Inner steps since the last delta, or since the beginning."""
-        return t - (self.sent_t or 0)
 
 
 @dataclass
-class StreamingDiLoCoState:
+class StreamingDiLoCoState(RoundsState):
     """Attributes:
     anchor: each parameter as its fragment's last round left it, float32 or better; the same sequence on all replicas.
     fragments: what is kept of each.
@@ -81,7 +73,7 @@ class StreamingDiLoCoState:
 
 
 @dataclass(frozen=True)
-class StreamingDiLoCo(Algorithm[StreamingDiLoCoState]):
+class StreamingDiLoCo(Rounds[StreamingDiLoCoState]):
     """DiLoCo whose traffic is spread over a round and overlaps training.
 
     Traffic of a round: that of DiLoCo, in as many parts as there are fragments: with `Gathered` and a code of b bits a
@@ -107,9 +99,8 @@ class StreamingDiLoCo(Algorithm[StreamingDiLoCoState]):
         reducer: how deltas are averaged. The paper sends E3M0 to all, which is Reducer(Gathered(E3M0())).
         overlap: in the inner step after which a fragment is sent, update its parameters while backward computes the
             gradients of others, and send their deltas at once: in groups from the last parameter to the first, by the
-            reducer's `bucket_bytes`. In the step after the delay, apply each group's mean right before forward uses its
-            parameters, or before what asks for `consensus`. Gradients cannot be clipped by their norm then, and a delay
-            is below `every`. What is sent at the end of a run does not overlap.
+            reducer's `bucket_bytes`. Gradients cannot be clipped by their norm then. What is sent at the end of a run
+            does not overlap.
     """
 
     every: int = 100
@@ -124,19 +115,12 @@ class StreamingDiLoCo(Algorithm[StreamingDiLoCoState]):
     overlap: bool = False
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"every is {self.every}; a round needs at least 1 inner step")
+        check_every(self.every)
         for delay in self._delays():
             if not 0 <= delay <= self.every:
                 raise ValueError(
                     f"a delay of {delay} inner steps: it must be at least 0 and at most every, {self.every}, when the "
                     "next delta of the same fragment is sent; 1 is the paper's"
-                )
-            if self.overlap and delay == self.every:
-                raise ValueError(
-                    f"a delay of {delay} inner steps with overlap=True: then it must be below every, {self.every}, as "
-                    "a delta cannot wait within backward for the average of the last one; use one step less, or set "
-                    "overlap to False"
                 )
         if not 0 <= self.blend <= 1:
             raise ValueError(
@@ -150,197 +134,96 @@ class StreamingDiLoCo(Algorithm[StreamingDiLoCoState]):
         if self.pattern not in ("strided", "sequential"):
             raise ValueError(f"pattern is {self.pattern!r}; choose 'strided' or 'sequential'")
 
-    def init(self, engine: Engine, comm: Comm) -> StreamingDiLoCoState:
+    def begin(self, engine: Engine, comm: Comm) -> StreamingDiLoCoState:
         """The anchor is a copy of the parameters."""
-        if self.delays is not None and len(self.delays) != len(comm.members):
-            raise ValueError(
-                f"delays has {len(self.delays)} entries for {len(comm.members)} replicas; give one for each"
-            )
-        if self.overlap and (reason := engine.needs_all_gradients()) is not None:
-            raise ValueError(
-                f"StreamingDiLoCo(overlap=True) updates parameters while backward goes on, but {reason}, or set "
-                "overlap to False"
-            )
+        check_number("delays", self.delays, comm.members)
         anchor = anchor_of(engine.slots()["param"])
-        fragments = []
-        for numbers in cut(engine.names(), self.blocks_per_fragment, self.pattern):
+        fragments, kept = [], {}
+        for k, numbers in enumerate(cut(engine.names(), self.blocks_per_fragment, self.pattern)):
             part = [anchor[i] for i in numbers]
-            outers = [self.outer.init([part[k] for k in group]) for group in self._groups().cut(part)]
-            fragments.append(Fragment(numbers, outers, self._groups().init(part)))
-        return StreamingDiLoCoState(anchor, fragments)
+            fragments.append(Fragment(numbers, self.outer.init(part)))
+            kept[str(k)] = self.keep(part)
+        return StreamingDiLoCoState(anchor, fragments, kept=kept, replicas=counted(comm.members, self.delays))
 
-    def sends_in_backward(self) -> bool:
-        """With `overlap`."""
-        return self.overlap
+    def is_due(self, t: int, state: StreamingDiLoCoState) -> bool:
+        """Whether some fragment is sent after step ``t``."""
+        return bool(self._due(t, state))
 
-    def during_forward(self, t: int, engine: Engine, state: StreamingDiLoCoState, comm: Comm) -> Wanted | None:
-        """With `overlap`, in the step after a delay: apply each group before the first of its parameters is used."""
-        due = [fragment for fragment in state.fragments if fragment.is_due]
-        if not due:
-            return None
-        params = engine.slots()["param"]
-        group_of: dict[int, tuple[Fragment, int]] = {}
-        for fragment in due:
-            for k, numbers in enumerate(self._numbers(fragment, state)):
-                group_of |= dict.fromkeys(numbers, (fragment, k))
+    def round(self, t: int, engine: Engine, state: StreamingDiLoCoState, comm: Comm) -> list[Sending]:
+        """The deltas of the fragments that are due."""
+        return [self._sending(k, engine, state, comm) for k in self._due(t, state)]
 
-        def wanted(i: int) -> None:
-            if i in group_of:
-                self._apply_group(*group_of[i], params, state)
+    def commit(self, t: int, engine: Engine, state: StreamingDiLoCoState, sent: Exchange, means: list[Tensor]) -> None:
+        """Move the fragment's anchor, and the replica towards it."""
+        fragment = state.fragments[int(sent.slot)]
+        self.outer.apply([state.anchor[i] for i in fragment.numbers], means, fragment.outer)
+        self._blend(fragment, engine, state)
+        fragment.round += 1
 
-        return wanted
-
-    def during_backward(self, t: int, engine: Engine, state: StreamingDiLoCoState, comm: Comm) -> Ready | None:
-        """With `overlap`, before a fragment is sent: update and send each of its groups as soon as its turn has come.
-
-        Where several fragments are sent at one step, their groups take turns by depth, the same on every rank.
-        """
-        due = self._due(t, state) if self.overlap else []
-        if not due:
-            return None
-        params = engine.slots()["param"]
-        turns: list[Turn] = []
-        for fragment in due:
-
-            def updated_delta(group: Sequence[int], fragment: Fragment = fragment) -> list[Tensor]:
-                engine.update_part([fragment.numbers[k] for k in group])
-                return self._delta(fragment, group, params, state)
-
-            like = _part(state.anchor, fragment)
-            for group, start in self._groups().turns(like, fragment.deltas, comm, updated_delta):
-                turns.append(([fragment.numbers[k] for k in group], start))
-        final = in_turn(sorted(turns, key=lambda turn: min(turn[0]), reverse=True))
-        return lambda i, gradient: final(i)
-
-    def after_update(self, t: int, engine: Engine, state: StreamingDiLoCoState, comm: Comm) -> None:
-        """Send what is due, then apply what is due, or leave it to the next forward."""
-        assert not any(fragment.is_due for fragment in state.fragments), "forward has asked for all parameters"
-        params = engine.slots()["param"]
-        for fragment in self._due(t, state):
-            self._send(fragment, t, params, state, comm)
-        for fragment in state.fragments:
-            if fragment.deltas.under_way:
-                # by the least delay on all ranks: the order of messages must not depend on a rank's own
-                for _ in range(num_advances(self.reducer, fragment.age(t), min(self._delays()))):
-                    fragment.deltas.advance()
-        for fragment in state.fragments:
-            if fragment.deltas.under_way and fragment.age(t) == self._delay(comm):
-                if self.overlap:
-                    fragment.is_due = True
-                else:
-                    self._apply(fragment, params, state)
-
-    def settle(self, state: StreamingDiLoCoState) -> None:
-        """Wait for the fragments under way."""
-        for fragment in state.fragments:
-            fragment.deltas.settle()
+    def departed(
+        self, t: int, engine: Engine, state: StreamingDiLoCoState, sent: Exchange, has_arrived: bool
+    ) -> None:
+        """With a delay of a whole round, load the anchor as it is where nothing came: the delta has been taken."""
+        fragment = state.fragments[int(sent.slot)]
+        fragment.sent_t = t
+        if sent.due_t - sent.sent_t == self.every and not has_arrived:
+            self._blend(fragment, engine, state)
 
     def finish(self, t: int, engine: Engine, state: StreamingDiLoCoState, comm: Comm) -> None:
-        """Apply what is under way, sync what replicas have kept since, and load the anchors everywhere."""
-        params = engine.slots()["param"]
-        self.settle(state)
-        for fragment in state.fragments:
-            if fragment.deltas.under_way and self._delay(comm) < self.every:
-                self._apply(fragment, params, state)
-            if self._has_rest(fragment, t, comm):
-                self._send(fragment, t, params, state, comm)
-        for fragment in state.fragments:
-            if fragment.deltas.under_way:
-                self._apply(fragment, params, state)
-        copy_(params, state.anchor)
+        """Apply what is under way, sync what replicas have kept since, and load the anchors everywhere.
+
+        With a delay of a whole round, deltas are taken before what is under way is applied, as ever.
+        """
+        if self._delay(state, comm) < self.every:
+            self.drain(t, engine, state, comm)
+        self.end(t, engine, state, comm)
+
+    def rest(self, t: int, engine: Engine, state: StreamingDiLoCoState, comm: Comm) -> list[Sending] | None:
+        """The deltas of fragments of which some replica holds steps that none has covered: the same on all ranks."""
+        delays = self._delays()
+        rest = []
+        for k, fragment in enumerate(state.fragments):
+            # where the anchor is loaded as it is, none is left of the steps up to that
+            loads = self.blend == 0 and max(delays) < self.every and fragment.sent_t is not None
+            since = state.begun_t if fragment.sent_t is None else fragment.sent_t
+            if t - since > (min(delays) if loads else 0):
+                rest.append(self._sending(k, engine, state, comm))
+        return rest
 
     def num_rounds(self, state: StreamingDiLoCoState) -> int:
-        """Averages whose delay is over, those of all fragments together."""
-        return sum(fragment.round + fragment.is_due for fragment in state.fragments)
+        """Averages that have been applied, those of all fragments together."""
+        return sum(fragment.round for fragment in state.fragments)
 
-    def consensus(self, engine: Engine, state: StreamingDiLoCoState) -> list[Tensor]:
-        """The anchors, once what the next forward would apply has been."""
-        for fragment in state.fragments:
-            if fragment.is_due:
-                self._apply(fragment, engine.slots()["param"], state)
+    def stands(self, engine: Engine, state: StreamingDiLoCoState) -> list[Tensor]:
+        """The anchors."""
         return state.anchor
 
-    def _due(self, t: int, state: StreamingDiLoCoState) -> list[Fragment]:
+    def _due(self, t: int, state: StreamingDiLoCoState) -> list[int]:
         """The fragments that are sent after inner step ``t``."""
-        turns = zip(state.fragments, offsets(len(state.fragments), self.every), strict=True)
-        return [fragment for fragment, offset in turns if self._sends(t - offset)]
+        first = self.every if self.first_round_guard else 0
+        ages = [t - state.begun_t - offset for offset in offsets(len(state.fragments), self.every)]
+        return [k for k, age in enumerate(ages) if age % self.every == 0 and age >= first]
 
-    def _sends(self, t: int) -> bool:
-        """Whether a fragment is sent ``t`` steps after its offset."""
-        return t % self.every == 0 and t >= (self.every if self.first_round_guard else 0)
+    def _sending(self, k: int, engine: Engine, state: StreamingDiLoCoState, comm: Comm) -> Sending:
+        numbers, params = state.fragments[k].numbers, engine.slots()["param"]
+        anchor, local = [state.anchor[i] for i in numbers], [params[i] for i in numbers]
+        moved = partial(delta, anchor, local, 1.0)
+        delay = self._delay(state, comm)
+        # by the least delay on all ranks: the order of messages must not depend on a rank's own
+        return Sending(str(k), self.reducer, anchor, moved, numbers, delay, pace=min(self._delays()))
 
-    def _send(self, fragment: Fragment, t: int, params: list[Tensor], state: StreamingDiLoCoState, comm: Comm) -> None:
-        """Take the deltas that were not sent within backward, and start their averages.
-
-        With a delay of a whole round apply the last average after that; in the first round, load the anchor as it is.
-        """
-        is_late = self._delay(comm) == self.every
-        means = fragment.deltas.arrived(0) if is_late and fragment.deltas.under_way else None  # without overlap, of all
-        like = _part(state.anchor, fragment)
-        self._groups().start(like, fragment.deltas, comm, lambda group: self._delta(fragment, group, params, state))
-        fragment.sent_t = t
-        if is_late:
-            fragment.round += means is not None
-            self._move(fragment, 0, means, params, state)
-
-    def _delta(
-        self, fragment: Fragment, group: Sequence[int], params: list[Tensor], state: StreamingDiLoCoState
-    ) -> list[Tensor]:
-        """What some of a fragment's parameters, by their places in it, have moved since its last sync."""
-        return delta(state.anchor, params, 1.0, [fragment.numbers[k] for k in group])
-
-    def _apply(self, fragment: Fragment, params: list[Tensor], state: StreamingDiLoCoState) -> None:
-        """Wait for what is under way, and apply it."""
-        for k in list(fragment.deltas.under_way):
-            self._apply_group(fragment, k, params, state)
-
-    def _apply_group(self, fragment: Fragment, k: int, params: list[Tensor], state: StreamingDiLoCoState) -> None:
-        """The same for one group, unless that has been done."""
-        if k in fragment.deltas.under_way:
-            self._move(fragment, k, fragment.deltas.arrived(k), params, state)
-            if not fragment.deltas.under_way:
-                fragment.round, fragment.is_due = fragment.round + 1, False
-
-    def _move(
-        self,
-        fragment: Fragment,
-        k: int,
-        means: list[Tensor] | None,
-        params: list[Tensor],
-        state: StreamingDiLoCoState,
-    ) -> None:
-        """Move the anchor of the k-th group, if something has come, and the replica towards it."""
-        numbers = self._numbers(fragment, state)[k]
-        if means is not None:
-            self.outer.apply([state.anchor[i] for i in numbers], means, fragment.outers[k])
-        for a, p in ((state.anchor[i], params[i]) for i in numbers):
+    def _blend(self, fragment: Fragment, engine: Engine, state: StreamingDiLoCoState) -> None:
+        """Move the replica towards the fragment's anchor."""
+        params = engine.slots()["param"]
+        for a, p in ((state.anchor[i], params[i]) for i in fragment.numbers):
             # to what a replica is loaded with, so that one that stands there already stays
             loaded = a.to(p.dtype).to(a.dtype)
             p.copy_(torch.lerp(p.to(a.dtype), loaded, 1 - self.blend))
-
-    def _has_rest(self, fragment: Fragment, t: int, comm: Comm) -> bool:
-        """Whether some replica holds steps that no delta has covered: the same answer on all ranks."""
-        delays = self._delays()
-        # where the anchor is loaded as it is, none is left of the steps up to that
-        loads = self.blend == 0 and max(delays) < self.every and fragment.sent_t is not None
-        return fragment.age(t) > (min(delays) if loads else 0)
 
     def _delays(self) -> list[int]:
         """All that occur among the replicas."""
         return [self.delay] if self.delays is None else self.delays
 
-    def _delay(self, comm: Comm) -> int:
+    def _delay(self, state: StreamingDiLoCoState, comm: Comm) -> int:
         """This replica's."""
-        return self.delay if self.delays is None else self.delays[comm.place]
-
-    def _groups(self) -> Groups:
-        """Of the parameters of one fragment, by their places in it."""
-        return Groups(self.reducer, self.overlap)
-
-    def _numbers(self, fragment: Fragment, state: StreamingDiLoCoState) -> list[list[int]]:
-        """The parameters of each of a fragment's groups."""
-        return [[fragment.numbers[k] for k in group] for group in self._groups().cut(_part(state.anchor, fragment))]
-
-
-def _part(xs: list[Tensor], fragment: Fragment) -> list[Tensor]:
-    return [xs[i] for i in fragment.numbers]
+        return self.delay if self.delays is None else self.delays[state.replicas.index(comm.rank)]

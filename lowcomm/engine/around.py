@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lowcomm.engine.base import Engine, Ready, Wanted
+from lowcomm.engine.base import Engine, Ready
 
 
 class Around(Engine, ABC):
@@ -22,7 +22,7 @@ class Around(Engine, ABC):
         self._inner = inner
 
     @abstractmethod
-    def backward(self, batch: Any, ready: Ready | None = None, wanted: Wanted | None = None) -> Tensor:
+    def backward(self, batch: Any, ready: Ready | None = None) -> Tensor:
         """See `Engine.backward`."""
 
     def update(self) -> None:
@@ -44,6 +44,10 @@ class Around(Engine, ABC):
     def slots(self) -> Mapping[str, list[Tensor]]:
         """See `Engine.slots`."""
         return self._inner.slots()
+
+    def gradients(self, numbers: Sequence[int]) -> list[Tensor]:
+        """See `Engine.gradients`."""
+        return self._inner.gradients(numbers)
 
     def names(self) -> list[str]:
         """See `Engine.names`."""

@@ -10,8 +10,6 @@ from torch import Tensor
 
 # Told the number of a parameter (its place in the slots) and its gradient, final for this step.
 Ready = Callable[[int, Tensor], None]
-# Told the number of a parameter that forward is about to use.
-Wanted = Callable[[int], None]
 
 
 class Engine(ABC):
@@ -22,17 +20,14 @@ class Engine(ABC):
     """
 
     @abstractmethod
-    def backward(self, batch: Any, ready: Ready | None = None, wanted: Wanted | None = None) -> Tensor:
+    def backward(self, batch: Any, ready: Ready | None = None) -> Tensor:
         """Compute fresh gradients for one optimizer step (micro-batches accumulated): forward, then backward.
 
         Args:
             ready: called once for each parameter, as soon as its gradient is final for this step, in about the reverse
                 of the order in which forward used them; those that got none come last, with zeros. It may read the
-                gradient and keep it, but neither change it nor wait; of this engine it may call `update_part` alone,
-                for parameters that it has been told of. All calls are over when this returns.
-            wanted: called once for each parameter, before this step's first forward uses it, in about the order of use.
-                It may wait, and change in place that parameter and those that it has not been told of. All calls are
-                over before backward begins.
+                gradient and keep it, but neither change it nor wait; of this engine it may call `update_part` and
+                `gradients` alone, for parameters that it has been told of. All calls are over when this returns.
 
         Returns the batch's mean loss as a 0-d float32 tensor on the model's device; nothing is copied to the host.
         """
@@ -71,6 +66,11 @@ class Engine(ABC):
         "grad" is there between `backward` and `update`; a parameter that got no gradient has zeros.
         After the first update, one slot for each per-parameter state of the optimizer, such as "exp_avg".
         """
+
+    def gradients(self, numbers: Sequence[int]) -> list[Tensor]:
+        """Live gradients of these parameters, final for this step; unlike "grad" of `slots`, also within backward."""
+        gradients = self.slots()["grad"]
+        return [gradients[i] for i in numbers]
 
     @abstractmethod
     def names(self) -> list[str]:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lowcomm.engine.base import Engine, Ready, Wanted
-from lowcomm.engine.blocks import asking, uses
+from lowcomm.engine.base import Engine, Ready
 
 
 def next_token_loss(model: nn.Module, batch: Tensor) -> Tensor:
@@ -74,16 +73,14 @@ class TorchEngine(Engine):
         # Without autograd: arithmetic on what `slots` hands out must not record a graph.
         self._values = [p.detach() for p in self._parameters]
         self._device = self._parameters[0].device
-        self._loss, self._is_compiled = torch.compile(loss) if compile else loss, compile
+        self._loss = torch.compile(loss) if compile else loss
         self._num_micro_batches, self._clip_norm, self._autocast = num_micro_batches, clip_norm, autocast
         self._updated: set[int] = set()  # since backward began
 
-    def backward(self, batch: Any, ready: Ready | None = None, wanted: Wanted | None = None) -> Tensor:
+    def backward(self, batch: Any, ready: Ready | None = None) -> Tensor:
         """See `Engine.backward`.
 
         ``batch`` is what the loss takes; with several micro-batches a tensor, or a tuple of tensors, cut along dim 0.
-        Parameters are wanted as each block of the model begins, see `lowcomm.engine.blocks`, which says what it assumes
-        of the model; those of a compiled one, and those outside of blocks, are before forward begins.
 
         Raises:
             ValueError: when the batch cannot be cut into equal micro-batches, or ``ready`` is given and a parameter's
@@ -93,7 +90,7 @@ class TorchEngine(Engine):
         num = self._num_micro_batches
         losses = []
         for k, micro_batch in enumerate(_micro_batches(batch, num), start=1):
-            with self._asking(wanted) if wanted is not None and k == 1 else nullcontext(), self._casting():
+            with self._casting():
                 loss = self._loss(self.model, micro_batch)
             with self._reporting(ready) if ready is not None and k == num else nullcontext():
                 (loss / num).backward()
@@ -165,6 +162,16 @@ class TorchEngine(Engine):
                 slots[name] = tensors
         return slots
 
+    def gradients(self, numbers: Sequence[int]) -> list[Tensor]:
+        """See `Engine.gradients`."""
+        found = []
+        for i in numbers:
+            parameter = self._parameters[i]
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            found.append(parameter.grad)
+        return found
+
     def names(self) -> list[str]:
         """See `Engine.names`; a tied parameter has its first name."""
         return [name for name, p in self.model.named_parameters() if p.requires_grad]
@@ -210,13 +217,6 @@ class TorchEngine(Engine):
     def _casting(self) -> AbstractContextManager[object]:
         return nullcontext() if self._autocast is None else torch.autocast(self._device.type, self._autocast)
 
-    def _asking(self, wanted: Wanted) -> AbstractContextManager[object]:
-        if not self._is_compiled:
-            return asking(self.model, self._parameters, wanted)
-        for i in uses(self.model, self._parameters).in_order():
-            wanted(i)
-        return nullcontext()
-
     @contextmanager
     def _reporting(self, ready: Ready) -> Iterator[None]:
         """While inside, and at its end for those left over: ``ready`` for each parameter once."""
@@ -244,12 +244,7 @@ class TorchEngine(Engine):
 
     def _gradients(self) -> list[Tensor]:
         """One of each parameter; zeros, which the optimizer sees too, where there was none."""
-        gradients = []
-        for p in self._parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            gradients.append(p.grad)
-        return gradients
+        return self.gradients(range(len(self._parameters)))
 
     def _step(self, numbers: set[int]) -> None:
         """The optimizer's step of these parameters: it skips those without a gradient."""

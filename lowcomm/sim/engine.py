@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lowcomm.engine.around import Around
-from lowcomm.engine.base import Engine, Ready, Wanted
+from lowcomm.engine.base import Engine, Ready
 from lowcomm.sim.pace import Pace
 
 _FORWARD = 1 / 3  # of a step: backward multiplies twice as many matrices
@@ -19,9 +19,7 @@ class SimEngine(Around):
 
     All of a step's time passes in `backward`; an update or an evaluation takes none. The first third of the step is
     forward. Where somebody wants to know when gradients are ready, the rest is shared out among the parameters by their
-    numbers of elements, in the order in which the real backward finished them; where somebody wants to know when
-    parameters are used, so is the first third, in the order in which the real forward asked for them. What is waited
-    for there is no part of the step's time, and forward's arithmetic goes on after it.
+    numbers of elements, in the order in which the real backward finished them.
 
     Args:
         inner: who computes.
@@ -35,22 +33,21 @@ class SimEngine(Around):
         self._pace, self._announce = pace, announce
         self._t = 0
 
-    def backward(self, batch: Any, ready: Ready | None = None, wanted: Wanted | None = None) -> Tensor:
+    def backward(self, batch: Any, ready: Ready | None = None) -> Tensor:
         """See `Engine.backward`.
 
-        The arithmetic comes first, then the time; the time first if the batch is announced; both in turns in a forward
-        that is listened to.
+        The arithmetic comes first, then the time; the time first if the batch is announced.
         """
         self._t += 1
         if self._announce is not None:
             self._announce(batch)
             self._pace.begin(self._t)
             self._pace.go_on(1.0)
-            return self._inner.backward(batch, ready, wanted)
+            return self._inner.backward(batch, ready)
         self._pace.begin(self._t)
         finished: list[tuple[int, Tensor]] = []
         collect = None if ready is None else lambda i, x: finished.append((i, x))
-        loss = self._inner.backward(batch, collect, None if wanted is None else self._in_time(wanted))
+        loss = self._inner.backward(batch, collect)
         num_elements, done = sum(x.numel() for _, x in finished), 0
         for i, gradient in finished:
             assert ready is not None
@@ -60,19 +57,6 @@ class SimEngine(Around):
         if ready is None:
             self._pace.go_on(1.0)
         return loss
-
-    def _in_time(self, wanted: Wanted) -> Wanted:
-        """Tells of each parameter when the time of those that forward used before it has passed."""
-        sizes = [x.numel() for x in self._inner.slots()["param"]]
-        num_elements, used = max(1, sum(sizes)), 0
-
-        def in_time(i: int) -> None:
-            nonlocal used
-            self._pace.go_on(_FORWARD * used / num_elements)
-            wanted(i)
-            used += sizes[i]
-
-        return in_time
 
     def state_dict(self) -> dict[str, Any]:
         """The inner engine's and the number of steps taken."""

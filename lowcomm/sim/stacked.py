@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lowcomm.config import Run
 from lowcomm.engine.around import Around
-from lowcomm.engine.base import Ready, Wanted
+from lowcomm.engine.base import Ready
 from lowcomm.engine.torch_engine import TorchEngine, next_token_loss
 
 _CANNOT = (
@@ -162,9 +162,9 @@ class StackedEngine(Around):
         self._stack.announce(self._rank, batch)
         self._announced = batch
 
-    def backward(self, batch: Any, ready: Ready | None = None, wanted: Wanted | None = None) -> Tensor:
-        """See `Engine.backward`; gradients come all at once, so nobody may ask for each, or be asked, one by one."""
-        assert ready is None and wanted is None, "refused by `require_stackable`"
+    def backward(self, batch: Any, ready: Ready | None = None) -> Tensor:
+        """See `Engine.backward`; gradients come all at once, so nobody may ask for each."""
+        assert ready is None, "refused by `require_stackable`"
         if self._announced is None:
             self.announce(batch)
         assert self._announced is batch, "another batch was announced"

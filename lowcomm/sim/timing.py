@@ -17,8 +17,7 @@ from torch import Tensor
 from lowcomm.assemble import Assembled, build_engine, open_ledger, without_values
 from lowcomm.comm.metered import MeteredComm
 from lowcomm.config import Run
-from lowcomm.engine.base import Engine, Ready, Wanted
-from lowcomm.engine.blocks import uses
+from lowcomm.engine.base import Engine, Ready
 from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.train import Plan, Replica
 
@@ -33,7 +32,6 @@ class Shapes:
         model: as it would be trained.
         params, gradients: in the order of `Engine.slots`.
         names: of the parameters, likewise.
-        forward: their places in the order in which forward uses them.
         first_states, states: of the optimizer by name before and after its first step, likewise.
         needs_all_gradients: see `Engine.needs_all_gradients`.
     """
@@ -41,7 +39,6 @@ class Shapes:
     def __init__(self, inner: TorchEngine) -> None:
         self.model = inner.model
         self.params, self.names = inner.slots()["param"], inner.names()
-        self.forward = uses(inner.model, [p for p in inner.model.parameters() if p.requires_grad]).in_order()
         self.gradients = [torch.empty(x.shape, dtype=x.dtype, device="meta") for x in self.params]
         self.needs_all_gradients = inner.needs_all_gradients()
         self._inner, self._lrs = inner, [inner.lr()]
@@ -63,21 +60,15 @@ class Shapes:
 
 
 class TimingEngine(Engine):
-    """One replica's inner loop without arithmetic; gradients are ready from the last parameter to the first.
-
-    Forward uses the model's blocks in their order (`lowcomm.engine.blocks`).
-    """
+    """One replica's inner loop without arithmetic; gradients are ready from the last parameter to the first."""
 
     def __init__(self, shapes: Shapes) -> None:
         self._shapes = shapes
         self._num_updates = 0
         self._is_between = False  # backward and update
 
-    def backward(self, batch: Any, ready: Ready | None = None, wanted: Wanted | None = None) -> Tensor:
+    def backward(self, batch: Any, ready: Ready | None = None) -> Tensor:
         """See `Engine.backward`."""
-        if wanted is not None:
-            for i in self._shapes.forward:
-                wanted(i)
         self._is_between = True
         if ready is not None:
             for i, gradient in reversed(list(enumerate(self._shapes.gradients))):

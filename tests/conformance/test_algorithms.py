@@ -6,7 +6,7 @@ import inspect
 import pytest
 import torch
 
-from lowcomm.algorithms.base import Algorithm
+from lowcomm.algorithms.base import Algorithm, step
 from lowcomm.algorithms.diloco import DiLoCo
 from lowcomm.algorithms.noloco import NoLoCo
 from lowcomm.algorithms.streaming_diloco import StreamingDiLoCo
@@ -17,7 +17,7 @@ from lowcomm.compress.quantized import Quantized
 from lowcomm.reduce import Reducer
 from lowcomm.state import restore, state_tree
 from tests.algorithms import all_algorithms, expected_rounds, inner_of
-from tests.replicas import backward, flat, make_batch, make_engine, make_model, mse, train
+from tests.replicas import flat, make_batch, make_engine, make_model, mse, train
 from tests.roles import players
 from tests.world import ThreadComm, run_world
 
@@ -49,10 +49,7 @@ def test_state_restored_in_the_middle_of_a_run_goes_on_bitwise(algorithm, stop):
     def program(comm):
         def steps(engine, state, first, last):
             for t in range(first, last + 1):
-                backward(algorithm, t, engine, state, comm, make_batch(comm.rank, t))
-                algorithm.before_update(t, engine, state, comm)
-                engine.update()
-                algorithm.after_update(t, engine, state, comm)
+                step(algorithm, t, engine, state, comm, make_batch(comm.rank, t))
             return flat(engine.slots()["param"])
 
         engine = make_engine(inner_of(algorithm))
@@ -118,10 +115,7 @@ def test_all_that_was_started_is_waited_for(algorithm):
         watched, engine = Watched(comm), make_engine(inner_of(algorithm))
         state = algorithm.init(engine, watched)
         for t in range(1, 9):
-            backward(algorithm, t, engine, state, watched, make_batch(comm.rank, t))
-            algorithm.before_update(t, engine, state, watched)
-            engine.update()
-            algorithm.after_update(t, engine, state, watched)
+            step(algorithm, t, engine, state, watched, make_batch(comm.rank, t))
             if t == 4:
                 algorithm.settle(state)
                 assert not watched.pending
@@ -182,10 +176,7 @@ def test_rounds_are_counted_and_traffic_is_that_of_an_echo(algorithm):
         engine = make_engine(inner_of(algorithm))
         state = algorithm.init(engine, metered)
         for t in range(1, STEPS + 1):
-            backward(algorithm, t, engine, state, metered, make_batch(comm.rank, t))
-            algorithm.before_update(t, engine, state, metered)
-            engine.update()
-            algorithm.after_update(t, engine, state, metered)
+            step(algorithm, t, engine, state, metered, make_batch(comm.rank, t))
         algorithm.finish(STEPS, engine, state, metered)
         return algorithm.num_rounds(state), metered.meter.bytes_sent, metered.meter.bytes_received
 

@@ -1,0 +1,281 @@
+"""One lifecycle for methods that average something: when, what is under way, partial last rounds, counters, losses.
+
+A method says what it sends (`Rounds.round`), what it does with the answer (`commit`), and what stands for the run
+(`stands`). Here is the rest. Each exchange is *talk, then commit*: everything that can fail comes before anything
+changes.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import ClassVar, Literal, TypeVar, cast
+
+from torch import Tensor
+
+from lowcomm.algorithms.base import Algorithm
+from lowcomm.algorithms.exchanges import Exchange, Sending, Turn, in_turn
+from lowcomm.algorithms.qsr import QSR, round_steps
+from lowcomm.comm.base import Comm
+from lowcomm.engine.base import Engine, Ready
+from lowcomm.reduce import Reducer, ReducerState
+from lowcomm.tensors import copy_
+
+
+@dataclass(kw_only=True)
+class RoundsState:
+    """What every method keeps; its own state has this as base.
+
+    Attributes:
+        kept: what reducers keep between rounds, by slot, for each group of values that travels together.
+        under_way: averages that are not due yet, the oldest first.
+        leaving: those that have begun to set out within this step's backward.
+        replicas: the members at the start, where the method has a list of something for each; otherwise none.
+        round: rounds so far.
+        begun_t: the step after which the method began.
+        synced_t: the step of the last round.
+        ends_t: the step at which the present round ends.
+    """
+
+    kept: dict[str, list[ReducerState]] = field(default_factory=dict)
+    under_way: list[Exchange] = field(default_factory=list)
+    leaving: list[Exchange] = field(default_factory=list)
+    replicas: list[int] = field(default_factory=list)
+    round: int = 0
+    begun_t: int = 0
+    synced_t: int = 0
+    ends_t: int = 0
+
+
+S = TypeVar("S", bound=RoundsState)
+
+
+class Rounds(Algorithm[S]):
+    """A method of rounds.
+
+    Attributes:
+        every: inner steps a round.
+        overlap: send values of parameters (`Sending.numbers`) while backward computes others: within the step at whose
+            end they are due, in groups by the reducer's ``bucket_bytes``, after their update has been taken.
+        averages: "param": rounds come after the inner update; "grad": before it.
+    """
+
+    every: int | QSR
+    overlap: bool = False
+    averages: ClassVar[Literal["param", "grad"]] = "param"
+
+    # What a method writes.
+
+    @abstractmethod
+    def begin(self, engine: Engine, comm: Comm) -> S:
+        """Its own state, where every replica holds the same parameters. Nothing is sent."""
+
+    @abstractmethod
+    def round(self, t: int, engine: Engine, state: S, comm: Comm) -> list[Sending]:
+        """What is averaged in the round that ends with step ``t``. Changes nothing, and may be asked twice."""
+
+    @abstractmethod
+    def commit(self, t: int, engine: Engine, state: S, sent: Exchange, means: list[Tensor]) -> None:
+        """Use the means of an exchange, which arrived at step ``t``. It sends nothing and cannot fail."""
+
+    @abstractmethod
+    def stands(self, engine: Engine, state: S) -> list[Tensor]:
+        """See `Algorithm.consensus`."""
+
+    def departed(self, t: int, engine: Engine, state: S, sent: Exchange, has_arrived: bool) -> None:
+        """What happens at once when an exchange has set out, after all commits; by default nothing.
+
+        Args:
+            has_arrived: whether the exchange of its slot before it arrived at the same step.
+        """
+        del t, engine, state, sent, has_arrived
+
+    def abandoned(self, state: S, lost: Exchange) -> None:
+        """What becomes of an exchange that is given up; by default it leaves nothing behind."""
+        del state, lost
+
+    def rest(self, t: int, engine: Engine, state: S, comm: Comm) -> list[Sending] | None:
+        """What is averaged at the end of a run of ``t`` steps; None: there is nothing left to do.
+
+        By default the round that has begun.
+        """
+        return self.round(t, engine, state, comm) if t > state.synced_t else None
+
+    def close(self, engine: Engine, state: S, comm: Comm) -> None:
+        """The last word of a run; by default nothing. As all talk, it changes nothing before it has its answer."""
+        del engine, state, comm
+
+    def reducer_of(self, slot: str) -> Reducer:
+        """How what is in ``slot`` is averaged."""
+        del slot
+        return cast(Reducer, getattr(self, "reducer"))  # noqa: B009  # a field of most methods, and of no base
+
+    def is_due(self, t: int, state: S) -> bool:
+        """Whether a round ends with step ``t``."""
+        return t == state.ends_t
+
+    # What it gets.
+
+    def init(self, engine: Engine, comm: Comm, t: int = 0) -> S:
+        """The method's `begin`, and the length of the first round.
+
+        Raises:
+            ValueError: as `begin`, and when parameters cannot be updated while backward goes on.
+        """
+        reason = engine.needs_all_gradients() if self.overlap and self.averages == "param" else None
+        if reason is not None:
+            raise ValueError(
+                f"{type(self).__name__}(overlap=True) updates parameters while backward goes on, but {reason}, or set "
+                "overlap to False"
+            )
+        state = self.begin(engine, comm)
+        state.begun_t = state.synced_t = t
+        state.ends_t = t + round_steps(self.every, t, engine.lr())
+        return state
+
+    def keep(self, like: Sequence[Tensor], slot: str = "") -> list[ReducerState]:
+        """What the reducer of ``slot`` keeps at first, for values of parameters shaped like ``like``."""
+        reducer, like = self.reducer_of(slot), list(like)
+        sending = Sending(slot, reducer, like, lambda places: [], range(len(like)))
+        return [reducer.init([like[i] for i in group]) for group in sending.cut(self.overlap)]
+
+    def sends_in_backward(self) -> bool:
+        """With `overlap`."""
+        return self.overlap
+
+    def during_backward(self, t: int, engine: Engine, state: S, comm: Comm) -> Ready | None:
+        """With `overlap`, start each group's average as soon as its turn has come, the same order on all ranks."""
+        if not (self.overlap and self.is_due(t, state)):
+            return None
+        turns: list[Turn] = []
+        for sending in self.round(t, engine, state, comm):
+            if sending.numbers is None:
+                continue
+            exchange = sending.exchange(t)
+            state.leaving.append(exchange)
+            for k, group in enumerate(sending.cut(overlap=True)):
+                numbers = [sending.numbers[i] for i in group]
+                turns.append((numbers, partial(self._leave, engine, state, comm, sending, exchange, k, group)))
+        if not turns:
+            return None
+
+        def failed(error: Exception) -> None:
+            for exchange in state.leaving:
+                exchange.failure = error
+
+        final = in_turn(sorted(turns, key=lambda turn: min(turn[0]), reverse=True), failed)
+        return lambda i, gradient: final(i)
+
+    def _leave(
+        self, engine: Engine, state: S, comm: Comm, sending: Sending, exchange: Exchange, k: int, group: list[int]
+    ) -> None:
+        assert sending.numbers is not None
+        if self.averages == "param":
+            engine.update_part([sending.numbers[i] for i in group])
+        exchange.add(group, sending.start(group, state.kept[sending.slot][k], comm))
+
+    def before_update(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
+        """The round of step ``t``, if it is about gradients."""
+        if self.averages == "grad":
+            self._step(t, engine, state, comm)
+
+    def after_update(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
+        """The round that ends with step ``t``, and what is due or follows at it, unless it is about gradients."""
+        if self.averages == "param":
+            self._step(t, engine, state, comm)
+
+    def settle(self, state: S) -> None:
+        """Wait for all that is under way."""
+        for exchange in state.under_way:
+            exchange.settle()
+
+    def drain(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
+        """Wait for all that is under way, and take it in."""
+        self.exchange(t, engine, state, comm, [], is_last=True)
+
+    def finish(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
+        """Drain; then the rest of a round, the method's last word, and load what stands for the run."""
+        self.drain(t, engine, state, comm)
+        self.end(t, engine, state, comm)
+
+    def end(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
+        """What `finish` does after it has drained."""
+        rest = self.rest(t, engine, state, comm)
+        if rest is not None:
+            self.exchange(t, engine, state, comm, rest, is_last=True)
+            state.round, state.synced_t = state.round + 1, t
+        self.close(engine, state, comm)
+        params, standing = engine.slots()["param"], self.stands(engine, state)
+        if any(x is not p for x, p in zip(standing, params, strict=True)):
+            copy_(params, standing)
+
+    def forgo(self, state: S) -> None:
+        """Give up all that is under way."""
+        for exchange in state.under_way:
+            self.abandoned(state, exchange)
+        state.under_way, state.leaving = [], []
+
+    def enter(self, engine: Engine, state: S, comm: Comm) -> None:
+        """Make anew what reducers share."""
+        assert not state.under_way, "forgo first"
+        state.kept = {
+            slot: [self.reducer_of(slot).resync(kept, comm).result() for kept in groups]
+            for slot, groups in state.kept.items()
+        }
+
+    def num_rounds(self, state: S) -> int:
+        """Rounds so far."""
+        return state.round
+
+    def consensus(self, engine: Engine, state: S) -> list[Tensor]:
+        """See `Algorithm.consensus`."""
+        return self.stands(engine, state)
+
+    def _step(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
+        is_due = self.is_due(t, state)
+        self.exchange(t, engine, state, comm, self.round(t, engine, state, comm) if is_due else [])
+        if is_due:
+            state.round, state.synced_t = state.round + 1, t
+            state.ends_t = t + round_steps(self.every, t, engine.lr())
+
+    def exchange(
+        self, t: int, engine: Engine, state: S, comm: Comm, sendings: list[Sending], is_last: bool = False
+    ) -> None:
+        """Send, wait for what is due (at last for all), then commit."""
+        due = [x for x in state.under_way if is_last or x.due_t <= t]
+        kept, sent = dict(state.kept), list[Exchange]()
+        for sending in sendings:
+            for exchange in due:
+                if exchange.slot == sending.slot:
+                    exchange.settle()
+                    kept[exchange.slot] = exchange.kept()
+            sent.append(self._sent(t, sending, kept, state, comm))
+        for exchange in [*state.under_way, *sent]:
+            exchange.advance(t)
+        arrived = [*due, *(x for x in sent if is_last or x.due_t <= t)]
+        for exchange in arrived:
+            exchange.settle()
+
+        state.leaving = []
+        state.under_way = [x for x in [*state.under_way, *sent] if x not in arrived]
+        for exchange in arrived:
+            state.kept[exchange.slot] = exchange.kept()
+            self.commit(t, engine, state, exchange, exchange.means())
+        for exchange in sent:
+            self.departed(t, engine, state, exchange, any(x.slot == exchange.slot for x in due))
+
+    def _sent(
+        self, t: int, sending: Sending, kept: dict[str, list[ReducerState]], state: S, comm: Comm
+    ) -> Exchange:
+        """Start what did not within backward."""
+        exchange = next((x for x in state.leaving if x.slot == sending.slot), None) or sending.exchange(t)
+        if exchange.failure is not None:
+            raise exchange.failure
+        groups = sending.cut(self.overlap)
+        if sending.slot not in kept:
+            kept[sending.slot] = [sending.reducer.init([sending.like[i] for i in group]) for group in groups]
+        for k in range(len(exchange.parts), len(groups)):
+            exchange.add(groups[k], sending.start(groups[k], kept[sending.slot][k], comm))
+        return exchange
