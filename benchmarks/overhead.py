@@ -37,6 +37,7 @@ from lowcomm.comm.metered import Meter, MeteredComm
 from lowcomm.comm.solo import SoloComm
 from lowcomm.config import Batch, Checkpointing, Log, Run
 from lowcomm.ledger import Ledger
+from lowcomm.membership import Members
 from lowcomm.metrics import Metrics
 from lowcomm.models.llama import Llama
 from lowcomm.optim.schedule import Cosine
@@ -205,12 +206,12 @@ def measure(
         now=comm.now,
         rank=comm.rank,
         num_replicas=len(comm.members),
-        step_tokens=given.batch * given.seq_len * len(comm.members),
+        step_tokens=given.batch * given.seq_len,
         log_every=run.log.every,
         token_flops=None,
         peak_flops=None,
     )
-    replica = Replica(run.algorithm, engine, run.algorithm.init(engine, comm), stream, ledger, comm, device)
+    replica = Replica(run.algorithm, engine, run.algorithm.init(engine, comm), stream, ledger, Members(comm), device)
     plan = Plan(run.num_steps, evaluate_every=0, save_every=0, validation=batches[:1], bytes_per_token=1.0)
     try:
         train(replica, plan, Checkpoints(folder, comm.rank, len(comm.members), "overhead"))

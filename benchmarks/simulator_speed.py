@@ -39,6 +39,7 @@ from torch import Tensor
 
 from benchmarks.record import ROOT, parser, table, write_record
 from benchmarks.simulated_loop import loop
+from lowcomm.algorithms.base import step
 from lowcomm.algorithms.diloco import DiLoCo
 from lowcomm.assemble import build_engine
 from lowcomm.comm.base import Comm
@@ -385,10 +386,7 @@ def simulated_steps(given: argparse.Namespace, seed: int) -> dict[str, float]:
 
 def one_step(algorithm: DiLoCo, t: int, engine: Engine, state: Any, comm: Comm, batch: Tensor) -> Tensor:
     """What the training loop does with a batch."""
-    loss = engine.backward(batch)
-    algorithm.before_update(t, engine, state, comm)
-    engine.update()
-    algorithm.after_update(t, engine, state, comm)
+    loss = step(algorithm, t, engine, state, comm, batch)
     return loss
 
 

@@ -26,6 +26,7 @@ from lowcomm.engine.base import Engine
 from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.environment import environment
 from lowcomm.ledger import Ledger
+from lowcomm.membership import Members
 from lowcomm.metrics import Metrics, ProgressSink, Sink, TensorBoardSink, WandbSink, truncate_after
 from lowcomm.models.flops import flops_per_token, peak_flops
 from lowcomm.models.length import check_length
@@ -62,8 +63,12 @@ def place(run: Run) -> Place:
     device = torch.device("cuda", local_rank % num_gpus) if on_cuda else torch.device("cpu")
     if not under_torchrun():
         return Place(device, None)
+    if run.on_loss == "go_on" and run.backend == "nccl":
+        raise ValueError("on_loss is 'go_on', which needs gloo for now; set backend to 'gloo', or on_loss to 'stop'")
     own_gpu = on_cuda and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= num_gpus
-    return Place(device, run.backend if run.backend != "auto" else "nccl" if own_gpu else "gloo")
+    return Place(
+        device, run.backend if run.backend != "auto" else "nccl" if own_gpu and run.on_loss == "stop" else "gloo"
+    )
 
 
 def run_replica(run: Run, out: Path, resumes: bool) -> dict[str, Any]:
@@ -79,7 +84,7 @@ def run_replica(run: Run, out: Path, resumes: bool) -> dict[str, Any]:
     where = place(run)
     if where.device.type == "cuda":
         torch.cuda.set_device(where.device)
-    comm: Comm = SoloComm() if where.backend is None else connect(where.backend, run.timeout_s)
+    comm: Comm = SoloComm() if where.backend is None else connect(where.backend, run.timeout_s, run.grace_s)
     try:
         return _run_replica(run, out, resumes, where, comm)
     finally:
@@ -135,7 +140,8 @@ def assemble(
 
     ledger = open_ledger(run, model, comm, device, write)
     _seed_draws(run.seed, comm.rank, device)
-    replica = Replica(run.algorithm, engine, run.algorithm.init(engine, comm), data.train, ledger, comm, device)
+    members = Members(comm, run.on_loss == "go_on")
+    replica = Replica(run.algorithm, engine, run.algorithm.init(engine, comm), data.train, ledger, members, device)
     plan = Plan(num_steps, run.evaluation.every, run.checkpoint.every, validation.batches, validation.bytes_per_token)
     return Assembled(replica, plan, model, run_id)
 
@@ -245,7 +251,7 @@ def open_ledger(
         now=comm.now,
         rank=comm.rank,
         num_replicas=num_replicas,
-        step_tokens=run.batch.of_replica(num_replicas) * num_replicas * run.data.seq_len,
+        step_tokens=run.batch.of_replica(num_replicas) * run.data.seq_len,
         log_every=run.log.every,
         token_flops=None if peak is None else flops_per_token(model, run.data.seq_len),
         peak_flops=peak,

@@ -6,8 +6,9 @@ sync = lowcomm.attach(model, optimizer, DiLoCo(every=100), comm)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from torch import nn
 from lowcomm.algorithms.base import Algorithm
 from lowcomm.comm.base import Comm
 from lowcomm.engine.torch_engine import TorchEngine
+from lowcomm.membership import Members
 from lowcomm.state import restore, state_tree
 
 
@@ -26,11 +28,16 @@ class Sync:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, algorithm: Algorithm[Any], comm: Comm
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        algorithm: Algorithm[Any],
+        comm: Comm,
+        on_loss: Literal["stop", "go_on"],
     ) -> None:
         self.t = 0
         self._engine = TorchEngine(model, optimizer, clip_norm=None)
-        self._algorithm, self._comm = algorithm, comm
+        self._algorithm, self._members = algorithm, Members(comm, on_loss == "go_on")
         self._device = self._engine.slots()["param"][0].device
         tensors = [x.detach() for x in [*model.parameters(), *model.buffers()]]
         arrivals = [comm.broadcast(x, comm.members[0]) for x in tensors]
@@ -62,16 +69,19 @@ class Sync:
         return (optimizer, evaluate, *args[2:]), rest
 
     def _before_update(self) -> None:
-        self._algorithm.before_update(self.t + 1, self._engine, self._state, self._comm)
+        self._talk(partial(self._algorithm.before_update, self.t + 1, self._engine, self._state))
 
     def step(self) -> None:
         """After each optimizer step: talks when the algorithm says so."""
         self.t += 1
-        self._algorithm.after_update(self.t, self._engine, self._state, self._comm)
+        self._talk(partial(self._algorithm.after_update, self.t, self._engine, self._state))
+
+    def _talk(self, call: Callable[[Comm], None]) -> None:
+        self._members.take(self._algorithm, self._engine, self._state, call)
 
     def finish(self) -> None:
         """After the last step: the same parameters on all replicas; the optimizer is free again."""
-        self._algorithm.finish(self.t, self._engine, self._state, self._comm)
+        self._talk(partial(self._algorithm.finish, self.t, self._engine, self._state))
         self._hook.remove()
 
     def state_dict(self) -> dict[str, Any]:
@@ -85,7 +95,13 @@ class Sync:
         restore(self._state, state["algorithm"], self._device)
 
 
-def attach(model: nn.Module, optimizer: torch.optim.Optimizer, algorithm: Algorithm[Any], comm: Comm) -> Sync:
+def attach(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    algorithm: Algorithm[Any],
+    comm: Comm,
+    on_loss: Literal["stop", "go_on"] = "stop",
+) -> Sync:
     """Train ``model`` together with the replicas that ``comm`` reaches.
 
     All replicas start from the parameters and buffers of the first member, which this call sends. Gradients that are
@@ -94,10 +110,14 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, algorithm: Algori
     LBFGS does, suits algorithms that average no gradients.
 
     A gradient scaler may skip an update on one replica alone only where no gradients are averaged: with `DataParallel`,
-    `SAVIC`, `DeMo` and in the first `start` steps of others the replicas would wait for each other in vain.
+    `SAVIC`, `DeMo` and `After` one of them the replicas would wait for each other in vain.
+
+    Args:
+        on_loss: when a replica is lost: "stop" raises `PeerLost` or `Late`; with "go_on" those who are left go on, and
+            what was under way with it goes again or is given up.
 
     Raises:
         ValueError: when the model has nothing to train, the optimizer does not hold its parameters, or the algorithm
             would send during backward.
     """
-    return Sync(model, optimizer, algorithm, comm)
+    return Sync(model, optimizer, algorithm, comm, on_loss)

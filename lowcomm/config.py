@@ -182,7 +182,9 @@ class Run:
             and other numbers after it is resumed.
         device: "auto" takes CUDA when there is one.
         backend: "auto" takes NCCL when each process has a GPU of its own, else gloo.
-        timeout_s: how long a message may take before the run stops.
+        timeout_s: how long a message may take before somebody counts as lost.
+        on_loss: when a replica is lost: "stop", or "go_on" among those who are left (gloo only).
+        grace_s: how long those who notice a loss wait for the others; who comes later is lost too.
     """
 
     model: ModelConfig = Llama()
@@ -203,6 +205,8 @@ class Run:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     timeout_s: float = 600.0
+    on_loss: Literal["stop", "go_on"] = "stop"
+    grace_s: float = 30.0
 
     def __post_init__(self) -> None:
         if (self.num_steps is None) == (self.num_tokens is None):
@@ -211,7 +215,8 @@ class Run:
             raise ValueError(f"num_steps is {self.num_steps}; it must be at least 1")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm is {self.clip_norm}; it must be positive, or null for no clipping")
-        every, warmup = getattr(self.algorithm, "every", None), getattr(self.schedule, "num_warmup_steps", 0)
+        every = getattr(getattr(self.algorithm, "then", self.algorithm), "every", None)
+        warmup = getattr(self.schedule, "num_warmup_steps", 0)
         if isinstance(every, QSR) and every.num_warmup_steps < warmup:
             raise ValueError(
                 f"QSR's num_warmup_steps is {every.num_warmup_steps}, but the learning rate rises for {warmup} steps: "
@@ -219,6 +224,8 @@ class Run:
             )
         if not self.timeout_s > 0:
             raise ValueError(f"timeout_s is {self.timeout_s}; it must be positive")
+        if not self.grace_s > 0:
+            raise ValueError(f"grace_s is {self.grace_s}; it must be positive")
 
     def steps(self, num_replicas: int) -> int:
         """Inner steps of this run on so many replicas."""
@@ -232,7 +239,7 @@ class Run:
 
 
 # What may differ between a run and its resumption: nothing here changes a result.
-_PASSING = ("checkpoint", "log", "timeout_s")
+_PASSING = ("checkpoint", "log", "timeout_s", "on_loss", "grace_s")
 
 
 def describe(value: Any) -> Any:

@@ -39,8 +39,8 @@ class Ledger:
         meter: this rank's traffic.
         now: seconds, virtual in a simulation.
         rank: of this process.
-        num_replicas: that train together.
-        step_tokens: training tokens of one inner step of all replicas.
+        num_replicas: that train together now.
+        step_tokens: training tokens of one inner step of one replica.
         log_every: inner steps between lines.
         token_flops: floating-point operations a training token costs; None where nobody asks.
         peak_flops: of this device each second, in bfloat16; None where unknown.
@@ -61,12 +61,14 @@ class Ledger:
     heard: Callable[[str], None] | None = None
 
     t: int = 0
+    tokens: int = 0
     time_s: float = 0.0
     train_s: float = 0.0
     wait_s: float = 0.0
     steady_s: float = 0.0
     steady_tokens: int = 0
     val_loss: float | None = None
+    _written_tokens: int = 0
     _losses: list[Tensor] = field(default_factory=list)
     _loss: float | None = None
     _since_s: float | None = None
@@ -80,14 +82,15 @@ class Ledger:
         self.meter.settle()
         self._since_s, self._waited_s = self.now(), self.meter.wait_s
 
-    def step(self, t: int, loss: Tensor, lr: float, round: int) -> None:
-        """Note an inner step; every `log_every` steps write a line.
+    def step(self, t: int, loss: Tensor, lr: float, round: int, num_replicas: int) -> None:
+        """Note an inner step that so many replicas took; every `log_every` steps write a line.
 
         Raises:
             Diverged: when a loss since the last line is not finite.
         """
         self._losses.append(loss.detach())
-        self.t = t
+        self.t, self.num_replicas = t, num_replicas
+        self.tokens += num_replicas * self.step_tokens
         if t % self.log_every == 0:
             self.flush(lr, round)
 
@@ -103,7 +106,8 @@ class Ledger:
         for i, loss in enumerate(losses):
             if not math.isfinite(loss):
                 raise Diverged(self.t - num_steps + 1 + i, loss)
-        window_tokens = num_steps * self.step_tokens
+        window_tokens = self.tokens - self._written_tokens
+        self._written_tokens = self.tokens
         if self._warm:  # the first window holds compilation and first touches
             self.steady_s, self.steady_tokens = self.steady_s + window_s, self.steady_tokens + window_tokens
         self._warm = True
@@ -138,9 +142,7 @@ class Ledger:
         if self.val_loss is not None:
             line["val_bits_per_byte"] = bits_per_byte(self.val_loss, bytes_per_token)
         # A run of a single window has no steady part: its only window counts.
-        tokens, seconds = (
-            (self.steady_tokens, self.steady_s) if self.steady_s > 0 else (self.t * self.step_tokens, self.train_s)
-        )
+        tokens, seconds = (self.steady_tokens, self.steady_s) if self.steady_s > 0 else (self.tokens, self.train_s)
         line |= self._speed(tokens, seconds)
         self.write(line)
         return line
@@ -166,7 +168,7 @@ class Ledger:
         """The inverse of `state_dict`."""
         for name in _SAVED:
             setattr(self, name, state[name])
-        self._round, self._loss = state["round"], state["loss"]
+        self._round, self._loss, self._written_tokens = state["round"], state["loss"], self.tokens
         self.meter.load_state_dict(state["meter"])
 
     def _say(self, call: str) -> None:
@@ -191,7 +193,7 @@ class Ledger:
             "t": self.t,
             "rank": self.rank,
             "time_s": self.time_s,
-            "tokens": self.t * self.step_tokens,
+            "tokens": self.tokens,
             "bytes_sent": self.meter.bytes_sent,
             "bytes_received": self.meter.bytes_received,
             "comm_wait_s": self.wait_s,
@@ -214,4 +216,4 @@ def _known(loss: float | None, val_loss: float | None = None) -> dict[str, float
     return {name: x for name, x in (("loss", loss), ("val_loss", val_loss)) if x is not None}
 
 
-_SAVED = ("t", "time_s", "train_s", "wait_s", "steady_s", "steady_tokens", "val_loss")
+_SAVED = ("t", "tokens", "time_s", "train_s", "wait_s", "steady_s", "steady_tokens", "val_loss")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from lowcomm.algorithms.base import Algorithm, step
+from lowcomm.algorithms.base import Algorithm
 from lowcomm.checkpoint import Checkpoints
 from lowcomm.comm.metered import MeteredComm
 from lowcomm.engine.base import Engine
 from lowcomm.ledger import Ledger
+from lowcomm.membership import Members
 from lowcomm.state import state_tree
+
+T = TypeVar("T")
 
 
 class Stream(Protocol):
@@ -32,15 +36,28 @@ class Stream(Protocol):
 
 @dataclass(frozen=True)
 class Replica:
-    """What trains: all that changes during a run, and nothing else."""
+    """What trains: all that changes during a run, and nothing else.
+
+    Attributes:
+        members: who trains with it now.
+    """
 
     algorithm: Algorithm[Any]
     engine: Engine
     state: Any
     stream: Stream
     ledger: Ledger
-    comm: MeteredComm
+    members: Members[MeteredComm]
     device: torch.device
+
+    @property
+    def comm(self) -> MeteredComm:
+        """That of the present members."""
+        return self.members.comm
+
+    def talk(self, call: Callable[[MeteredComm], T]) -> T:
+        """Make a call that talks; again among those who are left, when somebody is lost and the run goes on."""
+        return self.members.take(self.algorithm, self.engine, self.state, call)
 
 
 @dataclass(frozen=True)
@@ -64,30 +81,33 @@ class Plan:
 
 def train(replica: Replica, plan: Plan, checkpoints: Checkpoints) -> None:
     """Train to the end of the plan from wherever the replica stands."""
-    algorithm, engine, state, comm = replica.algorithm, replica.engine, replica.state, replica.comm
-    ledger = replica.ledger
+    algorithm, engine, state, ledger = replica.algorithm, replica.engine, replica.state, replica.ledger
     ledger.start()
     for t in range(ledger.t + 1, plan.num_steps + 1):
-        lr = engine.lr()
-        loss = step(algorithm, t, engine, state, comm, replica.stream.next().to(replica.device))
+        lr, batch = engine.lr(), replica.stream.next().to(replica.device)
+        loss = engine.backward(batch, algorithm.during_backward(t, engine, state, replica.comm))
+        replica.talk(partial(algorithm.before_update, t, engine, state))
+        engine.update()
+        replica.talk(partial(algorithm.after_update, t, engine, state))
         if t == plan.num_steps:
-            algorithm.finish(t, engine, state, comm)
-        ledger.step(t, loss, lr, algorithm.num_rounds(state))
+            replica.talk(partial(algorithm.finish, t, engine, state))
+        ledger.step(t, loss, lr, algorithm.num_rounds(state), len(replica.comm.members))
 
         if _due(t, plan.evaluate_every) or t == plan.num_steps:
             ledger.flush(lr, algorithm.num_rounds(state))
             if plan.validation:
                 with ledger.paused():
-                    ledger.evaluation(evaluate(replica, plan.validation), plan.bytes_per_token)
+                    val_loss = replica.talk(partial(evaluate, replica, plan.validation))
+                    ledger.evaluation(val_loss, plan.bytes_per_token)
         if _due(t, plan.save_every):
             ledger.flush(lr, algorithm.num_rounds(state))
             with ledger.paused():
-                save(replica, checkpoints, t)
+                replica.talk(partial(save, replica, checkpoints, t))
 
 
-def evaluate(replica: Replica, batches: Sequence[Tensor]) -> float:
+def evaluate(replica: Replica, batches: Sequence[Tensor], comm: MeteredComm) -> float:
     """The mean loss of the parameters that stand for the run, batches shared out among the members; equal on all."""
-    engine, comm = replica.engine, replica.comm.tagged("evaluation")
+    engine = replica.engine
     live, standing = engine.slots()["param"], replica.algorithm.consensus(engine, replica.state)
     kept = [x.clone() for x in live]
     torch._foreach_copy_(live, standing)
@@ -97,15 +117,15 @@ def evaluate(replica: Replica, batches: Sequence[Tensor]) -> float:
         total[0] += engine.evaluate(batch.to(replica.device)) * num_targets
         total[1] += num_targets
     torch._foreach_copy_(live, kept)
-    loss, num_targets = comm.all_sum(total).wait().tolist()
+    loss, num_targets = comm.tagged("evaluation").all_sum(total).wait().tolist()
     return float(loss / num_targets)
 
 
-def save(replica: Replica, checkpoints: Checkpoints, t: int) -> None:
+def save(replica: Replica, checkpoints: Checkpoints, t: int, comm: MeteredComm) -> None:
     """Save this rank; older checkpoints go once every member has saved."""
     replica.algorithm.settle(replica.state)
     checkpoints.save(t, snapshot(replica))
-    replica.comm.tagged("checkpoint").all_sum(torch.ones(1)).wait()
+    comm.tagged("checkpoint").all_sum(torch.ones(1)).wait()
     checkpoints.confirm(t)
     checkpoints.prune(t)
 

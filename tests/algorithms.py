@@ -56,9 +56,7 @@ ALGORITHMS: list[Algorithm] = [
     SPARTA(fraction=0.3, every=2, delay=5),
     Then(SPARTA(fraction=0.3, delay=1), DiLoCo(every=4)),
     Then(SPARTA(fraction=0.3), DiLoCo(every=4, overlap=True, reducer=Reducer(bucket_bytes=64))),
-    Then(
-        SPARTA(fraction=0.3, delay=2), StreamingDiLoCo(4, 1, reducer=Reducer(bucket_bytes=64), overlap=True)
-    ),
+    Then(SPARTA(fraction=0.3, delay=2), StreamingDiLoCo(4, 1, reducer=Reducer(bucket_bytes=64), overlap=True)),
     After(5, DataParallel(), DESLOC(_PERIODS, reducer=Reducer(Cast(), bucket_bytes=64))),
     After(3, DataParallel(overlap=True), StreamingDiLoCo(4, blocks_per_fragment=1)),
     After(3, DataParallel(), LocalSGD(4)),
@@ -71,7 +69,7 @@ ROUNDS: dict[str, Callable[[Algorithm, int], int]] = {
     "DiLoCo": lambda a, num_steps: _diloco_rounds(a, num_steps),
     "After": lambda a, num_steps: _after_rounds(a, num_steps),
     "SPARTA": lambda a, num_steps: _sparta_rounds(a, num_steps),
-    "Then": lambda a, num_steps: num_steps // a.first.every + expected_rounds(a.then, num_steps),
+    "Then": lambda a, num_steps: _then_rounds(a, num_steps),
     "StreamingDiLoCo": lambda a, num_steps: _streaming_rounds(a, num_steps),
 }
 # What a run of `lowcomm train` needs besides the name of the method.
@@ -121,6 +119,11 @@ def _des_loc_rounds(algorithm: Any, num_steps: int) -> int:
     periods = algorithm.periods
     due = {t for t in range(1, num_steps + 1) if any(t % every == 0 for every in periods.values())}
     return len(due) + (num_steps % periods["param"] != 0)
+
+
+def _then_rounds(algorithm: Any, num_steps: int) -> int:
+    """Those of both, none of the first's at the end."""
+    return num_steps // algorithm.first.every + expected_rounds(algorithm.then, num_steps)
 
 
 def _after_rounds(algorithm: Any, num_steps: int) -> int:

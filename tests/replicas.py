@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from lowcomm.algorithms.base import Algorithm, step
 from lowcomm.comm.base import Comm
-from lowcomm.engine.base import Engine
 from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.optim.scaled_sgd import ScaledSGD
 from lowcomm.tensors import rng

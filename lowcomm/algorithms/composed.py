@@ -1,7 +1,7 @@
 """Methods put together: one after the other, or one within the other.
 
-    After(n, DataParallel(), DiLoCo()):   n steps of data parallel, then DiLoCo (post-local SGD, arXiv:1808.07217)
-    Then(SPARTA(), DiLoCo()):             at each step what SPARTA does, then what DiLoCo does
+After(n, DataParallel(), DiLoCo()):   n steps of data parallel, then DiLoCo (post-local SGD, arXiv:1808.07217)
+Then(SPARTA(), DiLoCo()):             at each step what SPARTA does, then what DiLoCo does
 """
 
 from __future__ import annotations

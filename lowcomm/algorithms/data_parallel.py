@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
 from lowcomm.algorithms.exchanges import Exchange, Sending
 from lowcomm.algorithms.participation import check_number, check_participation, check_weights, counted, factor
-from lowcomm.algorithms.rounds import Rounds, RoundsState
+from lowcomm.algorithms.rounds import GradientRounds, RoundsState
 from lowcomm.comm.base import Comm
 from lowcomm.engine.base import Engine
 from lowcomm.reduce import Reducer
@@ -23,7 +22,7 @@ from lowcomm.tensors import copy_, mul_
 
 
 @dataclass(frozen=True)
-class DataParallel(Rounds[RoundsState]):
+class DataParallel(GradientRounds):
     """One round a step: the mean gradient, then the same inner update everywhere.
 
     Traffic of a round: one all-reduce of the gradients, 2 (n - 1) / n x their bytes for each of n replicas.
@@ -39,8 +38,6 @@ class DataParallel(Rounds[RoundsState]):
     reducer: Reducer = Reducer()
     overlap: bool = False
     weights: list[float] | None = None
-    averages: ClassVar = "grad"
-    every: ClassVar = 1
 
     def __post_init__(self) -> None:
         check_weights(self.weights)
@@ -68,11 +65,3 @@ class DataParallel(Rounds[RoundsState]):
     def commit(self, t: int, engine: Engine, state: RoundsState, sent: Exchange, means: list[Tensor]) -> None:
         """Replace the gradients by their mean over replicas."""
         copy_(engine.slots()["grad"], means)
-
-    def stands(self, engine: Engine, state: RoundsState) -> list[Tensor]:
-        """The live parameters: they are equal on all replicas."""
-        return engine.slots()["param"]
-
-    def keeps_equal(self) -> bool:
-        """They are, and optimizer states too."""
-        return True

@@ -18,13 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowcomm.algorithms.exchanges import Exchange, Sending
-from lowcomm.algorithms.rounds import Rounds, RoundsState
+from lowcomm.algorithms.rounds import GradientRounds, RoundsState
 from lowcomm.codecs.half import Half
 from lowcomm.comm.base import Comm
 from lowcomm.compress.dct import DCT
@@ -36,7 +36,7 @@ from lowcomm.tensors import copy_
 
 
 @dataclass(frozen=True)
-class DeMo(Rounds[RoundsState]):
+class DeMo(GradientRounds):
     """Decoupled momentum: a small message at every step, and a step by its sign.
 
     Traffic of a round: a message from each of n replicas to the n - 1 others; by default of 100 bytes for each 4,096
@@ -56,9 +56,6 @@ class DeMo(Rounds[RoundsState]):
     reducer: Reducer = Reducer(
         DCT(TopK(num=32, chunk=4096, values=Half(), divide_by="present"), tile=64), EF14(decay=0.999)
     )
-
-    averages: ClassVar = "grad"
-    every: ClassVar = 1
 
     def begin(self, engine: Engine, comm: Comm) -> RoundsState:
         """No momentum: what a replica's reducer keeps is its m, of which no two are alike.
@@ -92,14 +89,6 @@ class DeMo(Rounds[RoundsState]):
         """
         if t == 1:
             _require_no_state(engine)
-
-    def stands(self, engine: Engine, state: RoundsState) -> list[Tensor]:
-        """The live parameters: they are equal on all replicas."""
-        return engine.slots()["param"]
-
-    def keeps_equal(self) -> bool:
-        """They are, and the optimizer keeps nothing."""
-        return True
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -20,7 +20,14 @@ from torch import Tensor
 
 from lowcomm.algorithms.anchors import anchor_of, delta
 from lowcomm.algorithms.exchanges import Exchange, Sending
-from lowcomm.algorithms.participation import DroppedRounds, check_number, check_participation, check_weights, counted, factor
+from lowcomm.algorithms.participation import (
+    DroppedRounds,
+    check_number,
+    check_participation,
+    check_weights,
+    counted,
+    factor,
+)
 from lowcomm.algorithms.qsr import QSR, check_every
 from lowcomm.algorithms.rounds import Rounds, RoundsState
 from lowcomm.comm.base import Comm

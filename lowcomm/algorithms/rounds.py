@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar, Literal, TypeVar, cast
+from typing import Literal, TypeVar, cast
 
 from torch import Tensor
 
@@ -64,7 +64,7 @@ class Rounds(Algorithm[S]):
 
     every: int | QSR
     overlap: bool = False
-    averages: ClassVar[Literal["param", "grad"]] = "param"
+    averages: Literal["param", "grad"] = "param"
 
     # What a method writes.
 
@@ -266,9 +266,7 @@ class Rounds(Algorithm[S]):
         for exchange in sent:
             self.departed(t, engine, state, exchange, any(x.slot == exchange.slot for x in due))
 
-    def _sent(
-        self, t: int, sending: Sending, kept: dict[str, list[ReducerState]], state: S, comm: Comm
-    ) -> Exchange:
+    def _sent(self, t: int, sending: Sending, kept: dict[str, list[ReducerState]], state: S, comm: Comm) -> Exchange:
         """Start what did not within backward."""
         exchange = next((x for x in state.leaving if x.slot == sending.slot), None) or sending.exchange(t)
         if exchange.failure is not None:
@@ -279,3 +277,22 @@ class Rounds(Algorithm[S]):
         for k in range(len(exchange.parts), len(groups)):
             exchange.add(groups[k], sending.start(groups[k], kept[sending.slot][k], comm))
         return exchange
+
+
+class GradientRounds(Rounds[RoundsState]):
+    """A method that averages gradients at every step, so that parameters and optimizer states stay equal."""
+
+    averages = "grad"
+
+    @property
+    def every(self) -> int:  # type: ignore[override]  # elsewhere a field
+        """Each step is a round."""
+        return 1
+
+    def stands(self, engine: Engine, state: RoundsState) -> list[Tensor]:
+        """The live parameters."""
+        return engine.slots()["param"]
+
+    def keeps_equal(self) -> bool:
+        """Parameters, and optimizer states."""
+        return True

@@ -160,9 +160,7 @@ class StreamingDiLoCo(Rounds[StreamingDiLoCoState]):
         self._blend(fragment, engine, state)
         fragment.round += 1
 
-    def departed(
-        self, t: int, engine: Engine, state: StreamingDiLoCoState, sent: Exchange, has_arrived: bool
-    ) -> None:
+    def departed(self, t: int, engine: Engine, state: StreamingDiLoCoState, sent: Exchange, has_arrived: bool) -> None:
         """With a delay of a whole round, load the anchor as it is where nothing came: the delta has been taken."""
         fragment = state.fragments[int(sent.slot)]
         fragment.sent_t = t

@@ -96,6 +96,16 @@ class Comm(ABC):
     def now(self) -> float:
         """Seconds since some fixed moment; virtual in the simulator."""
 
+    def regroup(self, lost: PeerLost | Late) -> Comm:
+        """A view of those who are left, after ``lost``; all of them call it, and what is under way here is over.
+
+        By default there is none.
+
+        Raises:
+            PeerLost, Late: ``lost``, where nobody can go on without who is gone.
+        """
+        raise lost
+
     @final
     def all_sum(self, x: Tensor) -> Work[Tensor]:
         """The sum of every member's ``x`` (one shape, a dtype of `SUMMABLE`) as a fresh tensor; ``x`` is not modified.

@@ -6,16 +6,20 @@ but sums travels as bytes, so dtypes that a backend does not know still arrive.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from lowcomm.comm.base import Call, Comm, Late, PeerLost, Work
 from lowcomm.tensors import bytes_of
@@ -23,6 +27,7 @@ from lowcomm.tensors import bytes_of
 T = TypeVar("T")
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_POLL_S = 0.01
 _ALL_TO_ALL_TAG, _EXCHANGE_TAG = 1, 2  # `send` and `recv` use 0
 
 
@@ -65,6 +70,29 @@ def _started(start: Callable[[], Any]) -> Any:
         return _Broken(error)
 
 
+@dataclass(frozen=True)
+class _World:
+    """The ranks of the default process group, and how those who are left make another.
+
+    Attributes:
+        ranks: by torch's numbers; torch counts anew in each group, we do not.
+        store: where ranks leave each other word.
+        epoch: how many groups there were before.
+        timeout: of messages.
+        grace_s: how long those who notice a loss wait for the others.
+    """
+
+    ranks: tuple[int, ...]
+    store: Store | None = None
+    epoch: int = 0
+    timeout: timedelta | None = None
+    grace_s: float = 0.0
+
+    def number(self, rank: int) -> int:
+        """Torch's, of a rank."""
+        return self.ranks.index(rank) if self.epoch else rank
+
+
 class DistributedComm(Comm):
     """A view of some ranks of the default process group; see `connect`.
 
@@ -77,32 +105,33 @@ class DistributedComm(Comm):
         members: Sequence[int],
         device: torch.device,
         group: dist.ProcessGroup | None = None,
-        timeout: timedelta | None = None,
+        world: _World | None = None,
     ) -> None:
-        """See `over` for a ``group``; ``timeout`` is that of messages in parts of this view, None: torch's own."""
+        """See `over` for a ``group``; without a ``world``, in which messages have a time-out, nobody regroups."""
         if not dist.is_initialized():
             raise ValueError("torch.distributed is not initialised; call lowcomm.comm.distributed.connect() first")
-        self.rank = dist.get_rank()
+        self._world = world or _World(tuple(range(dist.get_world_size())))
+        self.rank = self._world.ranks[dist.get_rank()]
         self.members = tuple(sorted(members))
         if self.rank not in self.members or len(set(self.members)) != len(self.members):
             raise ValueError(f"members {self.members} must be distinct and hold this rank, {self.rank}")
-        if self.members[0] < 0 or self.members[-1] >= dist.get_world_size():
+        if not set(self.members) <= set(self._world.ranks):
             raise ValueError(f"members {self.members} must lie within the world of {dist.get_world_size()} ranks")
         self.backend = str(dist.get_backend(group))
         self._wire = torch.device("cpu") if self.backend == "gloo" else device
-        self._group, self._timeout = group, timeout
+        self._group = group
         self._subs: dict[tuple[int, ...], DistributedComm] = {}
 
     def issue(self, call: Call) -> Work[Any]:
         """See `Comm.issue`. A message that cannot be started is an error for who waits for it."""
-        x, peer = call.x.detach(), call.peer
+        x, peer = call.x.detach(), None if call.peer is None else self._world.number(call.peer)
         if call.kind == "all_sum":
             y = x.to(self._wire, copy=True).contiguous()
             return Pending(
                 _started(lambda: dist.all_reduce(y, group=self._ready(), async_op=True)), lambda: y.to(x.device)
             )
         if call.kind == "recv":
-            return self._recv(x, peer)
+            return self._recv(x, call.peer)
         mine = bytes_of(x.to(self._wire, copy=True))
         if call.kind == "all_gather":
             return self._all_gather(mine, x)
@@ -129,8 +158,28 @@ class DistributedComm(Comm):
             raise ValueError(f"members {tuple(members)} are not all among {self.members}")
         key = tuple(sorted(members))
         if key not in self._subs:
-            self._subs[key] = DistributedComm(key, self._wire, timeout=self._timeout)
+            self._subs[key] = DistributedComm(key, self._wire, world=self._world)
         return self._subs[key]
+
+    def regroup(self, lost: PeerLost | Late) -> Comm:
+        """See `Comm.regroup`: those who come within the grace make a new process group; gloo only.
+
+        The old one goes at once, with all connections: whoever waits in it for this rank hears of the loss too.
+
+        Raises:
+            PeerLost: also where the others went on without this rank.
+        """
+        world = self._world
+        if world.store is None or self.backend != "gloo":
+            raise lost
+        self._group = None
+        self._subs.clear()
+        dist.destroy_process_group()
+        gc.collect()  # gloo closes its connections when nobody holds the group any more
+        ranks = _survivors(world, self.rank, self.members)
+        if self.rank not in ranks:
+            raise PeerLost(f"ranks {list(ranks)} went on without rank {self.rank}, which came too late") from lost
+        return _join(self.backend, self._wire, replace(world, ranks=ranks, epoch=world.epoch + 1), self.rank)
 
     def now(self) -> float:
         """Seconds of the monotonic clock."""
@@ -139,7 +188,8 @@ class DistributedComm(Comm):
     def _ready(self) -> dist.ProcessGroup | None:
         """The process group of this view; None means the default group of all ranks."""
         if self._group is None and len(self.members) < dist.get_world_size():
-            self._group = dist.new_group(list(self.members), self._timeout, use_local_synchronization=True)
+            numbers = [self._world.number(member) for member in self.members]
+            self._group = dist.new_group(numbers, self._world.timeout, use_local_synchronization=True)
             _meet(self.backend, self._wire, self._group)
         return self._group
 
@@ -165,8 +215,9 @@ class DistributedComm(Comm):
         group, num, me = self._ready(), len(self.members), self.place
         out[me].copy_(mine[me])
         neighbours = [(me + i) % num for i in range(1, num)]
-        works = [dist.irecv(out[i], self.members[i], group, _ALL_TO_ALL_TAG) for i in reversed(neighbours)]
-        works += [dist.isend(mine[i], self.members[i], group, _ALL_TO_ALL_TAG) for i in neighbours]
+        numbers = [self._world.number(member) for member in self.members]
+        works = [dist.irecv(out[i], numbers[i], group, _ALL_TO_ALL_TAG) for i in reversed(neighbours)]
+        works += [dist.isend(mine[i], numbers[i], group, _ALL_TO_ALL_TAG) for i in neighbours]
         return _All(works, mine)
 
     def _all_gather(self, mine: Tensor, x: Tensor) -> Work[Tensor]:
@@ -189,7 +240,8 @@ class DistributedComm(Comm):
         if source is None and self.backend != "gloo":
             raise ValueError("recv(source=None) needs gloo: NCCL must know the sender; name the source")
         y = torch.empty(like.numel() * like.element_size(), dtype=torch.uint8, device=self._wire)
-        work = _started(lambda: dist.irecv(y, source, group=self._ready()))
+        number = None if source is None else self._world.number(source)
+        work = _started(lambda: dist.irecv(y, number, group=self._ready()))
         return Pending(
             work,
             lambda: (self.members[work.source_rank()] if source is None else source, _typed(y, like, like.shape)),
@@ -237,12 +289,13 @@ def under_torchrun() -> bool:
     return all(name in os.environ for name in _ENVIRONMENT)
 
 
-def connect(backend: str, timeout_s: float = 600.0) -> DistributedComm:
+def connect(backend: str, timeout_s: float = 600.0, grace_s: float = 30.0) -> DistributedComm:
     """Join the process group that torchrun's variables describe.
 
     Args:
         backend: "gloo" or "nccl"; nccl takes the GPU of number LOCAL_RANK.
         timeout_s: how long a message may take before `Late`.
+        grace_s: how long those who notice a loss wait for the others, who may notice it later (`Comm.regroup`).
 
     Raises:
         ValueError: when a variable is missing, or NCCL is asked for without enough GPUs.
@@ -271,9 +324,32 @@ def connect(backend: str, timeout_s: float = 600.0) -> DistributedComm:
     # No device_id: a group that is bound to its GPU splits its sub-groups off, for which all ranks must call, and the
     # ranks outside of a `sub` know nothing of it.
     timeout = timedelta(seconds=timeout_s)
-    dist.init_process_group(backend, timeout=timeout)
+    store, rank, num_ranks = next(rendezvous("env://", timeout=timeout))
+    return _join(backend, device, _World(tuple(range(num_ranks)), store, 0, timeout, grace_s), rank)
+
+
+def _join(backend: str, device: torch.device, world: _World, rank: int) -> DistributedComm:
+    """Make the process group of a world, with all its ranks."""
+    assert world.store is not None
+    store, number = PrefixStore(f"epoch {world.epoch}", world.store), world.ranks.index(rank)
+    dist.init_process_group(backend, timeout=world.timeout, store=store, rank=number, world_size=len(world.ranks))
     _meet(backend, device, None)
-    return DistributedComm(range(dist.get_world_size()), device, timeout=timeout)
+    return DistributedComm(world.ranks, device, world=world)
+
+
+def _survivors(world: _World, rank: int, members: Sequence[int]) -> tuple[int, ...]:
+    """Those of the members who came here in time, as whoever knew them first has written down."""
+    assert world.store is not None
+    store = PrefixStore(f"after epoch {world.epoch}", world.store)
+    store.set(f"here {rank}", "")
+    ends_s = time.monotonic() + world.grace_s
+    while not store.check(["members"]):
+        here = [member for member in members if store.check([f"here {member}"])]
+        if len(here) == len(members) or time.monotonic() >= ends_s:
+            store.compare_set("members", "", " ".join(map(str, here)))
+        else:
+            time.sleep(_POLL_S)
+    return tuple(int(member) for member in store.get("members").split())
 
 
 def disconnect() -> None:

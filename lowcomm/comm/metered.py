@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from lowcomm.comm.base import Call, Comm, Work
+from lowcomm.comm.base import Call, Comm, Late, PeerLost, Work
 
 T = TypeVar("T")
 
@@ -119,6 +119,10 @@ class MeteredComm(Comm):
     def sub(self, members: Sequence[int]) -> Comm:
         """A smaller view on the same meter."""
         return MeteredComm(self._inner.sub(members), self.meter, self._tag, self._stream)
+
+    def regroup(self, lost: PeerLost | Late) -> MeteredComm:
+        """Those who are left, on the same meter."""
+        return MeteredComm(self._inner.regroup(lost), self.meter, self._tag, self._stream)
 
     def now(self) -> float:
         """Seconds, as the inner Comm counts them."""

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from lowcomm.comm.base import Call, Comm, Work, named
+from lowcomm.comm.base import Call, Comm, Late, PeerLost, Work, named
 from lowcomm.sim.clock import Clock
 from lowcomm.sim.collectives import Schedule
 from lowcomm.sim.exchange import Asked, Carrier, Exchange
@@ -34,11 +34,13 @@ class View:
         exchanges: those under way, by who takes part (all of them, or two) and number.
         mailboxes: by receiver.
         lost: members that are gone.
+        is_over: somebody has left it for a view of those who are left.
     """
 
     members: tuple[int, ...]
     position: dict[int, int]
     lost: set[int]
+    is_over: bool = field(default=False, init=False)
     num_calls: dict[tuple[int, int | None], int] = field(default_factory=dict)
     exchanges: dict[tuple[tuple[int, int] | None, int], Exchange] = field(default_factory=dict)
     mailboxes: dict[int, Mailbox] = field(default_factory=dict)
@@ -95,6 +97,13 @@ class World:
                 mailbox.lose(rank)
         self.clock.kill(rank)  # at the end: it does not return when the rank crashes itself
 
+    def leave(self, view: View) -> None:
+        """Nobody waits in it any more: who does gets `PeerLost`, as does who calls there later."""
+        view.is_over = True
+        for exchange in view.exchanges.values():
+            exchange.lose(view.lost)
+        view.exchanges.clear()
+
     def rejoin(self, rank: int, program: Callable[[], Any]) -> None:
         """A rank that crashed is there again, with nothing: its new program starts now.
 
@@ -148,7 +157,7 @@ class World:
         if exchange is None:
             members, over = pair or view.members, partial(view.exchanges.pop, (pair, number), None)
             exchange = Exchange(self.clock, self.network, self.schedule, members, number, call, over)
-            if not view.lost.isdisjoint(members):
+            if view.is_over or not view.lost.isdisjoint(members):
                 exchange.lose(view.lost.copy())  # who is lost after the call is no cause
                 return exchange
             view.exchanges[pair, number] = exchange
@@ -199,6 +208,11 @@ class SimComm(Comm):
         if not set(members) <= self._view.position.keys():
             raise ValueError(f"members {tuple(members)} are not all among {named(self.members)}")
         return self._world.comm(self.rank, members)
+
+    def regroup(self, lost: PeerLost | Late) -> Comm:
+        """Those who have not crashed by now. Who waits in this view gets `PeerLost` too, and so comes along."""
+        self._world.leave(self._view)
+        return self._world.comm(self.rank, [rank for rank in self.members if self._world.present(rank)])
 
     def now(self) -> float:
         """Virtual seconds since the start of the simulation."""

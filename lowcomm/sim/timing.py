@@ -19,6 +19,7 @@ from lowcomm.comm.metered import MeteredComm
 from lowcomm.config import Run
 from lowcomm.engine.base import Engine, Ready
 from lowcomm.engine.torch_engine import TorchEngine
+from lowcomm.membership import Members
 from lowcomm.train import Plan, Replica
 
 
@@ -157,7 +158,8 @@ def assemble_shapes(
     device = torch.device("meta")
     engine = around(TimingEngine(shapes))
     ledger = open_ledger(run, shapes.model, comm, device, write)
-    replica = Replica(run.algorithm, engine, run.algorithm.init(engine, comm), NoText(), ledger, comm, device)
+    members = Members(comm, run.on_loss == "go_on")
+    replica = Replica(run.algorithm, engine, run.algorithm.init(engine, comm), NoText(), ledger, members, device)
     plan = Plan(run.steps(len(comm.members)), 0, 0, (), math.nan)
     return Assembled(replica, plan, shapes.model, "")
 

@@ -150,10 +150,7 @@ def test_what_a_reducer_keeps_goes_on_from_round_to_round(algorithm):
         engine = make_engine(inner_of(algorithm))
         state = algorithm.init(engine, comm)
         for t in range(1, STEPS + 1):
-            engine.backward(make_batch(comm.rank, t))
-            algorithm.before_update(t, engine, state, comm)
-            engine.update()
-            algorithm.after_update(t, engine, state, comm)
+            step(algorithm, t, engine, state, comm, make_batch(comm.rank, t))
         algorithm.finish(STEPS, engine, state, comm)
         return [n for n in num_rounds(state_tree(state)) if n is not None]
 
@@ -209,5 +206,5 @@ def test_replicas_on_equal_data_stay_equal(algorithm):
     """Where all compute the same, nothing may part them: what a step applies does not hang on a rank."""
     # four, so that nobody is left over from pairs, alone, with values that no code has rounded
     traces = run_world(4, lambda comm: train(algorithm, comm, STEPS, inner_of(algorithm), data_rank=0))
-    for step in zip(*traces, strict=True):
-        assert all(torch.allclose(step[0], x, rtol=0, atol=1e-12) for x in step)
+    for after in zip(*traces, strict=True):
+        assert all(torch.allclose(after[0], x, rtol=0, atol=1e-12) for x in after)

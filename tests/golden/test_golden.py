@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowcomm.algorithms.base import step
+from lowcomm.algorithms.composed import After, Then
 from lowcomm.algorithms.data_parallel import DataParallel
 from lowcomm.algorithms.demo import DeMo
 from lowcomm.algorithms.diloco import DiLoCo
@@ -33,13 +35,15 @@ KEPT = Path(__file__).with_name("parameters.json")
 STEPS = 8
 CASES = {
     "data parallel": DataParallel(),
-    "local sgd, post-local, weighted": LocalSGD(every=2, start=2, weights=[1.0, 3.0]),
+    "local sgd, post-local, weighted": After(
+        2, DataParallel(weights=[1.0, 3.0]), LocalSGD(every=2, weights=[1.0, 3.0])
+    ),
     "diloco": DiLoCo(every=3),
     "diloco, bfloat16 wire": DiLoCo(every=3, reducer=Reducer(Cast())),
     # of one value the transform is exact: of more, the signs of what cancels would be up to the processor's rounding
     "demo": DeMo(Reducer(DCT(TopK(num=2, chunk=2, values=Half(), divide_by="present"), tile=1), EF14(decay=0.5))),
     "sparta": SPARTA(fraction=0.5),
-    "sparta, late, then diloco": SPARTA(fraction=0.5, delay=1, then=DiLoCo(every=3)),
+    "sparta, late, then diloco": Then(SPARTA(fraction=0.5, delay=1), DiLoCo(every=3)),
     "diloco, dropped": DiLoCo(every=2, dropped=DroppedRounds(0.5, "all", seed=7)),
     "eager diloco": EagerDiLoCo(every=2),
     "local sgd, growing rounds": LocalSGD(QSR(base=2, alpha=0.22, num_warmup_steps=2)),
@@ -63,10 +67,7 @@ def trace(algorithm, comm):
     state = algorithm.init(engine, comm)
     steps = []
     for t in range(1, STEPS + 1):
-        engine.backward(torch.tensor([float(t), -float(comm.rank)], dtype=torch.float64))
-        algorithm.before_update(t, engine, state, comm)
-        engine.update()
-        algorithm.after_update(t, engine, state, comm)
+        step(algorithm, t, engine, state, comm, torch.tensor([float(t), -float(comm.rank)], dtype=torch.float64))
         if t == STEPS:
             algorithm.finish(t, engine, state, comm)
         steps.append(model.weight.detach().reshape(-1).tolist())

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
+from lowcomm.algorithms.base import step
 from lowcomm.comm.base import Task
 from lowcomm.compress.count_sketch import CountSketch
 from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.tensors import digest, rng
 from tests.algorithms import all_algorithms, inner_of
 from tests.compressors import all_compressors
-from tests.replicas import backward, flat, make_batch, make_model, mse
+from tests.replicas import flat, make_batch, make_model, mse
 from tests.sim.slow import simulate
 
 pytestmark = [
@@ -59,10 +60,7 @@ def trained(algorithm, comm, device):
     trace = []
     for t in range(1, STEPS + 1):
         batch = tuple(x.to(device) for x in make_batch(comm.rank, t))
-        backward(algorithm, t, engine, state, comm, batch)
-        algorithm.before_update(t, engine, state, comm)
-        engine.update()
-        algorithm.after_update(t, engine, state, comm)
+        step(algorithm, t, engine, state, comm, batch)
         trace.append(flat(engine.slots()["param"]).cpu())
     algorithm.finish(STEPS, engine, state, comm)
     return [*trace, flat(engine.slots()["param"]).cpu()]

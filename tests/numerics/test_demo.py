@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lowcomm.algorithms.base import step
 from lowcomm.algorithms.demo import DeMo
 from lowcomm.codecs.float32 import Float32
 from lowcomm.comm.echo import EchoComm
@@ -100,10 +101,7 @@ def run(algorithm, comm, num_steps=STEPS, dtype=torch.float64):
     state = algorithm.init(engine, comm)
     trace = []
     for t in range(1, num_steps + 1):
-        engine.backward(make_batch(comm.rank, t, dtype))
-        algorithm.before_update(t, engine, state, comm)
-        engine.update()
-        algorithm.after_update(t, engine, state, comm)
+        step(algorithm, t, engine, state, comm, make_batch(comm.rank, t, dtype))
         trace.append(flat(engine.slots()["param"]))
     return trace
 
@@ -164,10 +162,7 @@ def test_what_nobody_sends_anything_about_stays():
     algorithm, comm = DeMo(), SoloComm()
     state = algorithm.init(engine, comm)
     for t in range(1, 4):
-        engine.backward(make_batch(0, t))
-        algorithm.before_update(t, engine, state, comm)
-        engine.update()
-        algorithm.after_update(t, engine, state, comm)
+        step(algorithm, t, engine, state, comm, make_batch(0, t))
     assert torch.equal(model.unused, torch.ones(70, 70, dtype=torch.float64))
 
 
@@ -274,8 +269,8 @@ def test_an_inner_optimizer_with_a_state_is_refused_after_its_first_step(inner):
 class Nested(Around):
     """As the simulator's engine, it saves more than the engine within."""
 
-    def backward(self, batch, ready=None, wanted=None):
-        return self._inner.backward(batch, ready, wanted)
+    def backward(self, batch, ready=None):
+        return self._inner.backward(batch, ready)
 
     def state_dict(self):
         return {"inner": super().state_dict(), "t": 0}
@@ -320,10 +315,7 @@ class Noting(torch.optim.SGD):
 def test_an_entry_that_is_none_is_no_state():
     engine, algorithm, comm = make_engine(lambda params: Noting(params, lr=0.1)), DeMo(), SoloComm()
     state = algorithm.init(engine, comm)
-    engine.backward(make_batch(0, 1))
-    algorithm.before_update(1, engine, state, comm)
-    engine.update()
-    algorithm.after_update(1, engine, state, comm)
+    step(algorithm, 1, engine, state, comm, make_batch(0, 1))
     assert algorithm.num_rounds(state) == 1
 
 

@@ -4,6 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from lowcomm.algorithms.base import step
+from lowcomm.algorithms.composed import After
+from lowcomm.algorithms.data_parallel import DataParallel
 from lowcomm.algorithms.des_loc import DESLOC
 from lowcomm.algorithms.local_sgd import LocalSGD
 from lowcomm.comm.metered import Meter, MeteredComm
@@ -44,10 +47,7 @@ def trace_slots(algorithm, comm, num_steps=STEPS, inner=adamw, on_sync=None):
     state = algorithm.init(engine, comm)
     seen = []
     for t in range(1, num_steps + 1):
-        engine.backward(make_batch(comm.rank, t))
-        algorithm.before_update(t, engine, state, comm)
-        engine.update()
-        algorithm.after_update(t, engine, state, comm)
+        step(algorithm, t, engine, state, comm, make_batch(comm.rank, t))
         seen.append({name: flat(xs) for name, xs in engine.slots().items()})
         if on_sync is not None:
             on_sync(t, engine, state)
@@ -113,7 +113,9 @@ def reference(periods, inner, *, lr=1.0, momentum=0.0, start=0):
 @pytest.mark.parametrize("start", [0, 1, 5])
 def test_it_is_the_reference(inner, periods, outer, options, start):
     expected = reference(periods, inner, start=start, **options)
-    got = run_world(N, lambda comm: trace_slots(DESLOC(periods, outer, start=start), comm, inner=inner))
+    got = run_world(
+        N, lambda comm: trace_slots(After(start, DataParallel(), DESLOC(periods, outer)), comm, inner=inner)
+    )
     for rank in range(N):
         for t in range(STEPS):
             for name in ("param", "exp_avg", "exp_avg_sq"):
@@ -146,8 +148,8 @@ def test_equal_periods_are_local_adam():
 @pytest.mark.parametrize("reducer", [Reducer(), *LOSSY], ids=str)
 def test_without_periods_of_states_it_is_local_sgd(reducer, start):
     """Bit for bit."""
-    des_loc = DESLOC({"param": 4}, reducer=reducer, start=start)
-    local = LocalSGD(every=4, reducer=reducer, start=start)
+    des_loc = After(start, DataParallel(reducer), DESLOC({"param": 4}, reducer=reducer))
+    local = After(start, DataParallel(reducer), LocalSGD(every=4, reducer=reducer))
     traces = [run_world(N, lambda comm, a=a: train(a, comm, STEPS, adamw)) for a in (des_loc, local)]
     for a, b in zip(*traces, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
@@ -225,9 +227,11 @@ def test_after_data_parallel_the_first_average_of_a_state_is_lossy_and_starts_fr
 
     def look(t, engine, state):
         if t == 2:
-            anchors.append({name: flat(averaged.anchor) for name, averaged in state.averaged.items()})
+            anchors.append({name: flat(average) for name, average in state.then.averages.items()})
 
-    lossy = run_world(N, lambda comm: trace_slots(DESLOC(alone, reducer=reducer, start=2), comm, on_sync=look))
+    lossy = run_world(
+        N, lambda comm: trace_slots(After(2, DataParallel(reducer), DESLOC(alone, reducer=reducer)), comm, on_sync=look)
+    )
     for name in ("exp_avg", "exp_avg_sq"):
         before, due = lossy[0][1][name], 2 + alone[name]
         assert all(torch.equal(anchor[name], before) for anchor in anchors)
@@ -244,7 +248,9 @@ def test_traffic_after_data_parallel_is_the_formula():
 
     def program(comm, reducer):
         metered = MeteredComm(comm, Meter())
-        trace_slots(DESLOC(PERIODS, reducer=reducer, start=start), metered, num_steps=start + 24)
+        trace_slots(
+            After(start, DataParallel(reducer), DESLOC(PERIODS, reducer=reducer)), metered, num_steps=start + 24
+        )
         return metered.meter.bytes_sent
 
     params = list(make_model().parameters())
@@ -322,7 +328,6 @@ def test_twice_as_many_replicas_go_on_from_copies():
     ("make", "message"),
     [
         (lambda: DESLOC({"exp_avg": 4}), "has none for 'param'"),
-        (lambda: DESLOC(start=-1), "start is -1"),
         (lambda: DESLOC({"param": 0}), "period of 'param' is 0"),
         (lambda: DESLOC({"param": 4, "exp_avg": -1}), "period of 'exp_avg' is -1"),
         (lambda: DESLOC({"param": 4, "grad": 1}), "gradients are not kept"),

@@ -6,6 +6,8 @@ from functools import partial
 import pytest
 import torch
 
+from lowcomm.algorithms.base import step
+from lowcomm.algorithms.composed import After
 from lowcomm.algorithms.data_parallel import DataParallel
 from lowcomm.algorithms.diloco import DiLoCo
 from lowcomm.algorithms.local_sgd import LocalSGD
@@ -117,7 +119,7 @@ def test_shares_are_refused_where_they_would_not_be_kept():
     with pytest.raises(ValueError, match="weights has 2 entries for 1 replicas"):
         DiLoCo(weights=[1.0, 3.0]).init(make_engine(), SoloComm())
     with pytest.raises(ValueError, match="start is -1; it is a number of steps"):
-        DiLoCo(start=-1)
+        After(-1)
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])
@@ -198,7 +200,7 @@ def test_data_parallel_is_one_large_batch(inner):
 @pytest.mark.parametrize("start", [STEPS, STEPS + 1])
 def test_a_run_that_ends_before_local_steps_begin_is_data_parallel(start):
     parallel = run_world(N, lambda comm: train(DataParallel(), comm, STEPS))
-    for got in run_world(N, lambda comm: train(DiLoCo(every=4, start=start), comm, STEPS)):
+    for got in run_world(N, lambda comm: train(After(start, DataParallel(), DiLoCo(every=4)), comm, STEPS)):
         assert all(torch.equal(a, b) for a, b in zip(got, parallel[0], strict=True))
 
 
@@ -210,19 +212,19 @@ def test_data_parallel_before_local_steps_takes_gradients_in_bf16_as_they_are():
         engine = make_engine(dtype=torch.bfloat16)
         state = algorithm.init(engine, comm)
         for t in range(1, 5):
-            engine.backward(make_batch(comm.rank, t, torch.bfloat16))
-            algorithm.before_update(t, engine, state, comm)
-            engine.update()
-            algorithm.after_update(t, engine, state, comm)
+            step(algorithm, t, engine, state, comm, make_batch(comm.rank, t, torch.bfloat16))
         return flat(engine.slots()["param"])
 
     first, alone = (
-        run_world(2, partial(program, algorithm=x)) for x in (DiLoCo(start=9, reducer=reducer), DataParallel(reducer))
+        run_world(2, partial(program, algorithm=x))
+        for x in (After(9, DataParallel(reducer), DiLoCo(reducer=reducer)), DataParallel(reducer))
     )
     assert all(torch.equal(x, alone[0]) for x in [*first, *alone])
 
 
-@pytest.mark.parametrize("algorithm", [DataParallel(), LocalSGD(every=4), DiLoCo(every=4), DiLoCo(every=4, start=3)])
+@pytest.mark.parametrize(
+    "algorithm", [DataParallel(), LocalSGD(every=4), DiLoCo(every=4), After(3, DataParallel(), DiLoCo(every=4))]
+)
 @pytest.mark.parametrize("k", [2, 4])
 def test_k_identical_replicas_are_one(algorithm, k):
     """Bit for bit where k is a power of two: k x / k is exact."""
@@ -309,14 +311,11 @@ def test_anchors_and_outer_state_are_equal_on_all_ranks(dropped):
 
 def test_consensus_is_the_same_everywhere_at_every_step():
     def program(comm):
-        engine, algorithm = make_engine(adamw), DiLoCo(every=5, start=3)
+        engine, algorithm = make_engine(adamw), After(3, DataParallel(), DiLoCo(every=5))
         state = algorithm.init(engine, comm)
         seen = [flat(algorithm.consensus(engine, state))]
         for t in range(1, STEPS + 1):
-            engine.backward(make_batch(comm.rank, t))
-            algorithm.before_update(t, engine, state, comm)
-            engine.update()
-            algorithm.after_update(t, engine, state, comm)
+            step(algorithm, t, engine, state, comm, make_batch(comm.rank, t))
             seen.append(flat(algorithm.consensus(engine, state)))
         return seen
 

@@ -8,8 +8,11 @@ import torch
 from torch import nn
 
 import lowcomm
+from lowcomm.algorithms.base import step
+from lowcomm.algorithms.composed import After
+from lowcomm.algorithms.data_parallel import DataParallel
 from lowcomm.algorithms.diloco import DiLoCo
-from lowcomm.algorithms.overlapped import Groups
+from lowcomm.algorithms.exchanges import cut_backwards
 from lowcomm.algorithms.participation import DroppedRounds
 from lowcomm.algorithms.streaming_diloco import StreamingDiLoCo
 from lowcomm.codecs.absmax import Absmax
@@ -64,8 +67,6 @@ def test_overlap_changes_no_bit(inner, compressor, bucket_bytes):
 
 OPTIONS = {
     "every step": {"every": 1},
-    "after data parallel": {"every": 3, "start": 2},
-    "every step after data parallel": {"every": 1, "start": 2},
     "weights": {"every": 3, "weights": [1.0, 2.0, 4.0]},
     "dropped": {"every": 2, "dropped": DroppedRounds(0.6, seed=3)},
 }
@@ -79,6 +80,8 @@ def test_nor_do_the_other_options(options):
         assert {0, 1} <= set(arrivals), "a round that nobody reaches, and one that some do"
     overlapped = DiLoCo(**options, reducer=Reducer(bucket_bytes=64), overlap=True)
     assert_same(DiLoCo(**options), overlapped, adamw, num_ranks=3)
+    after = After(2, DataParallel(), DiLoCo(**options)), After(2, DataParallel(overlap=True), overlapped)
+    assert_same(*after, adamw, num_ranks=3)
 
 
 # Elementwise, so that where groups end is nothing to them; the block is one value, and all ranks' are added in order.
@@ -145,7 +148,7 @@ def test_groups_set_out_in_the_order_in_which_they_are_complete():
     """Which of several dtypes is not that of their last parameters."""
     dtypes = torch.float32, torch.bfloat16, torch.bfloat16, torch.float32
     like = [torch.zeros(2, dtype=dtype) for dtype in dtypes]
-    assert Groups(Reducer(), overlap=True).cut(like) == [[2, 1], [3, 0]]
+    assert cut_backwards(like, 2**20) == [[2, 1], [3, 0]]
 
 
 PER_PARAMETER = [
@@ -204,10 +207,7 @@ def scheduled(algorithm, comm, num_micro_batches):
     lrs = []
     for t in range(1, 7):
         lrs.append(engine.lr())
-        engine.backward(make_batch(comm.rank, t), algorithm.during_backward(t, engine, state, comm))
-        algorithm.before_update(t, engine, state, comm)
-        engine.update()
-        algorithm.after_update(t, engine, state, comm)
+        step(algorithm, t, engine, state, comm, make_batch(comm.rank, t))
     return lrs, flat(engine.slots()["param"])
 
 

@@ -8,6 +8,9 @@ import pytest
 import torch
 import yaml
 
+from lowcomm.algorithms.base import step
+from lowcomm.algorithms.composed import After
+from lowcomm.algorithms.data_parallel import DataParallel
 from lowcomm.algorithms.diloco import DiLoCo
 from lowcomm.algorithms.local_sgd import LocalSGD
 from lowcomm.algorithms.qsr import QSR
@@ -44,10 +47,15 @@ def train(algorithm, comm, schedule=SCHEDULE, num_steps=STEPS):
     state = algorithm.init(engine, comm)
     trace = []
     for t in range(1, num_steps + 1):
-        engine.backward(make_batch(comm.rank, t), algorithm.during_backward(t, engine, state, comm))
-        algorithm.before_update(t, engine, state, comm)
-        engine.update()
-        algorithm.after_update(t, engine, state, comm)
+        step(
+            algorithm,
+            t,
+            engine,
+            state,
+            comm,
+            make_batch(comm.rank, t),
+            algorithm.during_backward(t, engine, state, comm),
+        )
         trace.append((flat(engine.slots()["param"]), algorithm.num_rounds(state)))
     algorithm.finish(num_steps, engine, state, comm)
     return [*trace, (flat(engine.slots()["param"]), algorithm.num_rounds(state))]
@@ -139,7 +147,7 @@ def test_it_is_the_reference(rule, start, method):
     assert lengths[:-1] == sorted(lengths[:-1]) and len(set(lengths)) > 2, "rounds do grow"
     algorithm, outer = {
         "LocalSGD": (LocalSGD(rule, start), (1.0, 0.0)),
-        "DiLoCo": (DiLoCo(rule, Nesterov(0.7, 0.9), start=start), (0.7, 0.9)),
+        "DiLoCo": (After(start, DataParallel(), DiLoCo(rule, Nesterov(0.7, 0.9))), (0.7, 0.9)),
     }[method]
     expected = reference(syncs, *outer, start=start)
     got = run_world(N, lambda comm: train(algorithm, comm))
@@ -179,7 +187,7 @@ def test_a_round_that_is_resumed_keeps_its_end(stop, overlap):
     def program(comm):
         def steps(engine, state, first, last):
             for t in range(first, last + 1):
-                engine.backward(make_batch(comm.rank, t), algorithm.during_backward(t, engine, state, comm))
+                engine.backward(make_batch(comm.rank, t))
                 engine.update()
                 algorithm.after_update(t, engine, state, comm)
             return flat(engine.slots()["param"]), state.synced_t, state.ends_t

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from lowcomm.algorithms.base import step
 from lowcomm.algorithms.local_sgd import LocalSGD
 from lowcomm.algorithms.qsr import QSR
 from lowcomm.algorithms.savic import SAVIC
@@ -169,10 +170,7 @@ def test_it_runs_on_shapes_alone():
     engine, comm = TimingEngine(shapes_of(run, 1)), SoloComm()
     state = run.algorithm.init(engine, comm)
     for t in range(1, 33):
-        engine.backward(None)
-        run.algorithm.before_update(t, engine, state, comm)
-        engine.update()
-        run.algorithm.after_update(t, engine, state, comm)
+        step(run.algorithm, t, engine, state, comm, None)
     assert run.algorithm.num_rounds(state) == 2
 
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lowcomm.algorithms.composed import Then
 from lowcomm.algorithms.diloco import DiLoCo
 from lowcomm.algorithms.local_sgd import LocalSGD
 from lowcomm.algorithms.sparta import SPARTA, part_size, places
@@ -107,7 +108,9 @@ def reference(num_replicas, inner, fraction, every=1, delay=0, h=None, num_steps
 def test_it_is_the_reference(inner, options, h):
     then = None if h is None else DiLoCo(every=h, outer=Nesterov(0.7, 0.9))
     expected = reference(N, inner, h=h, **options)
-    got = run_world(N, lambda comm: train(SPARTA(then=then, **options), comm, STEPS, inner))
+    got = run_world(
+        N, lambda comm: train(Then(SPARTA(**options), then) if then else SPARTA(**options), comm, STEPS, inner)
+    )
     for rank in range(N):
         for t in range(STEPS + 1):
             assert close(got[rank][t], expected[rank][t]), f"rank {rank}, step {t + 1}"
@@ -307,7 +310,7 @@ def test_traffic_is_the_closed_form_and_has_no_places(n):
     found = traffic(EchoComm(n), algorithm, 10)
     assert found == (10 * 2 * (n - 1) * 4 * values // n, 2 * (n - 1) * 4 * sum(SIZES) // n)
     assert set(run_world(n, lambda comm: traffic(comm, algorithm, 10))) == {found}
-    assert traffic(EchoComm(n), SPARTA(fraction=0.2, then=DiLoCo(every=5)), 10) == (
+    assert traffic(EchoComm(n), Then(SPARTA(fraction=0.2), DiLoCo(every=5)), 10) == (
         found[0] + 2 * found[1],
         0,
     ), "two rounds of DiLoCo, after which nothing is left to average"
@@ -315,7 +318,7 @@ def test_traffic_is_the_closed_form_and_has_no_places(n):
 
 def test_consensus_is_that_of_what_runs_after_it():
     engine, comm = make_engine(sgd), EchoComm(2)
-    alone, followed = SPARTA(), SPARTA(then=DiLoCo(every=5))
+    alone, followed = SPARTA(), Then(SPARTA(), DiLoCo(every=5))
     mine = alone.consensus(engine, alone.init(engine, comm))
     assert [x.data_ptr() for x in mine] == [x.data_ptr() for x in engine.slots()["param"]]
     state = followed.init(engine, comm)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lowcomm.algorithms.base import Algorithm
+from lowcomm.algorithms.composed import After, Then
 from lowcomm.algorithms.data_parallel import DataParallel
 from lowcomm.algorithms.demo import DeMo
 from lowcomm.algorithms.des_loc import DESLOC
@@ -34,7 +35,7 @@ CASES: dict[str, Algorithm] = {
     "data parallel, cast": DataParallel(_CAST),
     "data parallel, overlapped": DataParallel(Reducer(bucket_bytes=64), overlap=True),
     "data parallel, overlapped, cast": DataParallel(_CAST, overlap=True),
-    "local sgd": LocalSGD(every=4, start=2),
+    "local sgd": After(2, DataParallel(), LocalSGD(every=4)),
     "diloco": DiLoCo(every=4, reducer=Reducer(bucket_bytes=64)),
     "diloco, cast": DiLoCo(every=4, reducer=_CAST),
     "diloco, overlapped": DiLoCo(every=4, reducer=Reducer(bucket_bytes=64), overlap=True),
@@ -60,7 +61,7 @@ CASES: dict[str, Algorithm] = {
     "gasloc": GASLoC(every=4, reducer=Reducer(bucket_bytes=64)),
     "demo": DeMo(),
     "sparta, late": SPARTA(fraction=0.3, delay=2),
-    "sparta, then diloco, cast": SPARTA(fraction=0.3, reducer=_CAST, then=DiLoCo(every=4, reducer=_CAST)),
+    "sparta, then diloco, cast": Then(SPARTA(fraction=0.3, reducer=_CAST), DiLoCo(every=4, reducer=_CAST)),
     "diloco, dropped": DiLoCo(every=3, dropped=DroppedRounds(0.3, seed=2)),
 }
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lowcomm
-from lowcomm.algorithms.base import Algorithm
+from lowcomm.algorithms.base import Algorithm, step
 from lowcomm.algorithms.data_parallel import DataParallel
 from lowcomm.algorithms.demo import DeMo
 from lowcomm.algorithms.des_loc import DESLOC
@@ -87,10 +87,7 @@ def run(algorithm: Algorithm, every: int, comm: Comm) -> list[str]:
     state = algorithm.init(engine, comm)
     found = []
     for t in range(1, NUM_ROUNDS * every + 1):
-        engine.backward(make_batch(comm.rank, t, torch.float32, size=2))
-        algorithm.before_update(t, engine, state, comm)
-        engine.update()
-        algorithm.after_update(t, engine, state, comm)
+        step(algorithm, t, engine, state, comm, make_batch(comm.rank, t, torch.float32, size=2))
         if t % every == 0:
             found.append(digest(algorithm.consensus(engine, state)))
             mine = torch.tensor(list(bytes.fromhex(found[-1])), dtype=torch.uint8)

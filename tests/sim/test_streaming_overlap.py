@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 
+from lowcomm.algorithms.base import step
 from lowcomm.algorithms.diloco import DiLoCo
 from lowcomm.algorithms.streaming_diloco import StreamingDiLoCo
 from lowcomm.compress.cast import Cast
@@ -18,7 +19,7 @@ from lowcomm.sim.links import BARE, Links
 from lowcomm.sim.network import Network
 from lowcomm.sim.pace import Pace
 from lowcomm.sim.trace import Trace
-from tests.replicas import adamw, backward, flat, make_batch, make_engine, train
+from tests.replicas import adamw, flat, make_batch, make_engine, train
 from tests.world import run_world
 
 STEPS = 12
@@ -37,9 +38,7 @@ def seconds(algorithm, bytes_per_s):
         engine = SimEngine(make_engine(adamw), Pace(clock, Constant(1.0), Trace(), rank, None))
         state = algorithm.init(engine, comm)
         for t in range(1, STEPS + 1):
-            backward(algorithm, t, engine, state, comm, make_batch(rank, t))
-            engine.update()
-            algorithm.after_update(t, engine, state, comm)
+            step(algorithm, t, engine, state, comm, make_batch(rank, t))
         algorithm.finish(STEPS, engine, state, comm)
         return flat(engine.slots()["param"])
 
@@ -98,30 +97,6 @@ def test_layers_that_are_final_set_out_within_backward(delay, hidden_s):
     waited_s = max(0.0, at_the_end_s - hidden_s)
     whole_s, _ = seconds(algorithm, PLAIN_BYTES / transfer_s)
     assert whole_s == pytest.approx(STEPS + 2 * waited_s + at_the_end_s)
-
-
-@pytest.mark.parametrize("transfer_s", [4.1, 8.2, 16.4])
-def test_forward_waits_for_a_layer_where_it_uses_it(transfer_s):
-    """The second block's 5 + 1 numbers come after 35 of the 41 that forward uses; the first one's come at once.
-
-    The first one's, sent at 4, 8 and 12, are on their way from its bias's gradient to the next forward, or the end of
-    the run; the second one's at 6, 10 and, without backward, at the end.
-    """
-    algorithm = streaming(0, blocks_per_fragment=1, reducer=Reducer(bucket_bytes=1), overlap=True)
-
-    def sent_s(num):
-        return transfer_s * num / 41
-
-    def final_s(num):  # of so many numbers from the last on, from the beginning of the step
-        return 1 / 3 + 2 / 3 * num / 41
-
-    first_s = max(final_s(11) + sent_s(5), final_s(41)) + sent_s(30) - 1
-    second_s = max(final_s(1) + sent_s(1), final_s(6)) + sent_s(5) - (1 + 1 / 3 * 35 / 41)
-    whole_s, params = seconds(algorithm, PLAIN_BYTES / transfer_s)
-    assert whole_s == pytest.approx(STEPS + 3 * first_s + 2 * max(0.0, second_s) + sent_s(6))
-    plain_s, expected = seconds(streaming(0, blocks_per_fragment=1), PLAIN_BYTES / transfer_s)
-    assert plain_s == pytest.approx(STEPS + 3 * sent_s(35) + 3 * sent_s(6))
-    assert torch.equal(params, expected)
 
 
 def test_the_numbers_are_those_of_another_world():

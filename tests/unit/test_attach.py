@@ -7,6 +7,7 @@ import torch
 
 import lowcomm
 from lowcomm.algorithms.base import Algorithm
+from lowcomm.algorithms.composed import After
 from lowcomm.algorithms.data_parallel import DataParallel
 from lowcomm.algorithms.diloco import DiLoCo
 from lowcomm.algorithms.streaming_diloco import StreamingDiLoCo
@@ -44,7 +45,9 @@ def plainly(optimizer, closure):
     return loss
 
 
-@pytest.mark.parametrize("algorithm", [DataParallel(), DiLoCo(every=2), DiLoCo(every=2, start=3)], ids=repr)
+@pytest.mark.parametrize(
+    "algorithm", [DataParallel(), DiLoCo(every=2), After(3, DataParallel(), DiLoCo(every=2))], ids=repr
+)
 @pytest.mark.parametrize(
     "step", [lambda optimizer, closure: optimizer.step(closure), lambda o, closure: o.step(closure=closure)]
 )

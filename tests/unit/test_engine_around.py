@@ -10,15 +10,15 @@ import pytest
 from torch import Tensor
 
 from lowcomm.engine.around import Around
-from lowcomm.engine.base import Engine, Ready, Wanted
+from lowcomm.engine.base import Engine, Ready
 
 
 class OwnBackward(Around):
-    def backward(self, batch: Any, ready: Ready | None = None, wanted: Wanted | None = None) -> Tensor:
-        return self._inner.backward(batch, ready, wanted)
+    def backward(self, batch: Any, ready: Ready | None = None) -> Tensor:
+        return self._inner.backward(batch, ready)
 
 
-@pytest.mark.parametrize("name", sorted(Engine.__abstractmethods__ - {"backward"}))
+@pytest.mark.parametrize("name", sorted(Engine.__abstractmethods__ - {"backward"} | {"gradients"}))
 def test_a_call_reaches_the_inner_engine_and_its_answer_comes_back(name: str) -> None:
     inner = MagicMock(spec=Engine)
     arguments = [object() for _ in list(inspect.signature(getattr(Engine, name)).parameters)[1:]]

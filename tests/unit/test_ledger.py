@@ -24,7 +24,7 @@ class Event:
 
 def test_waits_before_and_beside_training_are_not_its_own():
     now, meter, lines = [0.0], Meter(), []
-    ledger = Ledger(lines.append, meter, lambda: now[0], 0, 2, 10, 100, None, None)
+    ledger = Ledger(lines.append, meter, lambda: now[0], 0, 2, 5, 100, None, None)
 
     def passes(seconds, waiting=0.0):
         now[0] += seconds
@@ -33,16 +33,16 @@ def test_waits_before_and_beside_training_are_not_its_own():
     passes(5.0, waiting=4.0)  # for a rank that began late
     ledger.start()
     passes(3.0, waiting=1.0)
-    ledger.step(1, torch.tensor(1.0), 0.1, 1)
+    ledger.step(1, torch.tensor(1.0), 0.1, 1, 2)
     ledger.flush(0.1, 1)
     with ledger.paused():
         passes(2.0, waiting=1.5)
     passes(4.0, waiting=0.5)
-    ledger.step(2, torch.tensor(1.0), 0.1, 2)
+    ledger.step(2, torch.tensor(1.0), 0.1, 2, 2)
     ledger.flush(0.1, 2)
     found = [(x["time_s"], x["comm_wait_s"], x["compute_s"]) for x in lines if x["kind"] == "step"]
     assert found == [(3.0, 1.0, 2.0), (9.0, 1.5, 5.5)]
-    other = Ledger(lines.append, Meter(), lambda: now[0], 0, 2, 10, 100, None, None)
+    other = Ledger(lines.append, Meter(), lambda: now[0], 0, 2, 5, 100, None, None)
     other.load_state_dict(ledger.state_dict())
     other.start()
     summary = other.summary("", 0, 1.0)
@@ -51,25 +51,25 @@ def test_waits_before_and_beside_training_are_not_its_own():
 
 def test_waits_of_a_stream_before_the_start_are_not_those_of_training():
     now, meter, lines = [0.0], Meter(), []
-    ledger = Ledger(lines.append, meter, lambda: now[0], 0, 2, 10, 1, None, None)
+    ledger = Ledger(lines.append, meter, lambda: now[0], 0, 2, 5, 1, None, None)
     meter._events.append((Event(0.0), Event(4.0)))
     now[0] = 5.0
     ledger.start()
     meter._events.append((Event(5.0), Event(6.0)))
     now[0] = 8.0
-    ledger.step(1, torch.tensor(1.0), 0.1, 1)
+    ledger.step(1, torch.tensor(1.0), 0.1, 1, 2)
     assert (lines[0]["comm_wait_s"], lines[0]["compute_s"]) == (1.0, 2.0)
 
 
 def noted(losses, log_every, seconds, **state):
     """The ledger of 2 replicas, 10 tokens a step, steps of so many seconds, a round every two; and its lines."""
     now, lines = [0.0], []
-    ledger = Ledger(lines.append, Meter(), lambda: now[0], 3, 2, 10, log_every, 6.0, 50.0)
+    ledger = Ledger(lines.append, Meter(), lambda: now[0], 3, 2, 5, log_every, 6.0, 50.0)
     ledger.load_state_dict(ledger.state_dict() | state)
     ledger.start()
     for t, (loss, passed) in enumerate(zip(losses, seconds, strict=True), ledger.t + 1):
         now[0] += passed
-        ledger.step(t, torch.tensor(loss), 0.1, t // 2)
+        ledger.step(t, torch.tensor(loss), 0.1, t // 2, 2)
     return ledger, lines
 
 

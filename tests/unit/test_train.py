@@ -10,6 +10,7 @@ from torch import nn
 from lowcomm.comm.base import Comm
 from lowcomm.comm.metered import Meter, MeteredComm
 from lowcomm.engine.torch_engine import TorchEngine
+from lowcomm.membership import Members
 from lowcomm.train import Plan, Replica, evaluate, train
 from tests.world import run_world
 
@@ -26,7 +27,9 @@ def calls(start: int, plan: Plan) -> list[str]:
     parts.comm.tagged.return_value.place = 0
     parts.comm.tagged.return_value.all_sum = lambda x: SimpleNamespace(wait=lambda: x)
     train(
-        Replica(parts.algorithm, parts.engine, {}, parts.stream, parts.ledger, parts.comm, torch.device("cpu")),
+        Replica(
+            parts.algorithm, parts.engine, {}, parts.stream, parts.ledger, Members(parts.comm), torch.device("cpu")
+        ),
         plan,
         parts.checkpoints,
     )
@@ -42,7 +45,7 @@ def calls(start: int, plan: Plan) -> list[str]:
 
 def test_the_order_of_a_run():
     def step(t: int, *, last: bool = False) -> list[str]:
-        before = ["lr", f"during_forward {t}", f"during_backward {t}", "backward", f"before_update {t}", "update"]
+        before = ["lr", f"during_backward {t}", "backward", f"before_update {t}", "update"]
         return [*before, f"after_update {t}", *([f"finish {t}"] if last else []), f"step {t}"]
 
     evaluation = ["flush", "paused", "evaluate", "evaluation"]
@@ -74,8 +77,12 @@ def test_an_evaluation_is_of_the_consensus_on_every_batch_once(num_batches):
         engine = TorchEngine(model, optimizer, loss=loss)
         algorithm, metered = MagicMock(), MeteredComm(comm, Meter())
         algorithm.consensus.return_value = [torch.full((1, 1), 3.0)]
-        replica = Replica(algorithm, engine, {}, MagicMock(), MagicMock(), metered, torch.device("cpu"))
-        return evaluate(replica, batches), model.weight.item(), metered.meter.by_tag["evaluation"].num_exchanges
+        replica = Replica(algorithm, engine, {}, MagicMock(), MagicMock(), Members(metered), torch.device("cpu"))
+        return (
+            evaluate(replica, batches, metered),
+            model.weight.item(),
+            metered.meter.by_tag["evaluation"].num_exchanges,
+        )
 
     targets = torch.cat([batch[:, 1:].flatten() for batch in batches])
     mean = 3.0 * targets.mean().item()
