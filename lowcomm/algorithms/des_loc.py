@@ -6,13 +6,13 @@ Alg. 1).
     every `periods[name]`:        s_i[name] <- mean_j s_j[name]
 
 A state that forgets slowly may be averaged rarely. Parameters take the rounds of DiLoCo; outer SGD(1) averages them.
-With equal periods it is Local Adam; with a period for "param" alone it is Local SGD. Periods count from step `start`;
-up to it data parallel keeps parameters and states equal.
+With equal periods it is Local Adam; with a period for "param" alone it is Local SGD. Periods count from the step after
+which the method begins; with `After`, data parallel keeps parameters and states equal up to it.
 
 What travels of a state: under an exact reducer the state itself, which needs no memory. Under any other the difference
 to its last average, for what a compressor leaves out then keeps the value of that average; the state itself would lose
 it, and a second moment near 0 makes a step as long as 1 / eps. There is no last average at first, so that round goes
-uncompressed; with `start` the last state of data parallel is one. Rounding may still carry an average below 0, where no
+uncompressed; after data parallel its last state is one. Rounding may still carry an average below 0, where no
 second moment can be: a mean of numbers none of which is negative is therefore cut off at 0, and each rank says for each
 tensor whether it has a negative one.
 
@@ -98,7 +98,7 @@ class DESLOC(Rounds[DESLOCState]):
                 )
 
     @property
-    def every(self) -> int:  # type: ignore[override]  # of a field where periods are not several
+    def every(self) -> int:
         """The period of the parameters."""
         return self.periods["param"]
 

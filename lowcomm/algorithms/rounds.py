@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, TypeVar, cast
+from typing import TypeVar, cast
 
 from torch import Tensor
 
@@ -56,17 +56,21 @@ class Rounds(Algorithm[S]):
     """A method of rounds.
 
     Attributes:
-        every: inner steps a round.
         overlap: send values of parameters (`Sending.numbers`) while backward computes others: within the step at whose
             end they are due, in groups by the reducer's ``bucket_bytes``, after their update has been taken.
         averages: "param": rounds come after the inner update; "grad": before it.
     """
 
-    every: int | QSR
+    # only names that every module knows: the command line reads annotations in the module of the method
     overlap: bool = False
-    averages: Literal["param", "grad"] = "param"
+    averages: str = "param"
 
     # What a method writes.
+
+    @property
+    @abstractmethod
+    def every(self) -> int | QSR:
+        """Inner steps a round: a field of most methods."""
 
     @abstractmethod
     def begin(self, engine: Engine, comm: Comm) -> S:
@@ -285,7 +289,7 @@ class GradientRounds(Rounds[RoundsState]):
     averages = "grad"
 
     @property
-    def every(self) -> int:  # type: ignore[override]  # elsewhere a field
+    def every(self) -> int:
         """Each step is a round."""
         return 1
 

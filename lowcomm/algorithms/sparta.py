@@ -65,7 +65,7 @@ class SPARTA(Rounds[SPARTAState]):
 
     Traffic of a round: one all-reduce of ceil(n_k / ceil(1 / fraction)) values of each parameter of n_k values in
     float32 (less with a compressor), 2 (n - 1) / n x 4 bytes a value for each of n replicas: about `fraction` of data
-    parallel's. Without `then`, one average of all parameters at the end of the run.
+    parallel's. At the end of the run, one average of all parameters.
 
     Attributes:
         fraction: of each parameter, above 0 and at most 1; taken as 1 / ceil(1 / fraction). Published are 0.0005 to

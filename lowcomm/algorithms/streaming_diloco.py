@@ -82,8 +82,7 @@ class StreamingDiLoCo(Rounds[StreamingDiLoCoState]):
 
     Where a compressor sends k messages in a row, the j-th sets out ceil((j - 1) delay / k) steps after the first.
 
-    With `overlap` a fragment has parts of a backward and of a forward more: a layer's deltas set out once they are
-    known, and forward waits for their mean where it uses the layer.
+    With `overlap` a fragment has part of a backward more: a layer's deltas set out once they are known.
 
     Attributes:
         every: inner steps between two syncs of a fragment, H.
@@ -121,6 +120,12 @@ class StreamingDiLoCo(Rounds[StreamingDiLoCoState]):
                 raise ValueError(
                     f"a delay of {delay} inner steps: it must be at least 0 and at most every, {self.every}, when the "
                     "next delta of the same fragment is sent; 1 is the paper's"
+                )
+            if self.overlap and delay == self.every:
+                raise ValueError(
+                    f"a delay of {delay} inner steps with overlap=True: then it must be below every, {self.every}, as "
+                    "a delta cannot wait within backward for the average of the last one; use one step less, or set "
+                    "overlap to False"
                 )
         if not 0 <= self.blend <= 1:
             raise ValueError(
@@ -172,6 +177,7 @@ class StreamingDiLoCo(Rounds[StreamingDiLoCoState]):
 
         With a delay of a whole round, deltas are taken before what is under way is applied, as ever.
         """
+        self.settle(state)  # before anybody sends: the order of messages must not depend on a rank's own delay
         if self._delay(state, comm) < self.every:
             self.drain(t, engine, state, comm)
         self.end(t, engine, state, comm)

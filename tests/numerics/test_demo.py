@@ -194,7 +194,7 @@ def test_parameters_in_bfloat16_have_a_finer_residual():
                 g.dtype == torch.bfloat16 and set(g.unique().tolist()) <= {-1, 0, 1} for g in engine.slots()["grad"]
             )
             engine.update()
-        return [bucket.feedback.error.dtype for bucket in state.reducer.buckets]
+        return [bucket.feedback.error.dtype for bucket in state.kept["momentum"][0].buckets]
 
     assert all(set(dtypes) == {torch.float32} for dtypes in run_world(2, program))
 
@@ -206,7 +206,7 @@ def test_the_rate_times_a_gradient_in_bfloat16_is_not_rounded():
     engine.backward(make_batch(0, 1, torch.bfloat16))
     scaled = engine.lr() * flat([g.float() for g in engine.slots()["grad"]])
     algorithm.before_update(1, engine, state, comm)
-    residual = flat([bucket.feedback.error for bucket in state.reducer.buckets])
+    residual = flat([bucket.feedback.error for bucket in state.kept["momentum"][0].buckets])
     assert (residual != scaled).sum() == 1, "all but the one that was sent"
 
 

@@ -41,6 +41,11 @@ def qhadopt(params):
     return QHADOPT(params, lr=0.02, betas=(0.9, 0.95), omega=0.8)
 
 
+def after(start, algorithm):
+    """So many steps of data parallel first, with the same reducer."""
+    return After(start, DataParallel(algorithm.reducer), algorithm) if start else algorithm
+
+
 def trace_slots(algorithm, comm, num_steps=STEPS, inner=adamw, on_sync=None):
     """All slots after each step, flat, by name; ``on_sync(t, engine, state)`` may look closer."""
     engine = make_engine(inner)
@@ -113,9 +118,7 @@ def reference(periods, inner, *, lr=1.0, momentum=0.0, start=0):
 @pytest.mark.parametrize("start", [0, 1, 5])
 def test_it_is_the_reference(inner, periods, outer, options, start):
     expected = reference(periods, inner, start=start, **options)
-    got = run_world(
-        N, lambda comm: trace_slots(After(start, DataParallel(), DESLOC(periods, outer)), comm, inner=inner)
-    )
+    got = run_world(N, lambda comm: trace_slots(after(start, DESLOC(periods, outer)), comm, inner=inner))
     for rank in range(N):
         for t in range(STEPS):
             for name in ("param", "exp_avg", "exp_avg_sq"):
@@ -148,8 +151,8 @@ def test_equal_periods_are_local_adam():
 @pytest.mark.parametrize("reducer", [Reducer(), *LOSSY], ids=str)
 def test_without_periods_of_states_it_is_local_sgd(reducer, start):
     """Bit for bit."""
-    des_loc = After(start, DataParallel(reducer), DESLOC({"param": 4}, reducer=reducer))
-    local = After(start, DataParallel(reducer), LocalSGD(every=4, reducer=reducer))
+    des_loc = after(start, DESLOC({"param": 4}, reducer=reducer))
+    local = after(start, LocalSGD(every=4, reducer=reducer))
     traces = [run_world(N, lambda comm, a=a: train(a, comm, STEPS, adamw)) for a in (des_loc, local)]
     for a, b in zip(*traces, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
@@ -158,7 +161,8 @@ def test_without_periods_of_states_it_is_local_sgd(reducer, start):
 @pytest.mark.parametrize("start", [0, 5])
 @pytest.mark.parametrize("reducer", [Reducer(), *LOSSY], ids=str)
 def test_a_slot_is_equal_on_all_replicas_after_its_sync_and_only_then(reducer, start):
-    traces = run_world(N, lambda comm: trace_slots(DESLOC(PERIODS, Nesterov(), reducer, start), comm))
+    algorithm = after(start, DESLOC(PERIODS, Nesterov(), reducer))
+    traces = run_world(N, lambda comm: trace_slots(algorithm, comm))
     for t in range(1, STEPS + 1):
         for name, every in PERIODS.items():
             first, *others = (trace[t - 1][name] for trace in traces)
@@ -229,9 +233,7 @@ def test_after_data_parallel_the_first_average_of_a_state_is_lossy_and_starts_fr
         if t == 2:
             anchors.append({name: flat(average) for name, average in state.then.averages.items()})
 
-    lossy = run_world(
-        N, lambda comm: trace_slots(After(2, DataParallel(reducer), DESLOC(alone, reducer=reducer)), comm, on_sync=look)
-    )
+    lossy = run_world(N, lambda comm: trace_slots(after(2, DESLOC(alone, reducer=reducer)), comm, on_sync=look))
     for name in ("exp_avg", "exp_avg_sq"):
         before, due = lossy[0][1][name], 2 + alone[name]
         assert all(torch.equal(anchor[name], before) for anchor in anchors)
@@ -248,9 +250,7 @@ def test_traffic_after_data_parallel_is_the_formula():
 
     def program(comm, reducer):
         metered = MeteredComm(comm, Meter())
-        trace_slots(
-            After(start, DataParallel(reducer), DESLOC(PERIODS, reducer=reducer)), metered, num_steps=start + 24
-        )
+        trace_slots(after(start, DESLOC(PERIODS, reducer=reducer)), metered, num_steps=start + 24)
         return metered.meter.bytes_sent
 
     params = list(make_model().parameters())
@@ -294,9 +294,7 @@ def test_twice_as_many_replicas_go_on_from_copies():
 
     def steps(comm, engine, state, first, last):
         for t in range(first, last + 1):
-            engine.backward(make_batch(comm.rank % 2, t))
-            engine.update()
-            algorithm.after_update(t, engine, state, comm)
+            step(algorithm, t, engine, state, comm, make_batch(comm.rank % 2, t))
         return flat(engine.slots()["param"])
 
     def few(comm):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from lowcomm.algorithms.base import step
 from lowcomm.algorithms.des_loc import DESLOC
 from lowcomm.compress.cast import Cast
 from lowcomm.compress.quantized import Quantized
@@ -40,7 +41,7 @@ def test_second_moments_stay_at_least_zero_and_momenta_keep_their_sign(reducer):
             engine.backward(torch.randn(8, generator=generator) * 10.0 ** (torch.arange(8) / 4 - t / 2))
             engine.update()
             before = [engine.slots()[name][0].clone() for name in ("exp_avg", "exp_avg_sq")]
-            anchor = {name: averaged.anchor[0].clone() for name, averaged in state.averaged.items()}
+            anchor = {name: average[0].clone() for name, average in state.averages.items()}
             algorithm.after_update(t, engine, state, comm)
             seen.append((before, anchor, [engine.slots()[name][0].clone() for name in ("exp_avg", "exp_avg_sq")]))
         return seen
@@ -61,9 +62,7 @@ def test_momenta_that_are_negative_on_one_replica_alone_are_not_cut():
         algorithm = DESLOC({"param": 50, "exp_avg": 1}, reducer=Reducer(Cast()))
         state = algorithm.init(engine, comm)
         for t in range(1, 4):
-            engine.backward(torch.full((8,), -3.0 if comm.rank == 1 else 1.0))
-            engine.update()
-            algorithm.after_update(t, engine, state, comm)
+            step(algorithm, t, engine, state, comm, torch.full((8,), -3.0 if comm.rank == 1 else 1.0))
         return engine.slots()["exp_avg"][0].clone()
 
     expected = torch.full((8,), -1.0 * (1 - 0.9**3))  # of the mean gradient
@@ -80,10 +79,8 @@ def test_replicas_in_bfloat16_that_take_no_step_change_nothing():
         algorithm = DESLOC({"param": 1, "exp_avg": 1, "exp_avg_sq": 1}, reducer=Reducer(Cast()))
         state = algorithm.init(engine, comm)
         for t in range(1, 4):
-            engine.backward(make_batch(comm.rank, t, torch.bfloat16))
-            engine.update()
-            algorithm.after_update(t, engine, state, comm)
-        anchors = [x for averaged in state.averaged.values() for x in averaged.anchor]
+            step(algorithm, t, engine, state, comm, make_batch(comm.rank, t, torch.bfloat16))
+        anchors = [x for average in state.averages.values() for x in average]
         assert all(x.dtype == torch.float32 for x in anchors)
         assert any(not torch.equal(x, x.bfloat16().float()) for x in anchors)
         before = [x.clone() for name in ("exp_avg", "exp_avg_sq") for x in engine.slots()[name]]
@@ -91,7 +88,7 @@ def test_replicas_in_bfloat16_that_take_no_step_change_nothing():
         for t in range(4, 8):
             algorithm.after_update(t, engine, state, comm)
         after = [x for name in ("exp_avg", "exp_avg_sq") for x in engine.slots()[name]]
-        anchors = [x for averaged in state.averaged.values() for x in averaged.anchor]
+        anchors = [x for average in state.averages.values() for x in average]
         assert all(torch.equal(x, y) for x, y in zip(before + old, after + anchors, strict=True))
 
     run_world(2, program)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from lowcomm.algorithms.base import step
 from lowcomm.algorithms.diloco import DiLoCo
 from lowcomm.algorithms.eager_diloco import EagerDiLoCo
 from lowcomm.codecs.absmax import Absmax
@@ -34,7 +35,7 @@ def decoded(x):
     return INT4.decode(INT4.encode(x, None), x.shape[-1]).to(x.dtype)
 
 
-def step(anchor, buffer, delta):
+def outer_step(anchor, buffer, delta):
     buffer = MOMENTUM * buffer + delta
     return anchor - LR * (delta + MOMENTUM * buffer), buffer
 
@@ -54,21 +55,21 @@ def reference(num_replicas, every, inner, wire=lambda x: x, num_steps=STEPS):
     for t in range(1, num_steps + 1):
         step_all(models, optimizers, t)
         if t % every == 0:
-            common, common_buffer = step(common, common_buffer, last_mean)
+            common, common_buffer = outer_step(common, common_buffer, last_mean)
             deltas = [a - flat(list(m.parameters())) for a, m in zip(anchors, models, strict=True)]
             for i, m in enumerate(models):
                 eager = last_mean + (deltas[i] - last[i]) / num_replicas
-                anchors[i], buffers[i] = step(anchors[i], buffers[i], eager)
+                anchors[i], buffers[i] = outer_step(anchors[i], buffers[i], eager)
                 torch.nn.utils.vector_to_parameters(anchors[i].clone(), m.parameters())
             last, last_mean = deltas, sum(wire(x) for x in deltas) / num_replicas
         for rank, m in enumerate(models):
             trace[rank].append(flat(list(m.parameters())))
         commons.append(common)
     if num_steps >= every:
-        common, common_buffer = step(common, common_buffer, last_mean)
+        common, common_buffer = outer_step(common, common_buffer, last_mean)
     if num_steps % every:
         rest = [a - flat(list(m.parameters())) for a, m in zip(anchors, models, strict=True)]
-        common, _ = step(common, common_buffer, sum(wire(x) for x in rest) / num_replicas)
+        common, _ = outer_step(common, common_buffer, sum(wire(x) for x in rest) / num_replicas)
     return trace, commons, common
 
 
@@ -78,9 +79,7 @@ def consensus(algorithm, comm, inner, num_steps=STEPS):
     state = algorithm.init(engine, comm)
     seen = []
     for t in range(1, num_steps + 1):
-        engine.backward(make_batch(comm.rank, t))
-        engine.update()
-        algorithm.after_update(t, engine, state, comm)
+        step(algorithm, t, engine, state, comm, make_batch(comm.rank, t))
         seen.append(flat(algorithm.consensus(engine, state)))
     return seen
 
@@ -115,9 +114,7 @@ def test_the_common_anchor_and_its_outer_state_are_equal_on_all_ranks(reducer):
         state = algorithm.init(engine, comm)
         seen = []
         for t in range(1, STEPS + 1):
-            engine.backward(make_batch(comm.rank, t))
-            engine.update()
-            algorithm.after_update(t, engine, state, comm)
+            step(algorithm, t, engine, state, comm, make_batch(comm.rank, t))
             seen.append((flat(state.common), flat(state.common_outer.buffer), flat(state.own)))
         return seen
 
@@ -138,9 +135,7 @@ def scripted(algorithm, comm, num_steps, size=24):
     deltas, distances = [], []
     for t in range(1, num_steps + 1):
         gradient = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(1000 * comm.rank + t))
-        engine.backward(gradient)
-        engine.update()
-        algorithm.after_update(t, engine, state, comm)
+        step(algorithm, t, engine, state, comm, gradient)
         deltas.append(gradient)
         distances.append(flat(state.common) - flat(state.own))
     algorithm.finish(num_steps, engine, state, comm)
@@ -177,7 +172,7 @@ def spread(added, taken_back, num_rounds, num_replicas=4):
     correction, found = torch.zeros(num_replicas, 64), []
     for _ in range(num_rounds):
         delta = torch.randn(num_replicas, 64, generator=generator)
-        anchors, buffers = step(anchors, buffers, correction + added(delta) / num_replicas)
+        anchors, buffers = outer_step(anchors, buffers, correction + added(delta) / num_replicas)
         correction = decoded(delta).mean(0) - taken_back(delta) / num_replicas
         found.append(float((anchors - anchors.mean(0)).square().mean().sqrt()))
     return torch.tensor(found)

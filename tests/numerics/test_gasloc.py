@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from lowcomm.algorithms.base import step
 from lowcomm.algorithms.diloco import DiLoCo
 from lowcomm.algorithms.gasloc import GASLoC
 from lowcomm.algorithms.gossip import disagreement, groups
@@ -129,9 +130,7 @@ def test_traffic_is_the_closed_form():
         engine, algorithm = make_engine(), GASLoC(2, group_size=3)
         state = algorithm.init(engine, metered)
         for t in range(1, 7):
-            engine.backward(make_batch(comm.rank, t))
-            engine.update()
-            algorithm.after_update(t, engine, state, metered)
+            step(algorithm, t, engine, state, metered, make_batch(comm.rank, t))
         return metered.meter.bytes_sent, metered.meter.bytes_received, num_bytes(state.anchor)
 
     for sent, received, size_bytes in run_world(6, program):
@@ -144,9 +143,7 @@ def test_what_a_run_leaves_behind(finalize):
         engine, algorithm = make_engine(adamw), GASLoC(5, finalize=finalize)
         state = algorithm.init(engine, comm)
         for t in range(1, 11):
-            engine.backward(make_batch(comm.rank, t))
-            engine.update()
-            algorithm.after_update(t, engine, state, comm)
+            step(algorithm, t, engine, state, comm, make_batch(comm.rank, t))
         before = flat(algorithm.consensus(engine, state))
         algorithm.finish(10, engine, state, comm)
         assert torch.equal(flat(algorithm.consensus(engine, state)), flat(engine.slots()["param"]))

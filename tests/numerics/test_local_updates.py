@@ -52,7 +52,6 @@ def reference(num_replicas, every, inner, *, lr, momentum, start=0, weights=None
         for optimizer in optimizers:
             optimizer.step()
         if t <= start:
-            round += 1
             anchor = flat(list(models[0].parameters()))
         elif (t - start) % every == 0:
             round += 1
@@ -69,6 +68,12 @@ def reference(num_replicas, every, inner, *, lr, momentum, start=0, weights=None
         for rank, m in enumerate(models):
             trace[rank].append(flat(list(m.parameters())))
     return trace
+
+
+def made(method, start=0, weights=None, **options):
+    """With weights, and so many steps of data parallel before it."""
+    algorithm = method(weights=weights, **options)
+    return After(start, DataParallel(weights=weights), algorithm) if start else algorithm
 
 
 @pytest.mark.parametrize("inner", [sgd, adamw])
@@ -89,7 +94,7 @@ def reference(num_replicas, every, inner, *, lr, momentum, start=0, weights=None
 @pytest.mark.parametrize("every", [1, 4])
 def test_diloco_is_the_reference(inner, options, every):
     expected = reference(N, every, inner, lr=0.7, momentum=0.9, **options)
-    algorithm = DiLoCo(every=every, outer=Nesterov(0.7, 0.9), **options)
+    algorithm = made(partial(DiLoCo, every, Nesterov(0.7, 0.9)), **options)
     got = run_world(N, lambda comm: train(algorithm, comm, STEPS, inner))
     for rank in range(N):
         for t in range(STEPS):
@@ -118,7 +123,7 @@ def test_shares_are_refused_where_they_would_not_be_kept():
     DiLoCo(reducer=Reducer(TopK(), EF14()), weights=[1.0, 3.0])
     with pytest.raises(ValueError, match="weights has 2 entries for 1 replicas"):
         DiLoCo(weights=[1.0, 3.0]).init(make_engine(), SoloComm())
-    with pytest.raises(ValueError, match="start is -1; it is a number of steps"):
+    with pytest.raises(ValueError, match=r"num_steps=-1\): it is a number of steps"):
         After(-1)
 
 
@@ -154,7 +159,7 @@ def test_nothing_comes_from_a_lost_replica():
 @pytest.mark.parametrize("options", [{}, {"start": 5}, {"weights": [1.0, 2.0, 5.0]}])
 def test_local_sgd_averages_parameters(inner, options):
     expected = reference(N, 4, inner, lr=1.0, momentum=0.0, **options)
-    got = run_world(N, lambda comm: train(LocalSGD(every=4, **options), comm, STEPS, inner))
+    got = run_world(N, lambda comm: train(made(partial(LocalSGD, 4), **options), comm, STEPS, inner))
     for rank in range(N):
         for t in range(STEPS):
             assert close(got[rank][t], expected[rank][t]), f"rank {rank}, step {t + 1}"
@@ -297,9 +302,7 @@ def test_anchors_and_outer_state_are_equal_on_all_ranks(dropped):
         state = algorithm.init(engine, comm)
         seen = []
         for t in range(1, STEPS + 1):
-            engine.backward(make_batch(comm.rank, t))
-            engine.update()
-            algorithm.after_update(t, engine, state, comm)
+            step(algorithm, t, engine, state, comm, make_batch(comm.rank, t))
             seen.append((flat(state.anchor), flat(state.outer.buffer)))
         return seen
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from lowcomm.algorithms.base import step
 from lowcomm.algorithms.des_loc import DESLOC
 from lowcomm.cli import parse_run
 from lowcomm.comm.solo import SoloComm
@@ -61,9 +62,7 @@ def test_it_is_the_reference(betas, omegas):
         state = algorithm.init(engine, comm)
         seen = []
         for t in range(1, STEPS + 1):
-            engine.backward(make_batch(comm.rank, t))
-            engine.update()
-            algorithm.after_update(t, engine, state, comm)
+            step(algorithm, t, engine, state, comm, make_batch(comm.rank, t))
             seen.append(torch.cat([flat(engine.slots()[name]) for name in names]))
         return seen
 

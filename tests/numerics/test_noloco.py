@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 
+from lowcomm.algorithms.base import step
 from lowcomm.algorithms.gossip import disagreement, groups
 from lowcomm.algorithms.noloco import NoLoCo, outer_step
 from lowcomm.comm.solo import SoloComm
@@ -220,9 +221,7 @@ def test_what_a_run_leaves_behind(finalize, gamma):
         engine, algorithm = make_engine(adamw), NoLoCo(5, gamma=gamma, finalize=finalize)
         state = algorithm.init(engine, comm)
         for t in range(1, 10 + 1):
-            engine.backward(make_batch(comm.rank, t))
-            engine.update()
-            algorithm.after_update(t, engine, state, comm)
+            step(algorithm, t, engine, state, comm, make_batch(comm.rank, t))
         before = flat(state.anchor)
         assert torch.equal(flat(algorithm.consensus(engine, state)), before)
         apart = disagreement(state.anchor, comm)

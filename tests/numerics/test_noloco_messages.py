@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lowcomm.algorithms.base import step
 from lowcomm.algorithms.gossip import groups
 from lowcomm.algorithms.noloco import NoLoCo
 from lowcomm.comm.metered import Meter, MeteredComm
@@ -52,9 +53,7 @@ def test_rounds_are_pair_exchanges_and_only_the_end_is_collective(algorithm):
         engine = make_engine(adamw)
         state = algorithm.init(engine, mine)
         for t in range(1, STEPS + 1):
-            engine.backward(make_batch(mine.rank, t))
-            engine.update()
-            algorithm.after_update(t, engine, state, mine)
+            step(algorithm, t, engine, state, mine, make_batch(mine.rank, t))
         with pytest.raises(AssertionError, match="sum among"):
             algorithm.finish(STEPS, engine, state, mine)
         mine.may_meet = True
@@ -76,9 +75,7 @@ def test_traffic_is_the_closed_form(num, size, gamma):
         engine, algorithm = make_engine(), NoLoCo(2, gamma=gamma, group_size=size)
         state = algorithm.init(engine, metered)
         for t in range(1, 2 * num_rounds + 1):
-            engine.backward(make_batch(comm.rank, t))
-            engine.update()
-            algorithm.after_update(t, engine, state, metered)
+            step(algorithm, t, engine, state, metered, make_batch(comm.rank, t))
         before = metered.meter.bytes_sent
         algorithm.finish(2 * num_rounds, engine, state, metered)
         return before, metered.meter.bytes_sent - before, metered.meter.bytes_received, num_bytes(state.anchor)
@@ -107,16 +104,15 @@ def test_anchors_are_on_their_way_from_one_round_to_the_next(anchors, every):
         def run(comm):
             engine, algorithm = make_engine(adamw), NoLoCo(every, gamma=0.4, anchors=anchors)
             state = algorithm.init(engine, comm)
-            assert state.coming is None
+            assert not state.under_way
             for t in range(1, STEPS + 1):
-                engine.backward(make_batch(comm.rank, t))
-                engine.update()
-                algorithm.after_update(t, engine, state, comm)
+                step(algorithm, t, engine, state, comm, make_batch(comm.rank, t))
+                parts = [part for sent in state.under_way for part in sent.parts]
                 if t % every == 0:
-                    assert state.coming.task.pending is not None
+                    assert len(parts) == 1 and parts[0].task.pending is not None
                 if settles:
                     algorithm.settle(state)
-                    assert state.coming is None or state.coming.task is None
+                    assert all(part.task is None for part in parts)
             return flat(state.anchor)
 
         return run
@@ -149,9 +145,7 @@ def messages(algorithm, num, num_steps):
         logged, engine, found = Logged(comm), make_engine(adamw), []
         state = algorithm.init(engine, logged)
         for t in range(1, num_steps + 1):
-            engine.backward(make_batch(comm.rank, t))
-            engine.update()
-            algorithm.after_update(t, engine, state, logged)
+            step(algorithm, t, engine, state, logged, make_batch(comm.rank, t))
             found.append(logged.log)
             logged.log = []
         algorithm.finish(num_steps, engine, state, logged)
@@ -206,7 +200,8 @@ def test_partners_hold_one_mean_anchor_when_a_run_goes_on():
     def program(comm):
         _, state = train_on(algorithm, comm, 7, 9, adamw)  # the fourth round; anchors for the fifth are on their way
         algorithm.settle(state)
-        return flat(state.coming.means)
+        (anchors,) = state.under_way
+        return flat(anchors.means())
 
     means = run_world(4, program)
     for part in groups(range(4), 2, seed, 5):

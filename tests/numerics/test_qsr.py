@@ -47,15 +47,7 @@ def train(algorithm, comm, schedule=SCHEDULE, num_steps=STEPS):
     state = algorithm.init(engine, comm)
     trace = []
     for t in range(1, num_steps + 1):
-        step(
-            algorithm,
-            t,
-            engine,
-            state,
-            comm,
-            make_batch(comm.rank, t),
-            algorithm.during_backward(t, engine, state, comm),
-        )
+        step(algorithm, t, engine, state, comm, make_batch(comm.rank, t))
         trace.append((flat(engine.slots()["param"]), algorithm.num_rounds(state)))
     algorithm.finish(num_steps, engine, state, comm)
     return [*trace, (flat(engine.slots()["param"]), algorithm.num_rounds(state))]
@@ -145,10 +137,11 @@ def test_it_is_the_reference(rule, start, method):
     syncs = ends(rule, SCHEDULE, start=start)
     lengths = [b - a for a, b in zip([start, *syncs], syncs, strict=False)]
     assert lengths[:-1] == sorted(lengths[:-1]) and len(set(lengths)) > 2, "rounds do grow"
-    algorithm, outer = {
-        "LocalSGD": (LocalSGD(rule, start), (1.0, 0.0)),
-        "DiLoCo": (After(start, DataParallel(), DiLoCo(rule, Nesterov(0.7, 0.9))), (0.7, 0.9)),
+    method, outer = {
+        "LocalSGD": (LocalSGD(rule), (1.0, 0.0)),
+        "DiLoCo": (DiLoCo(rule, Nesterov(0.7, 0.9)), (0.7, 0.9)),
     }[method]
+    algorithm = After(start, DataParallel(), method) if start else method
     expected = reference(syncs, *outer, start=start)
     got = run_world(N, lambda comm: train(algorithm, comm))
     for rank in range(N):
@@ -187,9 +180,7 @@ def test_a_round_that_is_resumed_keeps_its_end(stop, overlap):
     def program(comm):
         def steps(engine, state, first, last):
             for t in range(first, last + 1):
-                engine.backward(make_batch(comm.rank, t))
-                engine.update()
-                algorithm.after_update(t, engine, state, comm)
+                step(algorithm, t, engine, state, comm, make_batch(comm.rank, t))
             return flat(engine.slots()["param"]), state.synced_t, state.ends_t
 
         engine = make_engine()

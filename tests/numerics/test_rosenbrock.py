@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from lowcomm.algorithms.base import step
 from lowcomm.algorithms.des_loc import DESLOC
 from lowcomm.comm.base import Done
 from lowcomm.comm.echo import EchoComm
@@ -43,9 +44,8 @@ def distance(periods, resets=False, *, lr=1.0, num_replicas=256, num_rounds=25, 
     state, generator = algorithm.init(engine, comm), rng(0, "noise")
     distances = []
     for t in range(1, num_rounds * 192 + 1):
-        engine.backward(1.5 * torch.randn(num_replicas, 2, generator=generator, dtype=torch.float64))
-        engine.update()
-        algorithm.after_update(t, engine, state, comm)
+        noise = 1.5 * torch.randn(num_replicas, 2, generator=generator, dtype=torch.float64)
+        step(algorithm, t, engine, state, comm, noise)
         if t % 192 == 0:
             distances.append(float((model.points.detach() - 1).mean(0).norm()))
             if resets:

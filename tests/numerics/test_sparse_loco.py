@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lowcomm.algorithms.base import step
 from lowcomm.algorithms.diloco import DiLoCo
 from lowcomm.codecs.float32 import Float32
 from lowcomm.codecs.sign_magnitude import SignMagnitude
@@ -105,10 +106,8 @@ def test_what_was_not_sent_stays_with_its_replica():
         engine = make_engine(adamw)
         state = algorithm.init(engine, comm)
         for t in range(1, STEPS + 1):
-            engine.backward(make_batch(comm.rank, t))
-            engine.update()
-            algorithm.after_update(t, engine, state, comm)
-        (reducer,) = state.deltas.reducers
+            step(algorithm, t, engine, state, comm, make_batch(comm.rank, t))
+        (reducer,) = state.kept["deltas"]
         return flat(state.anchor), reducer.buckets[0].feedback.error
 
     _, errors = reference(1.0, 0.95, two_magnitudes, "all")
@@ -164,8 +163,6 @@ def test_bits_a_parameter_and_the_traffic_of_a_run(indices, limit):
     algorithm = DiLoCo(every=2, outer=SGD(), reducer=Reducer(compressor, EF14(0.95)))
     state = algorithm.init(engine, comm)
     for t in range(1, 7):
-        engine.backward(torch.ones(3, 255))
-        engine.update()
-        algorithm.after_update(t, engine, state, comm)
+        step(algorithm, t, engine, state, comm, torch.ones(3, 255))
     flags = n - 1  # whose values are finite, a byte to each
     assert comm.meter.bytes_sent == 3 * ((n - 1) * message + flags)

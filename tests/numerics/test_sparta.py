@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lowcomm.algorithms.base import step
 from lowcomm.algorithms.composed import Then
 from lowcomm.algorithms.diloco import DiLoCo
 from lowcomm.algorithms.local_sgd import LocalSGD
@@ -169,9 +170,7 @@ def test_with_all_parameters_it_is_local_sgd_bit_for_bit(dtype, every):
             state = algorithm.init(engine, comm)
             trace = []
             for t in range(1, STEPS + 1):
-                engine.backward(make_batch(comm.rank, t, dtype))
-                engine.update()
-                algorithm.after_update(t, engine, state, comm)
+                step(algorithm, t, engine, state, comm, make_batch(comm.rank, t, dtype))
                 trace.append(flat(engine.slots()["param"]))
             algorithm.finish(STEPS, engine, state, comm)
             return [*trace, flat(engine.slots()["param"])], algorithm.num_rounds(state)
@@ -214,9 +213,7 @@ def test_the_last_averages_are_equal_on_all_ranks_and_those_of_the_values(delay)
         algorithm = SPARTA(fraction=0.2, delay=delay, reducer=Reducer(Quantized(Absmax(4, block=8))))
         state, seen = algorithm.init(engine, comm), []
         for t in range(1, STEPS + 1):
-            engine.backward(make_batch(comm.rank, t))
-            engine.update()
-            algorithm.after_update(t, engine, state, comm)
+            step(algorithm, t, engine, state, comm, make_batch(comm.rank, t))
             seen.append((flat(state.last), flat(engine.slots()["param"])))
         return seen
 
@@ -263,8 +260,8 @@ def test_late_averages_of_bf16_are_rounded_once():
             params = engine.slots()["param"]
             sent, before = state.under_way[:1], [p.clone() for p in params]
             algorithm.after_update(t, engine, state, comm)
-            for k, i in enumerate(places(params, 2, sent[0].number, 0, 1) if sent else []):
-                average, since = state.last[k].take(i), before[k].take(i).float() - sent[0].own[k]
+            for k, i in enumerate(places(params, 2, sent[0].sent_t, 0, 1) if sent else []):
+                average, since = state.last[k].take(i), before[k].take(i).float() - sent[0].memo[0][k]
                 assert torch.equal(params[k].take(i), (average + since).bfloat16())
 
     run_world(2, program)
@@ -281,9 +278,7 @@ def test_parameters_that_do_not_lie_in_one_row_of_memory():
         algorithm = SPARTA(fraction=0.3)
         state = algorithm.init(engine, comm)
         for t in range(1, STEPS + 1):
-            engine.backward(make_batch(comm.rank, t))
-            engine.update()
-            algorithm.after_update(t, engine, state, comm)
+            step(algorithm, t, engine, state, comm, make_batch(comm.rank, t))
         return flat(engine.slots()["param"])
 
     plain = run_world(2, lambda comm: train(SPARTA(fraction=0.3), comm, STEPS, sgd))
@@ -298,9 +293,7 @@ def test_traffic_is_the_closed_form_and_has_no_places(n):
         engine = make_engine(sgd, torch.float32)
         state = algorithm.init(engine, metered)
         for t in range(1, num_steps + 1):
-            engine.backward(make_batch(comm.rank, t, torch.float32))
-            engine.update()
-            algorithm.after_update(t, engine, state, metered)
+            step(algorithm, t, engine, state, metered, make_batch(comm.rank, t, torch.float32))
         by_step = metered.meter.bytes_sent
         algorithm.finish(num_steps, engine, state, metered)
         return by_step, metered.meter.bytes_sent - by_step

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lowcomm.algorithms.base import step
 from lowcomm.algorithms.sparta import SPARTA, part_size, places
 from lowcomm.comm.echo import EchoComm
 from lowcomm.comm.metered import Meter, MeteredComm
@@ -60,12 +61,12 @@ def test_no_value_is_sent_while_its_average_is_under_way_and_all_are_in_each_pas
     num_steps = 4 * pass_steps
     for t in range(1, num_steps + 1):
         before = algorithm.num_rounds(state)
-        under_way = [[set(own.tolist()) for own in sent.own] for sent in state.under_way]
+        under_way = [[set(own.tolist()) for own in sent.memo[0]] for sent in state.under_way]
         algorithm.after_update(t, engine, state, comm)
         if algorithm.num_rounds(state) > before and delay > 0:
             new = state.under_way[-1]
-            assert new.number * every == t
-            for k, own in enumerate(new.own):
+            assert new.sent_t == t
+            for k, own in enumerate(new.memo[0]):
                 assert all(not set(own.tolist()) & parts[k] for parts in under_way), f"{k + 1} values, step {t}"
                 for place in own.tolist():
                     sent_t[k][int(place)].append(t)
@@ -87,9 +88,7 @@ def test_late_averages_keep_replicas_together_whatever_a_parameters_size(fractio
             algorithm = SPARTA(fraction, every, delay)
             state, seen = algorithm.init(engine, comm), []
             for t in range(1, 151):
-                engine.backward(torch.tensor(2.0 * comm.rank - 1))
-                engine.update()
-                algorithm.after_update(t, engine, state, comm)
+                step(algorithm, t, engine, state, comm, torch.tensor(2.0 * comm.rank - 1))
                 seen.append([row.clone() for row in engine.slots()["param"]])
             return seen
 
@@ -121,9 +120,7 @@ def test_the_second_message_sets_out_before_its_average_is_due(delay, arrived, m
         engine, algorithm = make_engine(adamw), SPARTA(0.2, every=10, delay=delay, reducer=Reducer(Cast()))
         state, seen, steps, before = algorithm.init(engine, metered), [], [], 0
         for t in range(1, 46):
-            engine.backward(make_batch(comm.rank, t))
-            engine.update()
-            algorithm.after_update(t, engine, state, metered)
+            step(algorithm, t, engine, state, metered, make_batch(comm.rank, t))
             now = sum(traffic.num_exchanges for traffic in metered.meter.by_tag.values())
             steps += [t] * (now - before)
             before = now
@@ -134,7 +131,7 @@ def test_the_second_message_sets_out_before_its_average_is_due(delay, arrived, m
     first = [10, 20, 30, 40]
     expected = sorted([*first, *(t + arrived for t in first if t + arrived <= 45)])
     assert all(steps == expected for steps, _ in staggered)
-    monkeypatch.setattr("lowcomm.algorithms.sparta.num_advances", lambda *_: 0)
+    monkeypatch.setattr("lowcomm.algorithms.exchanges.Exchange.advance", lambda *_: None)
     for (_, seen), (steps, held_back) in zip(staggered, run_world(2, program), strict=True):
         assert steps != expected or delay == arrived
         assert torch.equal(seen, held_back)

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 
+from lowcomm.algorithms.base import step
 from lowcomm.algorithms.diloco import DiLoCo
 from lowcomm.algorithms.eager_diloco import EagerDiLoCo
 from lowcomm.compress.cast import Cast
@@ -30,9 +31,7 @@ def seconds(algorithm, bytes_per_s):
         engine = SimEngine(make_engine(), Pace(clock, Constant(1.0), Trace(), rank, None))
         state = algorithm.init(engine, comm)
         for t in range(1, 9):
-            engine.backward(make_batch(rank, t))
-            engine.update()
-            algorithm.after_update(t, engine, state, comm)
+            step(algorithm, t, engine, state, comm, make_batch(rank, t))
         trained_s = clock.now
         algorithm.finish(8, engine, state, comm)
         return trained_s, clock.now

@@ -79,7 +79,7 @@ def one_step(algorithm, bytes_per_s):
         comm = Recorder(world.comm(rank, (0, 1)))
         engine = SimEngine(three_layers(), Pace(clock, Constant(STEP_S), Trace(), rank, None))
         state = algorithm.init(engine, comm)
-        step(algorithm, 1, engine, state, comm, rank + 1.0, algorithm.during_backward(1, engine, state, comm))
+        step(algorithm, 1, engine, state, comm, rank + 1.0)
         return clock.now, [p.tolist() for p in engine.slots()["param"]], comm.sums
 
     for rank in (0, 1):
@@ -128,15 +128,7 @@ def three_rounds(algorithm):
         engine = SimEngine(make_engine(adamw), Pace(clock, Constant(1.0), Trace(), rank, None))
         state = algorithm.init(engine, comm)
         for t in range(1, 7):
-            step(
-                algorithm,
-                t,
-                engine,
-                state,
-                comm,
-                make_batch(rank, t),
-                algorithm.during_backward(t, engine, state, comm),
-            )
+            step(algorithm, t, engine, state, comm, make_batch(rank, t))
         return flat(engine.slots()["param"])
 
     for rank in (0, 1):

@@ -94,7 +94,7 @@ def test_replicas_begin_with_one_model_on_data_and_draws_of_their_own(tmp_path):
             assert torch.equal(x, y)
     for k in (1, 2):
         assert not torch.equal(first[k], second[k]) and torch.equal(second[k], again[k])
-    assert first[0].replica.ledger.step_tokens == 2 * 2 * 32
+    assert first[0].replica.ledger.step_tokens == 2 * 32
     plan = first[0].plan
     assert (plan.num_steps, plan.evaluate_every, plan.save_every) == (40, 20, 10)
     assert {batch.shape for batch in plan.validation} == {(4, 33)} and len(plan.validation) == 512 // (4 * 32)

@@ -375,7 +375,7 @@ def test_the_command_line_is_frozen(capsys):
     assert {flag for flag in train if "." not in flag} == {
         *("config", "out", "resume", "dry_run", "model", "data", "algorithm", "optimizer", "schedule", "batch"),
         *("evaluation", "checkpoint", "log", "num_steps", "num_tokens", "precision", "compile", "clip_norm"),
-        *("seed", "device", "backend", "timeout_s"),
+        *("seed", "device", "backend", "timeout_s", "on_loss", "grace_s"),
     }
     own = {"cluster", "timing_only", "num_resident", "stacked"}
     assert flags_of(capsys, "simulate") == (train - {"resume", "dry_run"}) | own

@@ -22,9 +22,7 @@ def calls(start: int, plan: Plan) -> list[str]:
     parts.engine.slots.return_value = {"param": [torch.zeros(1)]}
     parts.engine.evaluate.return_value = torch.tensor(2.0)
     parts.algorithm.consensus.return_value = [torch.ones(1)]
-    parts.comm.members, parts.comm.rank = (0,), 0
-    parts.comm.tagged.return_value.members, parts.comm.tagged.return_value.rank = (0,), 0
-    parts.comm.tagged.return_value.place = 0
+    parts.comm.members, parts.comm.place = (0,), 0
     parts.comm.tagged.return_value.all_sum = lambda x: SimpleNamespace(wait=lambda: x)
     train(
         Replica(
