@@ -171,7 +171,10 @@ def _averaged_states(
     def algorithm(x: Setting) -> Parts:
         periods = {"param": x.every, "exp_avg": exp_avg * x.every, "exp_avg_sq": exp_avg_sq * x.every}
         followed = {} if outer is None else {"outer": _nesterov(outer)}
-        return part("DESLOC", periods=periods, start=start * x.num_warmup_steps, **followed)
+        averaged = part("DESLOC", periods=periods, **followed)
+        if start == 0:
+            return averaged
+        return part("After", num_steps=start * x.num_warmup_steps, first=part("DataParallel"), then=averaged)
 
     return algorithm
 
