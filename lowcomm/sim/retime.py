@@ -199,7 +199,7 @@ class _Ledger:
         elif name == "flush":
             line = self._next("step")
             for t in range(ledger.t + 1, line["t"] + 1):
-                ledger.step(t, torch.empty((), device="meta"), line["lr"], line["round"])
+                ledger.step(t, torch.empty((), device="meta"), line["lr"], line["round"], ledger.num_replicas)
             ledger.flush(line["lr"], line["round"])
         elif name == "pause":
             self._pause.enter_context(ledger.paused())

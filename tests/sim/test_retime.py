@@ -58,7 +58,7 @@ METHODS = {
         *("--algorithm.blocks_per_fragment", "1", "--algorithm.overlap", "true", "--clip_norm", "null"),
     ],
     "LocalSGD": ["--algorithm", "LocalSGD", "--algorithm.every", "3"],
-    "DiLoCo": ["--algorithm", "DiLoCo", "--algorithm.every", "4", "--algorithm.start", "2"],
+    "DiLoCo": ["--algorithm", "After", "--algorithm.num_steps", "2", "--algorithm.then.every", "4"],
 }
 
 
