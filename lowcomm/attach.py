@@ -81,6 +81,7 @@ class Sync:
 
     def finish(self) -> None:
         """After the last step: the same parameters on all replicas; the optimizer is free again."""
+        self._talk(partial(self._algorithm.complete, self.t, self._engine, self._state))
         self._talk(partial(self._algorithm.finish, self.t, self._engine, self._state))
         self._hook.remove()
 

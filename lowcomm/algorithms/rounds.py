@@ -37,6 +37,7 @@ class RoundsState:
         begun_t: the step after which the method began.
         synced_t: the step of the last round.
         ends_t: the step at which the present round ends.
+        completed_t: the step at which it was completed last; None before.
     """
 
     kept: dict[str, list[ReducerState]] = field(default_factory=dict)
@@ -47,6 +48,7 @@ class RoundsState:
     begun_t: int = 0
     synced_t: int = 0
     ends_t: int = 0
+    completed_t: int | None = None
 
 
 S = TypeVar("S", bound=RoundsState)
@@ -102,6 +104,11 @@ class Rounds(Algorithm[S]):
         By default the round that has begun.
         """
         return self.round(t, engine, state, comm) if t > state.synced_t else None
+
+    def drains_first(self, state: S, comm: Comm) -> bool:
+        """Whether what is under way at the end of a run is taken in before the rest is sent, rather than after."""
+        del state, comm
+        return True
 
     def close(self, engine: Engine, state: S, comm: Comm) -> None:
         """The last word of a run; by default nothing. As all talk, it changes nothing before it has its answer."""
@@ -195,17 +202,21 @@ class Rounds(Algorithm[S]):
         """Wait for all that is under way, and take it in."""
         self.exchange(t, engine, state, comm, [], is_last=True)
 
-    def finish(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
-        """Drain; then the rest of a round, the method's last word, and load what stands for the run."""
-        self.drain(t, engine, state, comm)
-        self.end(t, engine, state, comm)
-
-    def end(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
-        """What `finish` does after it has drained."""
+    def complete(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
+        """Drain; then the rest of a round."""
+        if state.completed_t == t:
+            return
+        if self.drains_first(state, comm):
+            self.drain(t, engine, state, comm)
         rest = self.rest(t, engine, state, comm)
+        self.exchange(t, engine, state, comm, rest or [], is_last=True)
         if rest is not None:
-            self.exchange(t, engine, state, comm, rest, is_last=True)
             state.round, state.synced_t = state.round + 1, t
+        state.completed_t = t
+
+    def finish(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
+        """Complete; then the method's last word, and load what stands for the run."""
+        self.complete(t, engine, state, comm)
         self.close(engine, state, comm)
         params, standing = engine.slots()["param"], self.stands(engine, state)
         if any(x is not p for x, p in zip(standing, params, strict=True)):
