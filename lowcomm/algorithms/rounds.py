@@ -7,7 +7,7 @@ changes.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +25,7 @@ from lowcomm.tensors import copy_
 
 
 @dataclass(kw_only=True)
-class RoundsState:
+class RoundsState(ABC):  # noqa: B024  # what states are made from, and none itself
     """What every method keeps; its own state has this as base.
 
     Attributes:
@@ -54,7 +54,7 @@ class RoundsState:
 S = TypeVar("S", bound=RoundsState)
 
 
-class Rounds(Algorithm[S]):
+class Rounds(Algorithm[S], ABC):
     """A method of rounds.
 
     Attributes:
@@ -290,7 +290,12 @@ class Rounds(Algorithm[S]):
         return exchange
 
 
-class GradientRounds(Rounds[RoundsState]):
+@dataclass
+class GradientsState(RoundsState):
+    """Nothing but what every method keeps."""
+
+
+class GradientRounds(Rounds[GradientsState], ABC):
     """A method that averages gradients at every step, so that parameters and optimizer states stay equal."""
 
     averages = "grad"
@@ -300,7 +305,7 @@ class GradientRounds(Rounds[RoundsState]):
         """Each step is a round."""
         return 1
 
-    def stands(self, engine: Engine, state: RoundsState) -> list[Tensor]:
+    def stands(self, engine: Engine, state: GradientsState) -> list[Tensor]:
         """The live parameters."""
         return engine.slots()["param"]
 

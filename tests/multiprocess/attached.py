@@ -31,7 +31,7 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return issue(self, call)
 
-    DistributedComm.issue = struck
+    setattr(DistributedComm, "issue", struck)  # noqa: B010  # or mypy minds
     comm = lowcomm.connect("gloo", timeout_s=60, grace_s=5)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
