@@ -18,9 +18,9 @@ from torch import Tensor
 from lowcomm.algorithms.base import Algorithm
 from lowcomm.algorithms.exchanges import Exchange, Sending, Turn, in_turn
 from lowcomm.algorithms.qsr import QSR, round_steps
-from lowcomm.comm.base import Comm
+from lowcomm.comm.base import Comm, Late, PeerLost
 from lowcomm.engine.base import Engine, Ready
-from lowcomm.reduce import Reducer, ReducerState
+from lowcomm.reduce import NonFinite, Reducer, ReducerState
 from lowcomm.tensors import copy_
 
 
@@ -255,7 +255,26 @@ class Rounds(Algorithm[S], ABC):
         self, t: int, engine: Engine, state: S, comm: Comm, sendings: list[Sending], is_last: bool = False
     ) -> None:
         """Send, wait for what is due (at last for all), then commit."""
-        due = [x for x in state.under_way if is_last or x.due_t <= t]
+        due, failure = [x for x in state.under_way if is_last or x.due_t <= t], None
+        sent, arrived = list[Exchange](), list[Exchange]()
+        try:
+            sent, arrived = self._talk(t, state, comm, sendings, due, is_last)
+        except (PeerLost, Late, NonFinite) as error:
+            failure = error
+        comm.agree(failure)
+
+        state.leaving = []
+        state.under_way = [x for x in [*state.under_way, *sent] if x not in arrived]
+        for exchange in arrived:
+            state.kept[exchange.slot] = exchange.kept()
+            self.commit(t, engine, state, exchange, exchange.means())
+        for exchange in sent:
+            self.departed(t, engine, state, exchange, any(x.slot == exchange.slot for x in due))
+
+    def _talk(
+        self, t: int, state: S, comm: Comm, sendings: list[Sending], due: list[Exchange], is_last: bool
+    ) -> tuple[list[Exchange], list[Exchange]]:
+        """What has set out, and what has arrived; changes nothing but what is under way."""
         kept, sent = dict(state.kept), list[Exchange]()
         for sending in sendings:
             for exchange in due:
@@ -268,14 +287,7 @@ class Rounds(Algorithm[S], ABC):
         arrived = [*due, *(x for x in sent if is_last or x.due_t <= t)]
         for exchange in arrived:
             exchange.settle()
-
-        state.leaving = []
-        state.under_way = [x for x in [*state.under_way, *sent] if x not in arrived]
-        for exchange in arrived:
-            state.kept[exchange.slot] = exchange.kept()
-            self.commit(t, engine, state, exchange, exchange.means())
-        for exchange in sent:
-            self.departed(t, engine, state, exchange, any(x.slot == exchange.slot for x in due))
+        return sent, arrived
 
     def _sent(self, t: int, sending: Sending, kept: dict[str, list[ReducerState]], state: S, comm: Comm) -> Exchange:
         """Start what did not within backward."""

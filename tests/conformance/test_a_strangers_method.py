@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from lowcomm.cli import main
 from tests.conformance import test_algorithms as laws
 from tests.stranger import elastic_averaging
 from tests.stranger.elastic_averaging import ElasticAveraging
@@ -38,6 +39,12 @@ def test_the_laws_hold_for_it():
         laws.test_all_ranks_end_with_the_same_parameters(ElasticAveraging(4), num_ranks)
     for stop in (1, 4, 6):
         laws.test_state_restored_in_the_middle_of_a_run_goes_on_bitwise(ElasticAveraging(4), stop)
+
+
+def test_it_is_found_by_its_path(capsys):
+    path = f"{ElasticAveraging.__module__}.{ElasticAveraging.__name__}"
+    assert main(["train", "--algorithm", path, "--algorithm.every", "3", "--num_steps", "9", "--dry_run"]) == 0
+    assert "3 rounds in 9 steps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mutant", [CentreStays, WrongWay])

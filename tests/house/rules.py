@@ -22,6 +22,7 @@ PARTS: dict[str, set[str]] = {
     "codecs": {"tensors"},
     "joined": {"tensors", "comm.base"},
     "pairwise": {"comm.base"},
+    "places": {"comm.base"},
     "compress": {"tensors", "comm.base", "codecs"},
     "feedback": {"tensors", "comm.base", "codecs"},
     "outer": {"tensors", "comm.base"},
