@@ -79,8 +79,14 @@ class Sync:
     def _talk(self, call: Callable[[Comm], None]) -> None:
         self._members.take(self._algorithm, self._engine, self._state, call)
 
+    @property
+    def members(self) -> tuple[int, ...]:
+        """Who trains together now."""
+        return self._members.comm.members
+
     def finish(self) -> None:
         """After the last step: the same parameters on all replicas; the optimizer is free again."""
+        self._talk(partial(self._algorithm.complete, self.t, self._engine, self._state))
         self._talk(partial(self._algorithm.finish, self.t, self._engine, self._state))
         self._hook.remove()
 

@@ -90,6 +90,7 @@ def train(replica: Replica, plan: Plan, checkpoints: Checkpoints) -> None:
         engine.update()
         replica.talk(partial(algorithm.after_update, t, engine, state))
         if t == plan.num_steps:
+            replica.talk(partial(algorithm.complete, t, engine, state))
             replica.talk(partial(algorithm.finish, t, engine, state))
         ledger.step(t, loss, lr, algorithm.num_rounds(state), len(replica.comm.members))
 

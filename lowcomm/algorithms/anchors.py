@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from lowcomm.algorithms.exchanges import Sending
+from lowcomm.reduce import Reducer
 from lowcomm.tensors import valueless, zeros
 
 
@@ -16,6 +19,13 @@ def anchor_of(params: Sequence[Tensor]) -> list[Tensor]:
     if valueless(params) and wide == [x.dtype for x in params]:
         return list(params)
     return [x.detach().to(dtype, copy=True) for x, dtype in zip(params, wide, strict=True)]
+
+
+def deltas(
+    reducer: Reducer, anchor: list[Tensor], params: list[Tensor], factor: float = 1.0, slot: str = "deltas"
+) -> list[Sending]:
+    """The average of what all parameters have moved; the factor comes back as memo."""
+    return [Sending(slot, reducer, anchor, partial(delta, anchor, params, factor), range(len(anchor)), memo=factor)]
 
 
 def delta(anchor: Sequence[Tensor], params: Sequence[Tensor], factor: float, numbers: Sequence[int]) -> list[Tensor]:

@@ -40,6 +40,13 @@ class Algorithm(ABC, Generic[S]):
         """Whether replicas hold equal parameters and optimizer states after every step; by default not."""
         return False
 
+    def may_skip(self) -> bool:
+        """Whether a replica may take a round alone that others took together; by default not: it would part for good.
+
+        Where replicas stay apart anyway, those who are behind after a loss do.
+        """
+        return False
+
     def during_backward(self, t: int, engine: Engine, state: S, comm: Comm) -> Ready | None:
         """What backward of step ``t`` tells each gradient to as soon as it is final; by default nobody.
 
@@ -69,8 +76,12 @@ class Algorithm(ABC, Generic[S]):
         """After step ``t``: wait for what is under way and take it in, though it may not be due yet."""
 
     @abstractmethod
+    def complete(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
+        """At the end of a run of ``t`` steps: drain, and take the rest of a round; a second time, nothing."""
+
+    @abstractmethod
     def finish(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
-        """At the end of a run of ``t`` steps: drain, and leave the same parameters everywhere.
+        """Complete, and leave the same parameters everywhere.
 
         Methods whose replicas stay apart may be asked to leave each its own.
         """

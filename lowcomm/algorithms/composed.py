@@ -98,6 +98,11 @@ class After(Algorithm[AfterState]):
         method, its = self._at(t, state)
         method.drain(t, engine, its, comm)
 
+    def complete(self, t: int, engine: Engine, state: AfterState, comm: Comm) -> None:
+        """That of whose time it is."""
+        method, its = self._at(t, state)
+        method.complete(t, engine, its, comm)
+
     def finish(self, t: int, engine: Engine, state: AfterState, comm: Comm) -> None:
         """That of whose time it is."""
         method, its = self._at(t, state)
@@ -186,8 +191,13 @@ class Then(Algorithm[ThenState]):
         self.first.drain(t, engine, state.first, comm)
         self.then.drain(t, engine, state.then, comm)
 
+    def complete(self, t: int, engine: Engine, state: ThenState, comm: Comm) -> None:
+        """What the first has under way is taken in; the second completes its round."""
+        self.first.drain(t, engine, state.first, comm)
+        self.then.complete(t, engine, state.then, comm)
+
     def finish(self, t: int, engine: Engine, state: ThenState, comm: Comm) -> None:
-        """What the first has under way is taken in; the second ends the run."""
+        """Complete; the second ends the run."""
         self.first.drain(t, engine, state.first, comm)
         self.then.finish(t, engine, state.then, comm)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowcomm.algorithms.exchanges import Exchange, Sending
 from lowcomm.algorithms.participation import check_number, check_participation, check_weights, counted, factor
-from lowcomm.algorithms.rounds import GradientRounds, RoundsState
+from lowcomm.algorithms.rounds import GradientRounds, GradientsState
 from lowcomm.comm.base import Comm
 from lowcomm.engine.base import Engine
 from lowcomm.reduce import Reducer
@@ -43,13 +43,13 @@ class DataParallel(GradientRounds):
         check_weights(self.weights)
         check_participation(self.reducer, self.weights, None)
 
-    def begin(self, engine: Engine, comm: Comm) -> RoundsState:
+    def begin(self, engine: Engine, comm: Comm) -> GradientsState:
         """Nothing averaged yet."""
         check_number("weights", self.weights, comm.members)
         kept = {"gradients": self.keep(engine.slots()["param"])}
-        return RoundsState(kept=kept, replicas=counted(comm.members, self.weights))
+        return GradientsState(kept=kept, replicas=counted(comm.members, self.weights))
 
-    def round(self, t: int, engine: Engine, state: RoundsState, comm: Comm) -> list[Sending]:
+    def round(self, t: int, engine: Engine, state: GradientsState, comm: Comm) -> list[Sending]:
         """The gradients."""
         params, share = engine.slots()["param"], factor(t, comm, state.replicas, self.weights, None)
 
@@ -62,6 +62,6 @@ class DataParallel(GradientRounds):
 
         return [Sending("gradients", self.reducer, params, values, range(len(params)))]
 
-    def commit(self, t: int, engine: Engine, state: RoundsState, sent: Exchange, means: list[Tensor]) -> None:
+    def commit(self, t: int, engine: Engine, state: GradientsState, sent: Exchange, means: list[Tensor]) -> None:
         """Replace the gradients by their mean over replicas."""
         copy_(engine.slots()["grad"], means)

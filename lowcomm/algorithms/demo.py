@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lowcomm.algorithms.exchanges import Exchange, Sending
-from lowcomm.algorithms.rounds import GradientRounds, RoundsState
+from lowcomm.algorithms.rounds import GradientRounds, GradientsState
 from lowcomm.codecs.half import Half
 from lowcomm.comm.base import Comm
 from lowcomm.compress.dct import DCT
@@ -57,7 +57,7 @@ class DeMo(GradientRounds):
         DCT(TopK(num=32, chunk=4096, values=Half(), divide_by="present"), tile=64), EF14(decay=0.999)
     )
 
-    def begin(self, engine: Engine, comm: Comm) -> RoundsState:
+    def begin(self, engine: Engine, comm: Comm) -> GradientsState:
         """No momentum: what a replica's reducer keeps is its m, of which no two are alike.
 
         Raises:
@@ -67,9 +67,9 @@ class DeMo(GradientRounds):
         if (reason := engine.needs_all_gradients()) is not None:
             raise ValueError(f"DeMo takes a step of size lr by the sign of each value, but {reason}")
         _require_no_state(engine)
-        return RoundsState(kept={"momentum": self.keep([_wide(x) for x in engine.slots()["param"]])})
+        return GradientsState(kept={"momentum": self.keep([_wide(x) for x in engine.slots()["param"]])})
 
-    def round(self, t: int, engine: Engine, state: RoundsState, comm: Comm) -> list[Sending]:
+    def round(self, t: int, engine: Engine, state: GradientsState, comm: Comm) -> list[Sending]:
         """lr x gradient."""
 
         def values(places: Sequence[int]) -> list[Tensor]:
@@ -77,11 +77,11 @@ class DeMo(GradientRounds):
 
         return [Sending("momentum", self.reducer, [_wide(x) for x in engine.slots()["param"]], values)]
 
-    def commit(self, t: int, engine: Engine, state: RoundsState, sent: Exchange, means: list[Tensor]) -> None:
+    def commit(self, t: int, engine: Engine, state: GradientsState, sent: Exchange, means: list[Tensor]) -> None:
         """Put the sign of what was combined in the place of the gradients."""
         copy_(engine.slots()["grad"], torch._foreach_sign(means))
 
-    def after_update(self, t: int, engine: Engine, state: RoundsState, comm: Comm) -> None:
+    def after_update(self, t: int, engine: Engine, state: GradientsState, comm: Comm) -> None:
         """Nothing is sent here.
 
         Raises:

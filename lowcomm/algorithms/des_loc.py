@@ -26,14 +26,14 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowcomm.algorithms.anchors import anchor_of, delta
-from lowcomm.algorithms.diloco import DiLoCoState
+from lowcomm.algorithms.anchors import anchor_of, delta, deltas
 from lowcomm.algorithms.exchanges import Exchange, Sending
-from lowcomm.algorithms.rounds import Rounds
+from lowcomm.algorithms.rounds import Rounds, RoundsState
 from lowcomm.comm.base import Comm
 from lowcomm.compress.identity import Identity
 from lowcomm.engine.base import Engine
@@ -50,14 +50,18 @@ _FIRST = "first "
 
 
 @dataclass
-class DESLOCState(DiLoCoState):
+class DESLOCState(RoundsState):
     """Attributes:
+    anchor: parameters as they were last averaged, float32 or better; equal on all replicas.
+    outer: state of the outer optimizer; equal on all replicas.
     averages: optimizer states by name as they were last averaged, float32 or better; equal on all replicas. None of
         one that never was, or where the reducer is exact.
     has_negative: by name, whether any replica has a negative value in each tensor; only within a round.
     params_t: the step of the last average of the parameters.
     """
 
+    anchor: list[Tensor]
+    outer: Any
     averages: dict[str, list[Tensor]] = field(default_factory=dict)
     has_negative: dict[str, Tensor] = field(default_factory=dict)
     params_t: int = 0
@@ -183,8 +187,7 @@ class DESLOC(Rounds[DESLOCState]):
         return state.anchor
 
     def _parameters(self, engine: Engine, state: DESLOCState) -> list[Sending]:
-        moved = partial(delta, state.anchor, engine.slots()["param"], 1.0)
-        return [Sending("param", self.reducer, state.anchor, moved)]
+        return deltas(self.reducer, state.anchor, engine.slots()["param"], 1.0, "param")
 
     def _due(self, t: int, state: DESLOCState) -> list[str]:
         """What is averaged after step ``t``, in one order on all replicas."""

@@ -13,12 +13,11 @@ the end of a run; in place of separate pretraining, steps of data parallel may c
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from lowcomm.algorithms.anchors import anchor_of, delta
+from lowcomm.algorithms.anchors import anchor_of, deltas
 from lowcomm.algorithms.exchanges import Exchange, Sending
 from lowcomm.algorithms.participation import (
     DroppedRounds,
@@ -92,11 +91,7 @@ class DiLoCo(Rounds[DiLoCoState]):
         """Deltas, unless those of all replicas are lost; at the end of a run none is."""
         dropped = self.dropped if self.is_due(t, state) else None
         mine = factor(state.round + 1, comm, state.replicas, self.weights, dropped)
-        if mine is None:
-            return []
-        anchor, params = state.anchor, engine.slots()["param"]
-        moved = partial(delta, anchor, params, mine)
-        return [Sending("deltas", self.reducer, anchor, moved, range(len(anchor)), memo=mine)]
+        return [] if mine is None else deltas(self.reducer, state.anchor, engine.slots()["param"], mine)
 
     def commit(self, t: int, engine: Engine, state: DiLoCoState, sent: Exchange, means: list[Tensor]) -> None:
         """The outer step; who was heard starts from the new anchor."""

@@ -12,25 +12,81 @@ the last average, so that a lossy reducer never rounds the parameters themselves
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from lowcomm.algorithms.diloco import DiLoCo
-from lowcomm.algorithms.qsr import QSR
-from lowcomm.outer.base import Outer
-from lowcomm.outer.sgd import SGD
+from torch import Tensor
+
+from lowcomm.algorithms.anchors import anchor_of, deltas
+from lowcomm.algorithms.exchanges import Exchange, Sending
+from lowcomm.algorithms.participation import (
+    DroppedRounds,
+    check_number,
+    check_participation,
+    check_weights,
+    counted,
+    factor,
+)
+from lowcomm.algorithms.qsr import QSR, check_every
+from lowcomm.algorithms.rounds import Rounds, RoundsState
+from lowcomm.comm.base import Comm
+from lowcomm.engine.base import Engine
+from lowcomm.reduce import Reducer
+from lowcomm.tensors import add_, copy_
+
+
+@dataclass
+class LocalSGDState(RoundsState):
+    """Attributes:
+    anchor: the last average, float32 or better; equal on all replicas.
+    """
+
+    anchor: list[Tensor]
 
 
 @dataclass(frozen=True)
-class LocalSGD(DiLoCo):
+class LocalSGD(Rounds[LocalSGDState]):
     """Periodic parameter averaging.
 
-    Traffic of a round: as DiLoCo, whose options it has but for the outer optimizer.
+    Traffic of a round: as DiLoCo.
 
     Attributes:
         every: inner steps a round; 1 with inner SGD is data parallel. A `QSR` lets rounds grow as the learning rate
             falls.
-        outer: averages; not to be chosen.
+        reducer: how differences to the last average are averaged.
+        weights: how much each replica counts, in rank order; FedAvg takes the sizes of their data. None: equally.
+        dropped: simulate lost rounds.
+        overlap: as DiLoCo's.
     """
 
     every: int | QSR = 16
-    outer: Outer = field(default=SGD(lr=1.0), init=False)
+    reducer: Reducer = Reducer()
+    weights: list[float] | None = None
+    dropped: DroppedRounds | None = None
+    overlap: bool = False
+
+    def __post_init__(self) -> None:
+        check_every(self.every)
+        check_weights(self.weights)
+        check_participation(self.reducer, self.weights, self.dropped)
+
+    def begin(self, engine: Engine, comm: Comm) -> LocalSGDState:
+        """The last average is the first parameters."""
+        check_number("weights", self.weights, comm.members)
+        anchor, replicas = anchor_of(engine.slots()["param"]), counted(comm.members, self.weights, self.dropped)
+        return LocalSGDState(anchor, kept={"deltas": self.keep(anchor)}, replicas=replicas)
+
+    def round(self, t: int, engine: Engine, state: LocalSGDState, comm: Comm) -> list[Sending]:
+        """Differences to the last average, unless those of all replicas are lost; at the end of a run none is."""
+        dropped = self.dropped if self.is_due(t, state) else None
+        mine = factor(state.round + 1, comm, state.replicas, self.weights, dropped)
+        return [] if mine is None else deltas(self.reducer, state.anchor, engine.slots()["param"], mine)
+
+    def commit(self, t: int, engine: Engine, state: LocalSGDState, sent: Exchange, means: list[Tensor]) -> None:
+        """The new average; who was heard starts from it."""
+        add_(state.anchor, means, alpha=-1.0)
+        if sent.memo > 0:
+            copy_(engine.slots()["param"], state.anchor)
+
+    def stands(self, engine: Engine, state: LocalSGDState) -> list[Tensor]:
+        """The last average."""
+        return state.anchor

@@ -154,6 +154,15 @@ class NoLoCo(Rounds[NoLoCoState]):
         if is_due and self._has_groups(comm):
             self.exchange(t, engine, state, comm, [self._anchors(state, state.round + 1, self.every)])
 
+    def enter(self, engine: Engine, state: NoLoCoState, comm: Comm) -> None:
+        """Groups are others now, and so are their mean anchors."""
+        super().enter(engine, state, comm)
+        state.mean_anchor = None
+
+    def may_skip(self) -> bool:
+        """Alone a replica steps by itself."""
+        return True
+
     def close(self, engine: Engine, state: NoLoCoState, comm: Comm) -> None:
         """What `finalize` says, which all replicas' parameters become."""
         anchor = finalized(state.anchor, self.finalize, comm)

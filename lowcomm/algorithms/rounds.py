@@ -7,7 +7,7 @@ changes.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,14 +18,14 @@ from torch import Tensor
 from lowcomm.algorithms.base import Algorithm
 from lowcomm.algorithms.exchanges import Exchange, Sending, Turn, in_turn
 from lowcomm.algorithms.qsr import QSR, round_steps
-from lowcomm.comm.base import Comm
+from lowcomm.comm.base import Comm, Late, PeerLost
 from lowcomm.engine.base import Engine, Ready
-from lowcomm.reduce import Reducer, ReducerState
+from lowcomm.reduce import NonFinite, Reducer, ReducerState
 from lowcomm.tensors import copy_
 
 
 @dataclass(kw_only=True)
-class RoundsState:
+class RoundsState(ABC):  # noqa: B024  # what states are made from, and none itself
     """What every method keeps; its own state has this as base.
 
     Attributes:
@@ -37,6 +37,7 @@ class RoundsState:
         begun_t: the step after which the method began.
         synced_t: the step of the last round.
         ends_t: the step at which the present round ends.
+        completed_t: the step at which it was completed last; None before.
     """
 
     kept: dict[str, list[ReducerState]] = field(default_factory=dict)
@@ -47,12 +48,13 @@ class RoundsState:
     begun_t: int = 0
     synced_t: int = 0
     ends_t: int = 0
+    completed_t: int | None = None
 
 
 S = TypeVar("S", bound=RoundsState)
 
 
-class Rounds(Algorithm[S]):
+class Rounds(Algorithm[S], ABC):
     """A method of rounds.
 
     Attributes:
@@ -106,6 +108,11 @@ class Rounds(Algorithm[S]):
         By default the round that has begun.
         """
         return self.round(t, engine, state, comm) if t > state.synced_t else None
+
+    def drains_first(self, state: S, comm: Comm) -> bool:
+        """Whether what is under way at the end of a run is taken in before the rest is sent, rather than after."""
+        del state, comm
+        return True
 
     def close(self, engine: Engine, state: S, comm: Comm) -> None:
         """The last word of a run; by default nothing. As all talk, it changes nothing before it has its answer."""
@@ -199,17 +206,21 @@ class Rounds(Algorithm[S]):
         """Wait for all that is under way, and take it in."""
         self.exchange(t, engine, state, comm, [], is_last=True)
 
-    def finish(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
-        """Drain; then the rest of a round, the method's last word, and load what stands for the run."""
-        self.drain(t, engine, state, comm)
-        self.end(t, engine, state, comm)
-
-    def end(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
-        """What `finish` does after it has drained."""
+    def complete(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
+        """Drain; then the rest of a round."""
+        if state.completed_t == t:
+            return
+        if self.drains_first(state, comm):
+            self.drain(t, engine, state, comm)
         rest = self.rest(t, engine, state, comm)
+        self.exchange(t, engine, state, comm, rest or [], is_last=True)
         if rest is not None:
-            self.exchange(t, engine, state, comm, rest, is_last=True)
             state.round, state.synced_t = state.round + 1, t
+        state.completed_t = t
+
+    def finish(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
+        """Complete; then the method's last word, and load what stands for the run."""
+        self.complete(t, engine, state, comm)
         self.close(engine, state, comm)
         params, standing = engine.slots()["param"], self.stands(engine, state)
         if any(x is not p for x, p in zip(standing, params, strict=True)):
@@ -248,7 +259,29 @@ class Rounds(Algorithm[S]):
         self, t: int, engine: Engine, state: S, comm: Comm, sendings: list[Sending], is_last: bool = False
     ) -> None:
         """Send, wait for what is due (at last for all), then commit."""
-        due = [x for x in state.under_way if is_last or x.due_t <= t]
+        due, failure = [x for x in state.under_way if is_last or x.due_t <= t], None
+        sent, arrived = list[Exchange](), list[Exchange]()
+        try:
+            sent, arrived = self._talk(t, state, comm, sendings, due, is_last)
+        except (PeerLost, Late, NonFinite) as error:
+            failure = error
+        comm.agree(failure)
+
+        state.leaving = []
+        state.under_way = [x for x in [*state.under_way, *sent] if x not in arrived]
+        for exchange in arrived:
+            state.kept[exchange.slot] = exchange.kept()
+            self.commit(t, engine, state, exchange, exchange.means())
+        for exchange in sent:
+            self.departed(t, engine, state, exchange, any(x.slot == exchange.slot for x in due))
+
+    def _talk(
+        self, t: int, state: S, comm: Comm, sendings: list[Sending], due: list[Exchange], is_last: bool
+    ) -> tuple[list[Exchange], list[Exchange]]:
+        """What has set out, and what has arrived; changes nothing but what is under way."""
+        if is_last:  # before anybody sends: ranks drain at times of their own, and messages must have one order
+            for exchange in due:
+                exchange.settle()
         kept, sent = dict(state.kept), list[Exchange]()
         for sending in sendings:
             for exchange in due:
@@ -261,14 +294,7 @@ class Rounds(Algorithm[S]):
         arrived = [*due, *(x for x in sent if is_last or x.due_t <= t)]
         for exchange in arrived:
             exchange.settle()
-
-        state.leaving = []
-        state.under_way = [x for x in [*state.under_way, *sent] if x not in arrived]
-        for exchange in arrived:
-            state.kept[exchange.slot] = exchange.kept()
-            self.commit(t, engine, state, exchange, exchange.means())
-        for exchange in sent:
-            self.departed(t, engine, state, exchange, any(x.slot == exchange.slot for x in due))
+        return sent, arrived
 
     def _sent(self, t: int, sending: Sending, kept: dict[str, list[ReducerState]], state: S, comm: Comm) -> Exchange:
         """Start what did not within backward."""
@@ -283,7 +309,12 @@ class Rounds(Algorithm[S]):
         return exchange
 
 
-class GradientRounds(Rounds[RoundsState]):
+@dataclass
+class GradientsState(RoundsState):
+    """Nothing but what every method keeps."""
+
+
+class GradientRounds(Rounds[GradientsState], ABC):
     """A method that averages gradients at every step, so that parameters and optimizer states stay equal."""
 
     averages = "grad"
@@ -293,7 +324,7 @@ class GradientRounds(Rounds[RoundsState]):
         """Each step is a round."""
         return 1
 
-    def stands(self, engine: Engine, state: RoundsState) -> list[Tensor]:
+    def stands(self, engine: Engine, state: GradientsState) -> list[Tensor]:
         """The live parameters."""
         return engine.slots()["param"]
 

@@ -18,12 +18,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from lowcomm.algorithms.anchors import anchor_of, delta
+from lowcomm.algorithms.anchors import anchor_of, deltas
 from lowcomm.algorithms.exchanges import Exchange, Sending
 from lowcomm.algorithms.qsr import QSR, check_every
 from lowcomm.algorithms.rounds import Rounds, RoundsState
@@ -110,8 +109,7 @@ class SAVIC(Rounds[SAVICState]):
 
     def round(self, t: int, engine: Engine, state: SAVICState, comm: Comm) -> list[Sending]:
         """Differences to the last mean of the parameters."""
-        moved = partial(delta, state.anchor, engine.slots()["param"], 1.0)
-        return [Sending("deltas", self.reducer, state.anchor, moved)]
+        return deltas(self.reducer, state.anchor, engine.slots()["param"])
 
     def commit(self, t: int, engine: Engine, state: SAVICState, sent: Exchange, means: list[Tensor]) -> None:
         """The mean of the parameters and, but for a partial last round, D and D-hat from the mean gradient."""

@@ -172,15 +172,9 @@ class StreamingDiLoCo(Rounds[StreamingDiLoCoState]):
         if sent.due_t - sent.sent_t == self.every and not has_arrived:
             self._blend(fragment, engine, state)
 
-    def finish(self, t: int, engine: Engine, state: StreamingDiLoCoState, comm: Comm) -> None:
-        """Apply what is under way, sync what replicas have kept since, and load the anchors everywhere.
-
-        With a delay of a whole round, deltas are taken before what is under way is applied, as ever.
-        """
-        self.settle(state)  # before anybody sends: the order of messages must not depend on a rank's own delay
-        if self._delay(state, comm) < self.every:
-            self.drain(t, engine, state, comm)
-        self.end(t, engine, state, comm)
+    def drains_first(self, state: StreamingDiLoCoState, comm: Comm) -> bool:
+        """But with a delay of a whole round: then deltas are taken before what is under way is applied, as ever."""
+        return self._delay(state, comm) < self.every
 
     def rest(self, t: int, engine: Engine, state: StreamingDiLoCoState, comm: Comm) -> list[Sending] | None:
         """The deltas of fragments of which some replica holds steps that none has covered: the same on all ranks."""

@@ -106,6 +106,14 @@ class Comm(ABC):
         """
         raise lost
 
+    def agree(self, error: Exception | None) -> None:
+        """Raise ``error``, if there is one; where a replica is many ranks, something also when another of them has one.
+
+        For what a replica must decide once, such as whether an exchange has come to its end.
+        """
+        if error is not None:
+            raise error
+
     @final
     def all_sum(self, x: Tensor) -> Work[Tensor]:
         """The sum of every member's ``x`` (one shape, a dtype of `SUMMABLE`) as a fresh tensor; ``x`` is not modified.

@@ -124,6 +124,10 @@ class MeteredComm(Comm):
         """Those who are left, on the same meter."""
         return MeteredComm(self._inner.regroup(lost), self.meter, self._tag, self._stream)
 
+    def agree(self, error: Exception | None) -> None:
+        """As the inner one; what ranks of one replica say to each other is not counted."""
+        self._inner.agree(error)
+
     def now(self) -> float:
         """Seconds, as the inner Comm counts them."""
         return self._inner.now()

@@ -22,6 +22,7 @@ PARTS: dict[str, set[str]] = {
     "codecs": {"tensors"},
     "joined": {"tensors", "comm.base"},
     "pairwise": {"comm.base"},
+    "places": {"comm.base"},
     "compress": {"tensors", "comm.base", "codecs"},
     "feedback": {"tensors", "comm.base", "codecs"},
     "outer": {"tensors", "comm.base"},
@@ -42,11 +43,15 @@ RUN: dict[str, set[str]] = {
     "metrics": {"tensors", "optional", "comm", "ledger"},
     "checkpoint": {"tensors", "state"},
     "config": {*PARTS},
-    "train": {"tensors", "comm.base", "comm", "engine.base", "algorithms", "state", "ledger", "checkpoint"},
+    "membership": {"comm.base", "engine.base", "algorithms"},
+    "train": {"comm.base", "comm", "engine.base", "algorithms", "state", "ledger", "membership", "checkpoint"},
     "resume": {"comm.base", "comm", "state", "checkpoint", "config", "metrics", "train"},
-    "assemble": {*PARTS, "resume", "state", "environment", "ledger", "metrics", "checkpoint", "config", "train"},
+    "assemble": {
+        *PARTS,
+        *("resume", "state", "environment", "ledger", "metrics", "membership", "checkpoint", "config", "train"),
+    },
     "predict": {*PARTS, "config", "assemble"},
-    "attach": {"comm.base", "comm", "engine.base", "engine", "algorithms", "state"},
+    "attach": {"comm.base", "comm", "engine.base", "engine", "algorithms", "state", "membership"},
     "hooks": {"comm.base", "comm", "reduce", "state"},
     "report": {"optional", "config", "metrics", "sim"},
 }
@@ -83,9 +88,10 @@ NOT_A_METHOD = {
     "lowcomm/algorithms/anchors.py",
     "lowcomm/algorithms/data_parallel.py",
     "lowcomm/algorithms/gossip.py",
-    "lowcomm/algorithms/overlapped.py",
+    "lowcomm/algorithms/composed.py",
+    "lowcomm/algorithms/exchanges.py",
     "lowcomm/algorithms/participation.py",
-    "lowcomm/algorithms/under_way.py",
+    "lowcomm/algorithms/rounds.py",
 }
 MAX_LINES = 400
 SHORTER = {"lowcomm/train.py": 150}

@@ -1,7 +1,8 @@
 """`lowcomm`, but one rank gets a signal at an exact moment: what a test of resuming needs.
 
 STOP_AT="rank:where:count:signal", where `where` is "step" (as the count-th inner step of this process begins), "flush"
-(at the count-th flush of a checkpoint's file) or "rename" (at the count-th rename). Without it nothing is changed.
+(at the count-th flush of a checkpoint's file), "rename" (at the count-th rename) or "call" (before the count-th call to
+the wire). Without it nothing is changed.
 """
 
 import os
@@ -12,6 +13,7 @@ from typing import Any
 
 import lowcomm.checkpoint
 from lowcomm.cli import main
+from lowcomm.comm.distributed import DistributedComm
 from lowcomm.engine.torch_engine import TorchEngine
 
 
@@ -37,6 +39,7 @@ if __name__ == "__main__":
             owner, attribute = {
                 "step": (TorchEngine, "backward"),
                 "rename": (os, "rename"),
+                "call": (DistributedComm, "issue"),
                 "flush": (lowcomm.checkpoint, "_flush"),
             }[where]
             struck = strike_at(int(count), signal.Signals[name], getattr(owner, attribute))

@@ -48,14 +48,19 @@ class Ended:
     errors: list[str]
 
 
+def free_port() -> int:
+    """One on which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
 def launch(
     arguments: Sequence[str], num_ranks: int = 2, stop_at: str = "", by_rank: Sequence[Sequence[str]] = ()
 ) -> Ended:
     """Run ``lowcomm *arguments`` (and ``by_rank[rank]``) on every rank and wait for all to end, 100 s at most."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
+    port, processes = free_port(), []
     for rank in range(num_ranks):
         env = os.environ | {
             "RANK": str(rank),

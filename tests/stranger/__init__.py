@@ -1,0 +1,1 @@
+"""What somebody outside of lowcomm would write."""
