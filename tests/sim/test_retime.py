@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from lowcomm.algorithms.base import Algorithm
+from lowcomm.algorithms.rounds import GradientsState, Rounds
 from lowcomm.assemble import open_ledger
 from lowcomm.cli import main, parse_run, parse_simulation
 from lowcomm.metrics import read
@@ -58,7 +58,7 @@ METHODS = {
         *("--algorithm.blocks_per_fragment", "1", "--algorithm.overlap", "true", "--clip_norm", "null"),
     ],
     "LocalSGD": ["--algorithm", "LocalSGD", "--algorithm.every", "3"],
-    "DiLoCo": ["--algorithm", "After", "--algorithm.num_steps", "2", "--algorithm.then.every", "4"],
+    "After": ["--algorithm", "After", "--algorithm.num_steps", "2", "--algorithm.then.every", "4"],
 }
 
 
@@ -83,8 +83,9 @@ def files(out):
 @pytest.mark.parametrize("compressor", ["Identity", "Cast"])
 @pytest.mark.parametrize("method", METHODS)
 def test_new_times_are_byte_for_byte_those_of_a_simulation_there(method, compressor, flags, clusters, tmp_path):
-    flags = [*flags, *METHODS[method], "--algorithm.reducer.compressor", compressor]
-    flags += ["--algorithm.reducer.bucket_bytes", "20000", "--log.every", "2"]  # several messages are under way
+    reducer = "--algorithm.then.reducer" if method == "After" else "--algorithm.reducer"
+    flags = [*flags, *METHODS[method], f"{reducer}.compressor", compressor]
+    flags += [f"{reducer}.bucket_bytes", "20000", "--log.every", "2"]  # several messages are under way
     for name, cluster in clusters.items():
         assert main(["simulate", *flags, "--cluster", cluster, "--out", str(tmp_path / name)]) == 0
     for name, cluster in clusters.items():
@@ -95,17 +96,27 @@ def test_new_times_are_byte_for_byte_those_of_a_simulation_there(method, compres
 
 
 @dataclass(frozen=True)
-class Talker(Algorithm[None]):
+class Talker(Rounds[GradientsState]):
     """Learns alone, and says things every second step; ``topic`` is what."""
 
     topic: str = "everything"
+    every: int = 2
 
-    def init(self, engine, comm):
+    def begin(self, engine, comm):
+        return GradientsState()
+
+    def round(self, t, engine, state, comm):
+        getattr(self, self.topic)(t, comm)
+        return []
+
+    def rest(self, t, engine, state, comm):
         return None
 
-    def after_update(self, t, engine, state, comm):
-        if t % 2 == 0:
-            getattr(self, self.topic)(t, comm)
+    def commit(self, t, engine, state, sent, means):
+        raise AssertionError("no average was sent")
+
+    def stands(self, engine, state):
+        return engine.slots()["param"]
 
     def everything(self, t, comm):
         """Every kind of message in views of several sizes, waited for in another order, late, twice and never."""
@@ -131,15 +142,6 @@ class Talker(Algorithm[None]):
             comm.send(torch.ones(3), 1).wait()
         if comm.rank == 1:
             comm.recv(torch.ones(3)).wait()
-
-    def finish(self, t, engine, state, comm):
-        pass
-
-    def num_rounds(self, state):
-        return 0
-
-    def consensus(self, engine, state):
-        return engine.slots()["param"]
 
 
 def talk(flags, topic, cluster, out):
