@@ -1,16 +1,13 @@
 """Replicas moved off the device and back: the same bits, the same tensors, and nothing left behind."""
 
 import json
-import resource
-from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 
 from lowcomm.cli import main
 from lowcomm.sim.clock import Clock
-from lowcomm.sim.memory import Residence, peak_bytes
+from lowcomm.sim.memory import Residence
 from tests.multiprocess.launch import write_tiny
 
 CPU = torch.device("cpu")
@@ -148,11 +145,6 @@ def test_somebody_must_be_there(tmp_path):
         Residence(CPU, 0, tmp_path)
 
 
-def test_the_peak_is_at_least_what_there_is_now():
-    here_bytes = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    assert peak_bytes(CPU) > 0.9 * here_bytes > 10_000_000  # the kernel's two counts differ by some pages
-
-
 # through `lowcomm simulate`
 
 
@@ -189,22 +181,3 @@ def test_a_simulation_that_fails_leaves_no_files(flags, tmp_path):
 def test_what_cannot_be_moved_is_refused(more, flags, tmp_path, capsys):
     assert main(["simulate", *flags, *more, "--out", str(tmp_path / "out")]) == 2
     assert "num_resident is" in capsys.readouterr().err and not (tmp_path / "out").exists()
-
-
-def test_an_error_leaves_no_files(tmp_path):
-    x = {rank: torch.ones(5) for rank in range(2)}
-    seen = []
-
-    def program(rank):
-        residence.own(rank, lambda: [x[rank]])
-        clock.sleep(1)
-        seen.append(len(list(tmp_path.rglob("rank*"))))
-        raise RuntimeError("broken")
-
-    residence = Residence(CPU, 1, tmp_path)
-    clock = Clock(before_turn=residence.enter)
-    for rank in range(2):
-        clock.spawn(rank, partial(program, rank))
-    with pytest.raises(RuntimeError, match="broken"), residence:
-        clock.run()
-    assert seen == [2] and not list(tmp_path.iterdir())

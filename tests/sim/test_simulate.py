@@ -101,14 +101,6 @@ def test_a_schedule_changes_seconds_and_neither_results_nor_the_bytes_of_the_met
     assert (other["time_s"] - 7) / (ring["time_s"] - 7) == pytest.approx(slower, rel=0.01)
 
 
-def test_a_lost_rank_is_seen_by_those_who_wait_for_it(flags, tmp_path, capsys):
-    crash = '[{"class_path": "Crash", "init_args": {"rank": 1, "at_s": 9.5}}]'
-    cluster = ["--cluster", "LAN", "--cluster.num_hosts", "3", "--cluster.faults", crash]
-    assert main(["simulate", *flags, *cluster, "--out", str(tmp_path / "out")]) == 1
-    assert "1" in capsys.readouterr().err
-    assert losses(tmp_path / "out")[-1][0] == 13, "rank 0 went on to the next round, after step 14"
-
-
 @pytest.mark.parametrize(
     ("cluster", "words"),
     [

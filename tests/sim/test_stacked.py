@@ -223,18 +223,6 @@ def test_it_learns_the_same_in_exactly_the_same_virtual_time(method, compute, de
     assert num_calls == 12 if method == ["DataParallel"] else 12 <= num_calls < 4 * 12
 
 
-def test_mixed_precision_and_tied_embeddings(flags, tmp_path):
-    flags = [*flags, "--precision", "bf16_mixed", "--model.tie_embeddings", "true", "--cluster", "LAN"]
-    flags += ["--cluster.num_hosts", "2"]
-    simulated(flags, tmp_path / "alone")
-    simulated(flags, tmp_path / "stacked", "--stacked", "true")
-    x, y = (
-        [r["loss"] for r in read(tmp_path / out / "metrics.jsonl") if r["kind"] == "step"]
-        for out in ("alone", "stacked")
-    )
-    torch.testing.assert_close(torch.tensor(y), torch.tensor(x), rtol=0.01, atol=0.01)
-
-
 @pytest.mark.parametrize(
     ("more", "words"),
     [

@@ -14,7 +14,6 @@ from lowcomm.compress.hierarchical import Hierarchical
 from lowcomm.compress.quantized import Quantized
 from lowcomm.tensors import rng
 
-SHAPES = [(), (1,), (3,), (5, 7), (0,), (257,)]
 COMPRESSORS = {"exact inside": Hierarchical(2), "coded twice": Hierarchical(2, inner=Quantized())}
 
 

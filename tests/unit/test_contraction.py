@@ -81,6 +81,8 @@ ON_AVERAGE = [
     (RandomK(0.1), [NORMAL, NORMAL.flip(0), NORMAL.square()]),
     (RandomK(0.1, unbiased=True), [NORMAL]),
     (RandomK(0.25, Gathered(QSGD(1)), unbiased=True), [torch.full((1024,), 0.3)]),
+    # a scale that was rounded up makes 4 of 3.501: all of that is multiplied, too
+    (RandomK(0.25, Gathered(Absmax(4, 64, "e8m0")), unbiased=True), [torch.full((4,), 3.501)]),
     (RandomBlock(0.1), [NORMAL]),
     (Sketch(0.25, block=64), [NORMAL]),
     (Sketch(0.2, block=8, unbiased=True), [NORMAL]),  # 2 of 8

@@ -75,12 +75,3 @@ def test_elias_fano_against_its_definition(num, kept):
     bits += rises
     expected = [sum(bit << i for i, bit in enumerate(bits[at : at + 8])) for at in range(0, len(bits), 8)]
     assert encode_indices(torch.tensor([places]), num, "elias_fano")[0].tolist() == expected
-
-
-@pytest.mark.parametrize("code", INDEX_CODES)
-@pytest.mark.parametrize(("num", "kept"), [(4096, 64), (17, 3), (5, 5)])
-def test_runs_without_values(code, num, kept):
-    places = torch.empty(2, kept, dtype=torch.int64, device="meta")
-    raw = encode_indices(places, num, code)
-    assert raw.is_meta and raw.shape == (2, index_bytes(num, kept, code))
-    assert decode_indices(raw, num, kept, code).shape == (2, kept)

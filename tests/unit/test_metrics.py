@@ -60,22 +60,6 @@ def test_lines_are_there_at_once(tmp_path: Path) -> None:
     assert read(path) == [step(1), step(2)]
 
 
-def test_no_file_stays_open_between_lines(tmp_path: Path) -> None:
-    def lowest_free() -> int:
-        with open(os.devnull) as file:
-            return file.fileno()
-
-    before = lowest_free()
-    writers = [Metrics(tmp_path / f"metrics.rank{rank}.jsonl") for rank in range(3)]
-    for t in (1, 2):
-        for writer in writers:
-            writer.write({"kind": "step", "t": t})
-    assert lowest_free() == before, "100,000 simulated ranks would need as many open files"
-    for writer in writers:
-        writer.close()
-    assert [line["t"] for line in read(tmp_path / "metrics.rank2.jsonl")] == [1, 2]
-
-
 def test_not_finite_is_null(tmp_path: Path) -> None:
     write(tmp_path / "m", [step(1, val_loss=math.nan, traffic={"a": [math.inf, 1.0]})])
     line = json.loads((tmp_path / "m").read_text(), parse_constant=pytest.fail)
@@ -99,12 +83,6 @@ def test_resumed_file_is_the_uninterrupted_one(tmp_path: Path, t: int, cut: int 
             resumed.write(line)
     resumed.close()
     assert path.read_text() == whole.read_text()
-
-
-def test_the_summary_goes_when_a_run_that_ended_is_made_longer(tmp_path: Path) -> None:
-    write(tmp_path / "m", run_lines(4))
-    truncate_after(tmp_path / "m", 4)
-    assert read(tmp_path / "m") == run_lines(4)[:-1]
 
 
 def test_truncation_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,14 +100,6 @@ def test_recovers_from_zeros_and_finds_the_best_approximation(alternate):
     assert torch.allclose(mean[0], best, atol=1e-9)
 
 
-def test_a_cold_start_takes_other_directions_each_round():
-    x, comm = normal(1, 30, 30), EchoComm(1)
-    compressor = PowerSGD(rank=2, warm_start=False)
-    _, first, state = Task(compressor.mean(x, compressor.init(x), comm)).result()
-    _, second, _ = Task(compressor.mean(x, state, comm)).result()
-    assert not torch.allclose(first, second, atol=1e-3)
-
-
 def test_iterations_improve_the_approximation():
     x, comm = normal(1, 30, 40), EchoComm(1)
 
@@ -156,34 +148,6 @@ def test_memory_stays_bounded_where_ranks_differ():
     assert ours[250:].max() < 1.3 * ours[:250].max()
     assert theirs[-1] > 1.9 * theirs[249]
     assert theirs[-1] > 5 * ours[-1]
-
-
-def test_alternate_sends_half():
-    x = torch.empty(3, 40, 60, device="meta")
-    for rounds, compressor in ((4, PowerSGD(2)), (4, PowerSGD(2, alternate=True))):
-        meter, state = Meter(), compressor.init(x)
-        for _ in range(rounds):
-            _, _, state = Task(compressor.mean(x, state, MeteredComm(EchoComm(2), meter))).result()
-        halves = 1 if compressor.alternate else 2
-        assert meter.bytes_sent == rounds * halves * 3 * (40 + 60) * 2 * 4 // 2
-        assert meter.bytes_sent == rounds * compressor.sent_bytes(x.shape, 4, 2)
-
-
-@pytest.mark.parametrize("alternate", [False, True])
-def test_a_newcomer_gets_the_factors(alternate):
-    """Two ranks have come far, a third is fresh: after the resync all go on as the first."""
-    compressor = PowerSGD(rank=2, alternate=alternate)
-
-    def program(comm):
-        x = normal(2, 20, 30)
-        state = compressor.init(x)
-        for _ in range(0 if comm.rank == 2 else 3):
-            _, _, state = Task(compressor.mean(x, state, EchoComm(1))).result()
-        state = Task(compressor.resync(state, comm)).result()
-        return Task(compressor.mean(x, state, comm)).result()[1], state.round
-
-    results = run_world(3, program)
-    assert all(torch.equal(mean, results[0][0]) and count == 3 for mean, count in results)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 from lowcomm.cli import main
 from lowcomm.metrics import SUMMARY_COLUMNS, Metrics
 from lowcomm.report import write_report
-from lowcomm.report.pictures import AXES, colour, dashes, picture, thin
+from lowcomm.report.pictures import AXES, picture, thin
 
 ODD = "<b>odd & 'name'"
 VOID = {"meta", "line"}
@@ -191,12 +190,6 @@ def test_an_environment_that_is_not_whole_is_named(tmp_path: Path, text: str) ->
     assert "seed: 1" in write_report([run], tmp_path / "r.html").read_text(encoding="utf-8")
 
 
-def test_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ValueError, match=r"pip install 'lowcomm\[report\]'"):
-        write_report([write_run(tmp_path / "a", 1.0, 0)], tmp_path / "r.html")
-
-
 def test_first_lines_and_equal_names_make_a_page(tmp_path: Path) -> None:
     """Two runs of one name, one with a single step and a loss that is not finite, neither with an evaluation."""
     for folder, loss in (("a", float("nan")), ("b", 2.0)):
@@ -229,10 +222,6 @@ def test_axes_are_logarithmic_where_numbers_spread() -> None:
     assert [gaps(places) for places in pixels(wide, "t")] == pytest.approx([10, 1], rel=0.01)
     assert [gaps(places) for places in pixels(narrow, "bytes_sent")] == pytest.approx([2, 2], rel=0.01)
     assert gaps(pixels([(1, 0.0), (2, 10.0), (3, 100.0)], "t")[1]) == pytest.approx(9, rel=0.01)
-
-
-def test_no_two_of_many_runs_look_alike() -> None:
-    assert len({(colour(i), dashes(i)) for i in range(18)}) == 18
 
 
 def test_the_page_lies_in_the_first_directory_and_says_that_curves_are_thinned(tmp_path: Path) -> None:

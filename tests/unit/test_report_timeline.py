@@ -74,16 +74,6 @@ def test_the_picture_shows_three_rounds_and_says_which(tmp_path: Path) -> None:
     assert "currentColor" in found.svg and "#1b1f24" not in found.svg
 
 
-def test_a_simulation_that_ends_before_its_first_round_is_shown_whole(tmp_path: Path) -> None:
-    file = Metrics(tmp_path / "metrics.jsonl")
-    file.write({"kind": "step", "t": 3, "rank": 0, "round": 0, "loss": 3.0, "time_s": 3.0})
-    file.close()
-    write_chrome_trace([Span(0, "compute", t - 1, t, f"step {t}") for t in (1, 2, 3)], tmp_path / "trace.json")
-    (run,) = load_runs([tmp_path])
-    found = timeline(run, "here")
-    assert found is not None and found.window.startswith("Inner steps 1 to 3 of 3, from 0.0 to 3.0")
-
-
 def test_bars_stand_where_they_belong(tmp_path: Path) -> None:
     """Rank 0 of the window computes in three bars of 4 s and waits in three of 2 s, to scale."""
     (run,) = load_runs([write_simulation(tmp_path / "run", num_ranks=1)])

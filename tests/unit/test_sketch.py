@@ -49,15 +49,6 @@ def test_a_full_sketch_is_exact():
     assert all(torch.allclose(mean, x) for mean in rounds(Sketch(1.0, block=16), x, 3))
 
 
-@pytest.mark.parametrize("x", [normal(64), torch.eye(64, dtype=torch.float64)[5], torch.ones(64).double()], ids=len)
-def test_expectation_and_variance(x):
-    """Unbiased: E = x, E |C(x) - x|^2 = (1 / density - 1) |x|^2. Otherwise density times that, and 1 - density."""
-    means = torch.stack(list(rounds(Sketch(0.25, block=64, unbiased=True), x, 4000)))
-    assert (means.mean(0) - x).norm() < 0.05 * x.norm()
-    assert (means - x).square().sum(1).mean() == pytest.approx(3.0 * float(x.square().sum()), rel=0.05)
-    assert (means / 4 - x).square().sum(1).mean() == pytest.approx(0.75 * float(x.square().sum()), rel=0.05)
-
-
 @pytest.mark.parametrize("compressor", [Sketch(0.1, block=64), CountSketch(keep=0.02)], ids=str)
 def test_error_feedback_sends_everything_in_the_end(compressor):
     """On a constant vector the mean over rounds tends to it."""
@@ -120,5 +111,6 @@ def test_rows_of_a_count_sketch_are_balanced_and_collide_at_random():
     ids=str,
 )
 def test_bad_options_are_refused(cls, options):
+    CountSketch(density=0.3, rows=3, keep=0.1)  # three times 0.1 is more than 0.3, by a rounding
     with pytest.raises(ValueError, match=f"{next(iter(options))}="):
         cls(**options)

@@ -120,17 +120,6 @@ def test_micro_batches_give_the_gradient_and_loss_of_the_whole_batch():
     torch.testing.assert_close(parts.slots()["grad"], whole.slots()["grad"])
 
 
-def test_micro_batches_are_cut_from_tuples_too():
-    def loss(model, batch):
-        return F.mse_loss(model(batch[0]), batch[1])
-
-    whole = engine_of(nn.Linear(3, 2), sgd, loss=loss)
-    parts = engine_of(copy.deepcopy(whole.model), sgd, loss=loss, num_micro_batches=2)
-    batch = (torch.arange(12.0).reshape(4, 3), torch.ones(4, 2))
-    torch.testing.assert_close(parts.backward(batch), whole.backward(batch))
-    torch.testing.assert_close(parts.slots()["grad"], whole.slots()["grad"])
-
-
 @pytest.mark.parametrize("make", [sgd, adamw])
 @pytest.mark.parametrize("schedule", [None, Cosine(3, final=0.1)])
 @pytest.mark.parametrize("num_before", [0, 4])
@@ -331,15 +320,6 @@ def test_compiles_forward_and_loss_as_one_graph(monkeypatch):
     assert train(compiled, batches(3)) == pytest.approx(train(plain, batches(3)), rel=1e-5)
     assert len(graphs) == 1
     assert list(compiled.state_dict()["model"]) == list(plain.state_dict()["model"])
-
-
-def test_runs_on_the_meta_device_where_only_shapes_matter():
-    with torch.device("meta"):
-        model = Llama("500k", num_layers=1, dim=8, num_heads=2, num_kv_heads=1, ffn_dim=8).build(VOCAB, seed=0)
-    engine = engine_of(model, Fp32Momentum)
-    assert engine.backward(torch.zeros(2, 9, dtype=torch.int64, device="meta")).is_meta
-    engine.update()
-    assert list(engine.slots()) == ["param", "momentum"]
 
 
 def sharing_memory() -> nn.Module:
