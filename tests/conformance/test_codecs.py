@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from lowcomm.codecs.blocks import BlockCodec
 from lowcomm.tensors import digest, rng
-from tests.compressors import all_codecs
+from tests.compressors import BlockCodec, all_codecs
 from tests.conformance.test_compressors import KINDS, draw
 
 SHAPES = [(1, 1), (1, 17), (3, 257), (2, 64), (4, 1000), (2, 0), (0, 5)]

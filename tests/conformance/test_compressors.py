@@ -5,17 +5,10 @@ from math import prod
 import pytest
 import torch
 
-from lowcomm.comm.base import Task
+from lowcomm import Meter, MeteredComm, Task
 from lowcomm.comm.echo import EchoComm
-from lowcomm.comm.metered import Meter, MeteredComm
-from lowcomm.compress.chosen import Chosen
-from lowcomm.compress.dct import DCT
-from lowcomm.compress.ef21_plus import EF21Plus
-from lowcomm.compress.gathered import Gathered
-from lowcomm.compress.identity import Identity
-from lowcomm.compress.top_k import TopK
 from lowcomm.tensors import digest, rng
-from tests.compressors import all_compressors
+from tests.compressors import DCT, Chosen, EF21Plus, Gathered, Identity, TopK, all_compressors
 from tests.world import run_world
 
 KINDS = ["normal", "heavy", "zero", "constant", "rows"]

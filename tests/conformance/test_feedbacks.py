@@ -6,15 +6,10 @@ import pytest
 import torch
 
 from lowcomm.comm.echo import EchoComm
-from lowcomm.compress.cast import Cast
-from lowcomm.compress.ef21_plus import EF21Plus
-from lowcomm.compress.identity import Identity
-from lowcomm.compress.quantized import Quantized
-from lowcomm.compress.top_k import TopK
 from lowcomm.reduce import Reducer
 from lowcomm.state import restore, state_tree
 from lowcomm.tensors import digest, rng
-from tests.compressors import all_compressors, all_feedbacks
+from tests.compressors import Cast, EF21Plus, Identity, Quantized, TopK, all_compressors, all_feedbacks
 from tests.world import run_world
 
 SHAPES = [(3, 4), (0,), (), (37,), (3, 4)]

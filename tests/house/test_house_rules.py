@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ def tracked_files() -> Iterator[Path]:
     return walk(ROOT)
 
 
+@cache
 def sources() -> list[Source]:
     """All Python files that the rules speak of."""
     paths = (path.relative_to(ROOT) for path in tracked_files() if path.suffix == ".py")

@@ -17,14 +17,10 @@ from lowcomm.algorithms.qsr import QSR
 from lowcomm.algorithms.savic import SAVIC
 from lowcomm.algorithms.sparta import SPARTA
 from lowcomm.algorithms.streaming_diloco import StreamingDiLoCo
-from lowcomm.codecs.sign_magnitude import SignMagnitude
 from lowcomm.comm.base import Comm
-from lowcomm.compress.cast import Cast
-from lowcomm.compress.top_k import TopK
-from lowcomm.feedback.ef14 import EF14
-from lowcomm.outer.sgd import SGD
 from lowcomm.pairwise import Pairwise
 from lowcomm.reduce import Reducer
+from tests.compressors import EF14, SGD, Cast, SignMagnitude, TopK
 
 STEPS = 12
 _CAST = Reducer(Cast(), bucket_bytes=64)

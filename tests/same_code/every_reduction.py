@@ -22,13 +22,12 @@ from lowcomm.algorithms.noloco import NoLoCo
 from lowcomm.algorithms.savic import SAVIC
 from lowcomm.algorithms.streaming_diloco import StreamingDiLoCo
 from lowcomm.comm.base import Comm
-from lowcomm.compress.hierarchical import Hierarchical
 from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.feedback.base import Feedback
 from lowcomm.reduce import Reducer
 from lowcomm.tensors import digest
 from tests.algorithms import INNERS
-from tests.compressors import all_compressors
+from tests.compressors import Hierarchical, all_compressors
 from tests.replicas import make_batch, make_model, mse, sgd
 from tests.roles import players
 

@@ -107,15 +107,6 @@ def test_a_blocked_flow_waits_where_it_is(from_s):
     assert back == pytest.approx(1.1)
 
 
-def test_blocking_for_ever_never_ends_and_leaves_nothing_due():
-    clock = FakeClock()
-    network = Network(clock, links([MBYTE_S] * 2))
-    flow = network.send(0, 1, 1e6, lambda: pytest.fail("it cannot arrive"))
-    network.block(0, 1)
-    assert clock.run() == 0.0
-    assert not flow.over and flow.remaining_bytes == 1e6
-
-
 def test_cancel_gives_the_rate_to_others_and_calls_nobody():
     clock, ends, records = FakeClock(), [], []
     network = Network(clock, links([2 * MBYTE_S] * 3), records.append)
@@ -146,15 +137,6 @@ def test_flows_that_end_together_end_in_the_order_in_which_they_were_sent():
     for i, (source, to, num_bytes) in enumerate([(0, 1, 3e6), (0, 2, 1e6), (3, 4, 4e6)]):
         network.send(source, to, num_bytes, partial(ends.append, i))  # the end of 2 is in sight before that of 0
     assert clock.run() == 2.0 and ends == [1, 0, 2]
-
-
-def test_a_ring_shares_two_events_whatever_its_size():
-    clock = FakeClock()
-    network = Network(clock, links([MBYTE_S] * 50, latency_s=0.1))
-    for rank in range(50):
-        network.send(rank, (rank + 1) % 50, 1e6, lambda: None)
-    clock.run()
-    assert clock.num_events == 2
 
 
 # any network, any flows, and links that slow down, speed up and fall out under way

@@ -126,23 +126,6 @@ def test_views_from_before_a_return_learn_of_later_crashes():
     assert world.clock.run()[0] == ((2,), 6.0)
 
 
-def test_views_without_the_lost_rank_notice_nothing():
-    def others(world, rank):
-        comm = world.comm(rank, [0, 2])
-        for _ in range(10):
-            world.clock.sleep(1.0)
-            comm.all_sum(byte(1)).wait()
-        return world.clock.now
-
-    def lonely(world, rank):
-        world.clock.sleep(50.0)
-
-    world = world_of([others, lonely, others])
-    crash_and_return(world, 1, [(2.5, 4.5), (6.5, 8.5)], lonely)
-    assert world.clock.run()[0] == 20.0
-    assert world.incarnation(1) == 2
-
-
 def test_only_who_is_gone_can_come_back():
     world = world_of([lambda world, rank: world.clock.sleep(9.0)] * 2)
     world.clock.at(1.0, partial(world.rejoin, 1, lambda: None))

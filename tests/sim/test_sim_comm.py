@@ -6,6 +6,7 @@ import torch
 from lowcomm.sim.clock import Clock, Deadlock
 from lowcomm.sim.collectives import Ring, Star, Tree
 from lowcomm.sim.comm import World
+from lowcomm.tensors import digest
 from tests.algorithms import inner_of
 from tests.replicas import train
 from tests.same_code.cases import CASES, STEPS, wire_laws
@@ -15,25 +16,21 @@ from tests.world import run_world
 # ---- the promises of Comm -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("slow", [False, True])
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
-def test_wire_laws(num_ranks, slow):
-    simulate(*[lambda comm, clock: wire_laws(comm)] * num_ranks, slow=slow, isolate_torch=True)
+def test_wire_laws(num_ranks):
+    for slow in (False, True):
+        simulate(*[lambda comm, clock: wire_laws(comm)] * num_ranks, slow=slow, isolate_torch=True)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", CASES)
-def test_simulation_computes_what_threads_compute_and_twice_the_same(name, num_ranks):
-    def program(comm, clock):
+def test_a_network_changes_no_number_and_its_times_are_the_same_again(name):
+    def program(comm, clock=None):
         trace = train(CASES[name], comm, STEPS, inner_of(CASES[name]))
-        return trace, clock.now
+        return digest(trace), clock and clock.now
 
-    threads = run_world(num_ranks, lambda comm: train(CASES[name], comm, STEPS, inner_of(CASES[name])))
-    first, second = (simulate(*[program] * num_ranks, isolate_torch=True) for _ in range(2))
-    for (trace, time), (again, time_again), expected in zip(first, second, threads, strict=True):
-        assert all(map(torch.equal, trace, expected)) and len(trace) == len(expected)
-        assert all(map(torch.equal, trace, again)) and time == time_again
-        assert time > 0 or num_ranks == 1
+    slow, again = (simulate(*[program] * 3, isolate_torch=True) for _ in range(2))
+    assert slow == again and min(time for _, time in slow) > 0
+    assert [x for x, _ in slow] == [x for x, _ in run_world(3, program)]
 
 
 def test_results_are_fresh_and_inputs_are_read_at_the_call():

@@ -179,15 +179,3 @@ def test_a_message_that_overtook_another_was_there_before_the_crash():
         return clock.now
 
     assert simulate(sender, lambda comm, clock: clock.sleep(50.0), crashes=[(1, 3.0)])[0] == 3.0
-
-
-def test_anyone_is_awaited_while_somebody_is_left():
-    def server(comm, clock):
-        source, _ = comm.recv(byte(0)).wait()
-        return source, clock.now
-
-    def sender(comm, clock):
-        clock.sleep(5.0)
-        comm.send(byte(0), 0).wait()
-
-    assert simulate(server, sender, sender, crashes=[(1, 1.0)])[0] == (2, 6.0)

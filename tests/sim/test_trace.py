@@ -130,16 +130,6 @@ def test_gantt_has_what_a_rank_did_beside_its_name_and_what_it_sent_below() -> N
     assert compute < first and compute < flow < wait < second
 
 
-def test_gantt_of_flows_within_a_flow_is_its_bar() -> None:
-    spans = [Span(0, "flow", start_s, end_s, "to rank 1") for start_s, end_s in ((0.0, 9.0), (1.0, 2.0), (5.0, 6.0))]
-    assert bars(gantt(spans)) == bars(gantt(spans[:1]))
-
-
-def test_gantt_shows_a_window_of_some_ranks() -> None:
-    svg = gantt(recorded().spans, start_s=0.0, end_s=0.5, ranks=[1])
-    assert re.findall(r">(rank \d)<", svg) == ["rank 1"]
-
-
 def test_gantt_of_a_long_run_counts_hours() -> None:
     svg = gantt([Span(0, "compute", 3_600_000.0, 3_610_800.0, "step 9")], start_s=3_600_000.0)
     assert "virtual time (h)" in svg and {"1000.0", "1003.0"} <= set(re.findall(r">([\d.]+)</text>", svg))

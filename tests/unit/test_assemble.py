@@ -6,14 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lowcomm import Comm, Meter, MeteredComm, TorchEngine
 from lowcomm.assemble import Place, _run_replica, assemble, build_engine, check_agreement, checkpoint_bytes, place
 from lowcomm.checkpoint import Checkpoints, state_bytes
 from lowcomm.cli import parse_run
-from lowcomm.comm.base import Comm
 from lowcomm.comm.echo import EchoComm
-from lowcomm.comm.metered import Meter, MeteredComm
 from lowcomm.config import Run
-from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.models.llama import Llama
 from lowcomm.optim.schedule import Cosine
 from tests.multiprocess.launch import write_tiny

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import math
 import os
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -282,18 +284,15 @@ def test_other_runs_are_refused(tmp_path: Path, other: dict[str, Any], message: 
             call(checkpoints(tmp_path, **other))
 
 
-def test_a_folder_renamed_to_another_step_is_refused(tmp_path: Path) -> None:
-    folder = checkpoints(tmp_path).save(1, small_state())
-    folder.parent.rename(folder.parent.with_name("t00000002"))
-    with pytest.raises(ValueError, match="saved with t 1, but here t is 2"):
-        checkpoints(tmp_path).steps()
-
-
-def test_a_folder_of_another_rank_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("there", "message"), [("t00000002/rank00001", "t is 2"), ("t00000001/rank00000", "rank is 0")]
+)
+def test_a_folder_of_another_step_or_rank_is_refused(tmp_path: Path, there: str, message: str) -> None:
     folder = checkpoints(tmp_path, rank=1).save(1, small_state())
-    folder.rename(folder.with_name("rank00000"))
-    with pytest.raises(ValueError, match="saved with rank 1, but here rank is 0"):
-        checkpoints(tmp_path).steps()
+    (folder.parents[1] / there).parent.mkdir(exist_ok=True)
+    folder.rename(folder.parents[1] / there)
+    with pytest.raises(ValueError, match=f"but here {message}"):
+        checkpoints(tmp_path, rank=int(there[-1])).steps()
 
 
 @pytest.mark.parametrize(
@@ -334,3 +333,50 @@ def test_discard_after(tmp_path: Path) -> None:
 def test_keep_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="keep is 0"):
         checkpoints(tmp_path, keep=0)
+
+
+def test_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = checkpoints(tmp_path / "new")
+    saved.require_space(1)  # of a disk on which no folder of the run is yet
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * 10**9))
+    saved.require_space(10**9)
+    with pytest.raises(ValueError, match=r"3\.00 GB free, but 3 checkpoints of 1\.10 GB .* need 3\.30 GB more"):
+        saved.require_space(11 * 10**8)
+
+
+def test_a_disk_that_fills_up_while_writing_is_named(tmp_path: Path) -> None:
+    """The limit on a file's size stands for the end of the disk."""
+    saved = checkpoints(tmp_path)
+    saved.save(1, small_state(1))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"rank00000.partial cannot be written .*; is the disk full\?"):
+            saved.save(2, {"x": torch.zeros(1_000_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert saved.steps() == [1] and saved.load(1)["t"] == 1
+    saved.save(2, small_state(2))
+    assert saved.load(2)["t"] == 2
+
+
+def test_an_interrupt_while_writing_is_no_error_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints(tmp_path).save(1, small_state(1))
+
+
+def test_checkpoints_of_all_ranks_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank in range(4):
+        for t in (1, 2):
+            checkpoints(tmp_path, rank, 4).save(t, {"x": torch.zeros(250_000)})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4_000_000))
+    checkpoints(tmp_path, 3, 4).require_space(4_000_000)
+    partial = tmp_path / "checkpoints" / "t00000003" / "rank00003.partial"  # which the next one replaces
+    partial.mkdir(parents=True)
+    (partial / "x").write_bytes(bytes(1_000_000))
+    with pytest.raises(ValueError, match="free space"):
+        checkpoints(tmp_path, 3, 4).require_space(4_100_000)

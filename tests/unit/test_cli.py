@@ -9,15 +9,13 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from lowcomm.algorithms.diloco import DiLoCo
-from lowcomm.algorithms.local_sgd import LocalSGD
+from lowcomm import DiLoCo, LocalSGD
 from lowcomm.cli import main, parse_run
 from lowcomm.config import Optimizer, describe
 from lowcomm.data import Files
 from lowcomm.ledger import Diverged
 from lowcomm.metrics import read
-from lowcomm.outer.nesterov import Nesterov
-from lowcomm.outer.sgd import SGD
+from tests.compressors import SGD, Nesterov
 from tests.multiprocess.launch import write_tiny
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
@@ -45,12 +43,8 @@ def refused(capsys, *argv):
         (["--algorithm.every", "0"], ["every is 0", "at least 1"]),
         (["--algorithm.outer.momentum", "1"], ["momentum=1"]),
         (["--algorithm.weights", "[1,2,3]"], ["weights has 3 entries for 1 replicas"]),
-        (["--algorithm.weights", "[0]"], ["must be positive"]),
         (["--algorithm", "NoSuchMethod"], ["NoSuchMethod"]),
         (["--num_tokens", "1000"], ["num_steps or num_tokens"]),
-        (["--num_steps", "0"], ["num_steps is 0"]),
-        (["--batch.size", "0"], ["batch.size is 0"]),
-        (["--batch.num_micro_batches", "3"], ["does not split"]),
         (["--data.source.paths", "[/no/such/file.txt]"], ["/no/such/file.txt"]),
         (["--data.seq_len", "100000"], ["tokens"]),
         (["--model.vocab_size", "100"], ["100", "256"]),
@@ -62,14 +56,10 @@ def refused(capsys, *argv):
         (["--optimizer.args.lr", "-1"], ["lr is -1"]),
         (["--schedule.num_warmup_steps", "41"], ["num_warmup_steps 41"]),
         (["--optimizer.args", "{lr: 0.1, betas: 3}"], ["torch.optim.AdamW", "'betas': 3", "leave out"]),
-        (["--optimizer.args", "{lr: 0.1, betas: [0.9]}"], ["torch.optim.AdamW", "'betas': [0.9]"]),
         (["--optimizer.args", "{lr: null}"], ["torch.optim.AdamW", "'lr': None"]),
         (["--optimizer.args", "{lr: 0.1, params: 1}"], ["does not take ['params']"]),
         (["--algorithm", "diloco"], ["diloco", "lowcomm train --help lists"]),
         (["--algorithm.every", "null"], ["algorithm.every is null", "leave it out"]),
-        (["--algorithm.reducer", "null"], ["algorithm.reducer is null"]),
-        (["--algorithm.outer", "null"], ["algorithm.outer is null"]),
-        (["--model.tie_embeddings", "null"], ["model.tie_embeddings is null"]),
         (["--config", "/no/such/config.yaml"], ["/no/such/config.yaml"]),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else None,
@@ -86,17 +76,10 @@ def test_bad_input_is_refused_before_training(capsys, config, tmp_path, flags, w
     ("text", "words"),
     [
         ("evaluation:\n", ["evaluation is null"]),
-        ("model:\n", ["model is null"]),
-        ("compile:\n", ["compile is null"]),
         ("optimizer: {args: }\n", ["optimizer.args is null"]),
         ("data: {source: }\n", ["data.source is null"]),
         ("algorithm: {class_path: LocalSGD, init_args: {reducer: {compressor: }}}\n", ["reducer.compressor is null"]),
         ("batch: {size: 4}\nbatch: {num_micro_batches: 2}\n", ["'batch' stands here twice"]),
-        (
-            "algorithm: {class_path: LocalSGD, init_args: {dropped: {probability: 0.1, seed: }}}\n",
-            ["dropped.seed is null"],
-        ),
-        ("batch: {size: 4, size: 8}\n", ["'size' stands here twice"]),
         ("batch: {size: 4, num_micro_batches: 2, size: 8}\n", ["'size' stands here twice"]),
         ("optimizer: {args: {params: [{lr: 1, lr: 2}]}}\n", ["'lr' stands here twice"]),
     ],
@@ -156,15 +139,6 @@ def test_a_full_disk_is_told_in_a_sentence(capsys, config, tmp_path, monkeypatch
     error = capsys.readouterr().err
     assert error.startswith("lowcomm: error:") and "No space left on device" in error
     assert ("--resume" in error) == (where == "save_model"), "there is a checkpoint to go on from"
-
-
-def test_ctrl_c_ends_a_simulation_without_a_traceback(capsys, config, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("lowcomm.cli.simulate", interrupted)
-    assert main(["simulate", "--config", str(config), "--cluster", "Uniform"]) == 130
-    assert "stopped by SIGINT" in capsys.readouterr().err
 
 
 def test_no_free_disk_is_refused(capsys, config, tmp_path, monkeypatch):

@@ -3,20 +3,11 @@
 import pytest
 import torch
 
-from lowcomm.codecs.absmax import Absmax
-from lowcomm.codecs.bins import Bins
-from lowcomm.codecs.e3m0 import E3M0
-from lowcomm.codecs.fp4 import FP4
-from lowcomm.codecs.fp8 import FP8
-from lowcomm.codecs.half import Half
 from lowcomm.codecs.levels import cell_size
-from lowcomm.codecs.nf4 import NF4
 from lowcomm.codecs.packing import pack, unpack
-from lowcomm.codecs.qsgd import QSGD
 from lowcomm.codecs.scales import SCALE_GROWTH, SCALE_TYPES, scale_from_format, scale_to_format
-from lowcomm.codecs.sign import Sign
-from lowcomm.codecs.sign_magnitude import SignMagnitude
 from lowcomm.tensors import rng
+from tests.compressors import E3M0, FP4, FP8, NF4, QSGD, Absmax, Bins, Half, Sign, SignMagnitude
 
 NUM = 2**20
 

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
+from lowcomm import Meter, MeteredComm, SoloComm
 from lowcomm.comm.echo import EchoComm
-from lowcomm.comm.metered import Meter, MeteredComm
-from lowcomm.comm.solo import SoloComm
 from lowcomm.joined import JoinedComm
 from lowcomm.pairwise import Pairwise
 from tests.same_code.cases import wire_laws

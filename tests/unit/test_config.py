@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from lowcomm.algorithms.diloco import DiLoCo
-from lowcomm.algorithms.qsr import QSR
+from lowcomm import QSR, DiLoCo
 from lowcomm.config import Batch, Checkpointing, Evaluation, Log, Optimizer, Run, identity
 from lowcomm.data import Data
 from lowcomm.optim.schedule import Cosine

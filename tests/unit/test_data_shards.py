@@ -72,7 +72,7 @@ def test_nothing_is_left_of_a_failed_write(source, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="shard_tokens is 0"):
         write_shards(source, Bytes(), str(tmp_path / "out"), shard_tokens=0)
 
-    def interrupted(*_):
+    def interrupted(header, shard, num_shards):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("lowcomm.data.shards.replace", interrupted)  # when all tokens are written

@@ -7,10 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowcomm.comm.base import Task
-from lowcomm.comm.solo import SoloComm
-from lowcomm.compress.dct import DCT
-from lowcomm.compress.top_k import TopK
+from lowcomm import SoloComm, Task
+from tests.compressors import DCT, TopK
 from tests.conformance.test_compressors import draw
 
 SHAPES = [(1,), (2, 7), (3, 0), (1, 64, 64), (2, 9, 13), (2, 5, 3, 2), (1, 65, 130), (4, 1, 1), (1, 127)]

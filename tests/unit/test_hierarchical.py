@@ -3,16 +3,10 @@
 import pytest
 import torch
 
-from lowcomm.codecs.absmax import Absmax
-from lowcomm.comm.base import Task
+from lowcomm import Meter, MeteredComm, Task
 from lowcomm.comm.echo import EchoComm
-from lowcomm.comm.metered import Meter, MeteredComm
-from lowcomm.compress.cast import Cast
-from lowcomm.compress.hierarchical import Hierarchical
-from lowcomm.compress.identity import Identity
-from lowcomm.compress.power_sgd import PowerSGD
-from lowcomm.compress.quantized import Quantized
 from lowcomm.tensors import digest
+from tests.compressors import Absmax, Cast, Hierarchical, Identity, PowerSGD, Quantized
 from tests.conformance.test_compressors import check_means
 from tests.torchrun import torchrun
 from tests.unit.islands import COMPRESSORS, program

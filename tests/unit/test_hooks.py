@@ -10,11 +10,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lowcomm
-from lowcomm.comm.solo import SoloComm
-from lowcomm.compress.quantized import Quantized
-from lowcomm.feedback.ef14 import EF14
-from lowcomm.reduce import Reducer
+from lowcomm import Reducer, SoloComm
 from lowcomm.tensors import rng
+from tests.compressors import EF14, Quantized
 from tests.world import run_world
 
 

@@ -37,7 +37,7 @@ def test_bits_of_each_index(code, num, kept, bits):
     assert encode_indices(choose(3, num, kept), num, code).shape == (3, index_bytes(num, kept, code))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 3), st.integers(1, 5000), st.data(), st.sampled_from(INDEX_CODES))
 def test_what_was_chosen_comes_back(num_rows, num, data, code):
     kept = data.draw(st.integers(0, num))

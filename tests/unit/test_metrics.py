@@ -164,19 +164,6 @@ def test_progress(clock: list[float], terminal: bool) -> None:
         assert len(text.splitlines()) == 10 + 3  # of 100 seconds a line every 10, and three that always show
 
 
-def test_tensorboard(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing import event_accumulator as reader
-
-    sink = TensorBoardSink(tmp_path)
-    for t in (1, 2):
-        sink.write(step(t, lr=None, algorithm="DiLoCo", traffic={"a": 1}))
-    sink.close()
-    events = reader.EventAccumulator(str(tmp_path))
-    events.Reload()
-    assert set(events.Tags()["scalars"]) == {"loss", "bytes_sent"}
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 5.0), (2, 2.5)]
-
-
 def test_tensorboard_shows_a_step_that_was_done_again_once(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing import event_accumulator as reader
 
@@ -184,16 +171,13 @@ def test_tensorboard_shows_a_step_that_was_done_again_once(tmp_path: Path) -> No
     for first, last, loss in ((1, 5, 9.0), (4, 6, 1.0)):  # interrupted after step 5, goes on from step 3
         sink = TensorBoardSink(tmp_path)
         for t in range(first, last + 1):
-            sink.write(step(t, loss=loss))
+            sink.write(step(t, loss=loss, lr=None, algorithm="DiLoCo", traffic={"a": 1}))
         sink.close()
     events = reader.EventAccumulator(str(tmp_path))
     events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [
-        *((t, 9.0) for t in (1, 2, 3)),
-        (4, 1),
-        (5, 1),
-        (6, 1),
-    ]
+    assert set(events.Tags()["scalars"]) == {"loss", "bytes_sent"}
+    found = [(e.step, e.value) for e in events.Scalars("loss")]
+    assert found == [(1, 9.0), (2, 9.0), (3, 9.0), (4, 1.0), (5, 1.0), (6, 1.0)]
 
 
 class FakeWandb(ModuleType):
@@ -221,21 +205,6 @@ def test_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
     sink.write(step(2, lr=None))
     sink.close()
     assert fake.calls == [("project", "name", "offline"), (2, {"loss": 2.5, "bytes_sent": 2000}), "finished"]
-
-
-@pytest.mark.parametrize(
-    ("module", "install", "make"),
-    [
-        ("wandb", "wandb", lambda dir: WandbSink("project", "name")),
-        ("torch.utils.tensorboard", "tensorboard", TensorBoardSink),
-    ],
-)
-def test_missing_libraries(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: str, install: str, make: Any
-) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ValueError, match=f"pip install '{install}'"):
-        make(tmp_path)
 
 
 def test_summary_table() -> None:

@@ -11,15 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
-from lowcomm.algorithms.base import Algorithm
-from lowcomm.algorithms.qsr import QSR
+from lowcomm import QSR, Algorithm, Reducer
 from lowcomm.cli import parse_run
 from lowcomm.codecs.base import Codec
 from lowcomm.compress.base import Compressor
 from lowcomm.feedback.base import Feedback
 from lowcomm.outer.base import Outer
 from lowcomm.predict import predict
-from lowcomm.reduce import Reducer
 from tests.roles import players
 
 ROOT = Path(__file__).resolve().parents[2]

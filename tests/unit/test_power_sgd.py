@@ -5,13 +5,10 @@ from math import prod
 import pytest
 import torch
 
-from lowcomm.comm.base import Task
+from lowcomm import Meter, MeteredComm, Reducer, Task
 from lowcomm.comm.echo import EchoComm
-from lowcomm.comm.metered import Meter, MeteredComm
-from lowcomm.compress.power_sgd import PowerSGD
-from lowcomm.feedback.ef14 import EF14
-from lowcomm.reduce import Reducer
 from lowcomm.tensors import rng
+from tests.compressors import EF14, PowerSGD
 from tests.world import run_world
 
 STEPS_PER_EPOCH = 24

@@ -7,11 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from lowcomm.config import Optimizer as OptimizerConfig
-from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.optim.qhadopt import QHADOPT
 from lowcomm.tensors import rng
-from tests.replicas import make_batch, make_model, mse
 
 NUM_STEPS = 100
 INF, NAN = float("inf"), float("nan")
@@ -166,24 +163,6 @@ def test_each_parameter_is_clipped_by_its_own_number_of_calls():
         assert torch.equal(p, alone[-1])
 
 
-def test_the_engine_sees_its_states_and_updates_in_parts():
-    def engine():
-        model = make_model()
-        optimizer = QHADOPT(model.parameters(), lr=0.05, betas=(0.9, 0.99, 0.999), omega=(0.3, 0.5))
-        return TorchEngine(model, optimizer, loss=mse, clip_norm=None)
-
-    whole, parts = engine(), engine()
-    for t in range(1, 6):
-        whole.backward(make_batch(0, t))
-        whole.update()
-        parts.backward(make_batch(0, t), lambda i, _: parts.update_part([i]))
-        parts.update()
-        for name in ("param", "exp_avg", "exp_avg_2", "exp_avg_sq"):
-            pairs = zip(whole.slots()[name], parts.slots()[name], strict=True)
-            assert all(torch.equal(x, y) for x, y in pairs), name
-    assert set(whole.slots()) == {"param", "exp_avg", "exp_avg_2", "exp_avg_sq"}
-
-
 def test_it_steps_without_values_and_on_odd_shapes():
     for device in ("meta", "cpu"):
         ps = [nn.Parameter(torch.ones(shape, device=device)) for shape in ((), (0, 3), (5,), (2, 3, 4))]
@@ -242,12 +221,3 @@ def test_sparse_gradients_are_refused():
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match="dense gradients"):
         QHADOPT(embedding.parameters()).step()
-
-
-def test_a_config_builds_it():
-    config = OptimizerConfig(
-        "lowcomm.optim.qhadopt.QHADOPT", {"lr": 0.01, "betas": [0.9, 0.99, 0.999], "omega": [0.5, 0]}
-    )
-    optimizer = config.build([nn.Parameter(torch.ones(2))])
-    assert isinstance(optimizer, QHADOPT)
-    assert optimizer.param_groups[0]["omega"] == (0.5, 0)

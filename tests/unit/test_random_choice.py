@@ -3,15 +3,10 @@
 import pytest
 import torch
 
-from lowcomm.codecs.absmax import Absmax
-from lowcomm.comm.base import Task
-from lowcomm.comm.solo import SoloComm
-from lowcomm.compress.dct import DCT
-from lowcomm.compress.identity import Identity
-from lowcomm.compress.quantized import Quantized
-from lowcomm.compress.random_block import RandomBlock
+from lowcomm import SoloComm, Task
 from lowcomm.compress.random_k import RandomK, draw_distinct
 from lowcomm.tensors import rng
+from tests.compressors import DCT, Absmax, Identity, Quantized, RandomBlock
 from tests.conformance.test_compressors import draw
 from tests.world import run_world
 

@@ -88,13 +88,6 @@ def test_bars_stand_where_they_belong(tmp_path: Path) -> None:
     assert [2 * x for x in wait] == pytest.approx(compute, abs=0.05)
 
 
-def test_of_many_ranks_the_first_are_shown(tmp_path: Path) -> None:
-    (run,) = load_runs([write_simulation(tmp_path / "run", num_ranks=40)])
-    found = timeline(run, "here")
-    assert found is not None and found.window.endswith("Shown are the first 16 of 40 ranks.")
-    assert len(re.findall(r">(rank \d+)<", found.svg)) == 16
-
-
 def test_the_page_has_a_timeline_for_each_simulated_run(tmp_path: Path) -> None:
     simulated = [write_simulation(tmp_path / name) for name in ("one", "two")]
     real = write_simulation(tmp_path / "three", traced=False)

@@ -9,10 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from lowcomm import Comm, Meter, MeteredComm
 from lowcomm.assemble import save_weights
 from lowcomm.checkpoint import Checkpoints
-from lowcomm.comm.base import Comm
-from lowcomm.comm.metered import Meter, MeteredComm
 from lowcomm.resume import newest_common
 from tests.world import run_world
 

@@ -113,13 +113,6 @@ def test_only_matrices_decay_and_a_tied_weight_stands_once():
     assert {id(p) for _, p in everything["params"]} == {id(p) for p in model.parameters() if p.requires_grad}
 
 
-def test_more_dimensions_decay_as_matrices_do():
-    model = nn.Conv1d(2, 3, 4)
-    matrices, vectors = parameter_groups(model)
-    assert [name for name, _ in matrices["params"]] == ["weight"]
-    assert [name for name, _ in vectors["params"]] == ["bias"]
-
-
 def test_a_group_without_parameters_is_left_out():
     assert len(parameter_groups(nn.Linear(3, 3, bias=False))) == 1
     assert [group["weight_decay"] for group in parameter_groups(nn.LayerNorm(3))] == [0.0]

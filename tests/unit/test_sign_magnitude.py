@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from lowcomm.codecs.bins import Bins
-from lowcomm.codecs.sign_magnitude import SignMagnitude
 from lowcomm.tensors import rng
+from tests.compressors import Bins, SignMagnitude
 
 
 def coded(codec, x):

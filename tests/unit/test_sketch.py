@@ -3,13 +3,11 @@
 import pytest
 import torch
 
-from lowcomm.comm.base import Task
+from lowcomm import Reducer, Task
 from lowcomm.comm.echo import EchoComm
-from lowcomm.compress.count_sketch import CountSketch
 from lowcomm.compress.sketch import Sketch, _hadamard
-from lowcomm.feedback.ef14 import EF14
-from lowcomm.reduce import Reducer
 from lowcomm.tensors import rng
+from tests.compressors import EF14, CountSketch
 from tests.world import run_world
 
 
