@@ -91,14 +91,10 @@ def test_globs_are_sorted_and_paths_keep_their_order(tmp_path):
         ("a.json", "[1, 2]\n", r"a\.json, line 1 is a list"),
         ("a.jsonl", '{"text": "\\ud800"}\n', r"a\.jsonl, line 1: field 'text' is no valid text"),
         ("a.txt", "", r"a\.txt holds no text"),
-        ("a.jsonl", "\n\n", r"a\.jsonl holds no text"),
         ("a.txt", b"abc\xff", r"a\.txt cannot be read to its end"),
         ("a.txt.gz", gzip.compress(b"some text", mtime=0)[:-9], r"a\.txt\.gz cannot be read to its end"),
-        ("a.jsonl.gz", b"not gzip", r"a\.jsonl\.gz cannot be read to its end"),
-        ("a.txt.xz", lzma.compress(b"some text")[:-9], r"a\.txt\.xz cannot be read to its end"),
         ("a.txt.xz", b"not xz", r"a\.txt\.xz cannot be read to its end"),
         ("a.csv", "x", r"a\.csv has the unknown kind '\.csv'"),
-        ("a.parquet", b"no", r"a\.parquet is not a whole Parquet file"),
     ],
 )
 def test_broken_files_are_named(tmp_path, name, content, message):

@@ -109,5 +109,4 @@ test_mistakes_are_told = refused(
         lambda: Llama("1m", vocab_size=100).build(256, seed=0),
         "vocabulary of 100 tokens and the tokenizer needs 256",
     ),
-    (lambda: Llama("1m").build(0, seed=0), "vocab_size is 0"),
 )

@@ -115,20 +115,6 @@ def test_parameters_without_gradients_are_left_as_they_are():
     assert {name for name, p in model.named_parameters() if torch.equal(p, before[name])} == left_alone
 
 
-def test_a_closure_may_compute_the_gradients():
-    model = llama()
-    optimizer = MuonAdamW(parameter_groups(model))
-    before = [p.detach().clone() for p in model.parameters()]
-
-    def closure():
-        loss = sum(p.square().sum() for p in model.parameters())
-        loss.backward()
-        return loss
-
-    assert optimizer.step(closure) == sum(p.square().sum() for p in before)
-    assert not any(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
-
-
 def added_later(model, **options):
     """Blocks 0 and the rest are there from the start; block 1, all kinds of it, in a group that comes later."""
     later = [(name, p) for name, p in model.named_parameters() if ".layers.1." in name]

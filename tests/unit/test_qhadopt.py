@@ -188,7 +188,6 @@ def test_it_steps_without_values_and_on_odd_shapes():
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
         *[({name: value}, f"{name}={value}.*finite") for name in ("lr", "eps", "weight_decay") for value in (INF, NAN)],
         *[({"betas": (0.9, value)}, "at least 0 and below 1") for value in (INF, NAN)],
-        *[({"omega": value}, "the sum at most 1") for value in (INF, NAN)],
     ],
 )
 def test_mistakes_are_told_and_a_refused_group_changes_nothing(options, message):

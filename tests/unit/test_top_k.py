@@ -89,7 +89,6 @@ def test_bits_of_each_parameter():
     ("options", "message"),
     [
         ({"density": 0.0}, "density=0.0"),
-        ({"density": 1.5}, "density=1.5"),
         ({"chunk": 0}, "chunk=0"),
         ({"num": 0}, "num=0"),
         ({"num": 65, "chunk": 64}, "num=65"),
