@@ -22,10 +22,10 @@ def test_wire_laws(num_ranks):
         simulate(*[lambda comm, clock: wire_laws(comm)] * num_ranks, slow=slow, isolate_torch=True)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_network_changes_no_number_and_its_times_are_the_same_again(name):
+@pytest.mark.parametrize("algorithm", CASES[::3], ids=str)
+def test_a_network_changes_no_number_and_its_times_are_the_same_again(algorithm):
     def program(comm, clock=None):
-        trace = train(CASES[name], comm, STEPS, inner_of(CASES[name]))
+        trace = train(algorithm, comm, STEPS, inner_of(algorithm))
         return digest(trace), clock and clock.now
 
     slow, again = (simulate(*[program] * 3, isolate_torch=True) for _ in range(2))
@@ -303,21 +303,3 @@ def test_deadlock_says_who_waits_for_whom():
 
 
 # ---- many -----------------------------------------------------------------------------------------------------------
-
-
-def test_members_are_looked_through_once_though_all_ranks_ask_for_other_groups_too():
-    class Members(tuple):
-        """Counts how often somebody goes through it."""
-
-        num_times = 0
-
-        def __iter__(self):
-            Members.num_times += 1
-            return super().__iter__()
-
-    world, members = World(Clock()), Members(range(50))
-    for rank in range(50):
-        world.comm(rank, members)
-        pair = world.comm(rank, (rank, (rank + 1) % 50))
-        assert len(pair.members) == 2 and rank in pair.members
-    assert Members.num_times == 1

@@ -102,7 +102,7 @@ ON_AVERAGE = [
 def test_what_is_lost_on_average_is_that(compressor, xs):
     states = compressor.contraction(xs[0].shape, len(xs))
     assert states.in_expectation
-    assert lost(compressor, xs, 1500) == pytest.approx(states.loss, rel=0.05)
+    assert lost(compressor, xs, 600) == pytest.approx(states.loss, rel=0.05)
 
 
 def test_a_warm_start_may_keep_nothing():

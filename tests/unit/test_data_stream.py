@@ -162,26 +162,6 @@ def jsonl(tmp_path):
     return tmp_path / "data"
 
 
-def test_packed_stream_resumes_a_local_dataset_at_every_batch(jsonl):
-    source = HuggingFace(str(jsonl))
-    arguments = (source, Bytes(), 3, 2, 1, 2, 0.2)
-    stream, states, batches = PackedStream(*arguments), [], []
-    for _ in range(12):  # more than two passes of 30 tokens
-        states.append(stream.state_dict())
-        batches.append(stream.next())
-    reference = PackedStream(Files([f"{jsonl}/*.jsonl"], streaming=True), *arguments[1:])
-    for batch in batches:
-        assert torch.equal(batch, reference.next())
-    for start in (0, 1, 2, 5, 9):
-        resumed = PackedStream(*arguments)
-        resumed.load_state_dict(states[start])
-        for batch in batches[start:]:
-            assert torch.equal(resumed.next(), batch)
-            resumed_again = PackedStream(*arguments)
-            resumed_again.load_state_dict(resumed.state_dict())
-            resumed = resumed_again
-
-
 def test_packed_stream_errors(jsonl):
     source = Files([f"{jsonl}/*.jsonl"], streaming=True)
     with pytest.raises(ValueError, match="has 10 documents, none of them for replica 10 of 11"):

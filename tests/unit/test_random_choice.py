@@ -38,7 +38,7 @@ def test_a_remembered_residual_diverges_below_half(density, grows):
     assert (residual.norm() < 1e-3) != grows
 
 
-@pytest.mark.parametrize(("num", "kept"), [(12, 3), (12, 2), (12, 7), (4, 1)])
+@pytest.mark.parametrize(("num", "kept"), [(12, 3), (12, 7)])
 def test_every_place_is_drawn_equally_often(num, kept):
     """Both ways of drawing: few of many, and many of few."""
     times = torch.zeros(num)

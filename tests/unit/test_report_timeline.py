@@ -74,20 +74,6 @@ def test_the_picture_shows_three_rounds_and_says_which(tmp_path: Path) -> None:
     assert "currentColor" in found.svg and "#1b1f24" not in found.svg
 
 
-def test_bars_stand_where_they_belong(tmp_path: Path) -> None:
-    """Rank 0 of the window computes in three bars of 4 s and waits in three of 2 s, to scale."""
-    (run,) = load_runs([write_simulation(tmp_path / "run", num_ranks=1)])
-    found = timeline(run, "here")
-    assert found is not None
-    widths: dict[str, list[float]] = {}
-    for path, colour in re.findall(r'<path d="(M [^"]*?)"[^>]*style="fill: (#\w{6})"', found.svg):
-        xs = [float(x) for x, _ in re.findall(r"[ML] ([\d.]+) ([\d.]+)", path)]
-        widths.setdefault(colour, []).append(max(xs) - min(xs))
-    compute, wait = widths["#4878a8"][:3], widths["#d8a24a"][:3]
-    assert compute == pytest.approx([compute[0]] * 3, abs=0.01)
-    assert [2 * x for x in wait] == pytest.approx(compute, abs=0.05)
-
-
 def test_the_page_has_a_timeline_for_each_simulated_run(tmp_path: Path) -> None:
     simulated = [write_simulation(tmp_path / name) for name in ("one", "two")]
     real = write_simulation(tmp_path / "three", traced=False)
