@@ -1,9 +1,9 @@
 """Sources: the standard library, files of every kind and what is wrong with them, local Hugging Face datasets."""
 
-import contextlib
 import gzip
 import json
 import lzma
+from functools import partial
 from typing import Any
 
 import pytest
@@ -149,11 +149,7 @@ def test_hugging_face_documents(folder, streaming):
 
 
 def remaining(cursor):
-    documents = []
-    with contextlib.suppress(StopIteration):
-        while True:
-            documents.append(next(cursor))
-    return documents
+    return list(iter(partial(next, cursor, None), None))
 
 
 @pytest.mark.parametrize("streaming", [True, False])

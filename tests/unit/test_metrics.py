@@ -8,10 +8,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+from unittest.mock import MagicMock, call
 
 import pytest
 from rich.console import Console
@@ -114,26 +113,13 @@ def test_unfinished_and_broken_lines(tmp_path: Path) -> None:
         read(tmp_path / "none")
 
 
-class Kept(Sink):
-    def __init__(self) -> None:
-        self.lines: list[Mapping[str, Any]] = []
-        self.closed = False
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        self.lines.append(record)
-
-    def close(self) -> None:
-        self.closed = True
-
-
 def test_sinks_see_what_the_file_sees(tmp_path: Path) -> None:
-    sinks = [Kept(), Kept()]
+    sinks = [MagicMock(spec=Sink), MagicMock(spec=Sink)]
     file = Metrics(tmp_path / "m", sinks)
     file.write(step(1, lr=math.nan))
     file.close()
-    for sink in sinks:
-        assert sink.lines == read(tmp_path / "m") == [step(1, lr=None)]
-        assert sink.closed
+    assert read(tmp_path / "m") == [step(1, lr=None)]
+    assert all(sink.mock_calls == [call.write(step(1, lr=None)), call.close()] for sink in sinks)
 
 
 @pytest.fixture
@@ -180,31 +166,14 @@ def test_tensorboard_shows_a_step_that_was_done_again_once(tmp_path: Path) -> No
     assert found == [(1, 9.0), (2, 9.0), (3, 9.0), (4, 1.0), (5, 1.0), (6, 1.0)]
 
 
-class FakeWandb(ModuleType):
-    """As much of wandb as a run needs."""
-
-    def __init__(self) -> None:
-        super().__init__("wandb")
-        self.calls: list[Any] = []
-
-    def init(self, *, project: str, name: str, mode: str | None) -> FakeWandb:
-        self.calls.append((project, name, mode))
-        return self
-
-    def log(self, numbers: dict[str, float], step: int) -> None:
-        self.calls.append((step, numbers))
-
-    def finish(self) -> None:
-        self.calls.append("finished")
-
-
 def test_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+    wandb, numbers = MagicMock(), {"loss": 2.5, "bytes_sent": 2000}
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     sink = WandbSink("project", "name", mode="offline")
     sink.write(step(2, lr=None))
     sink.close()
-    assert fake.calls == [("project", "name", "offline"), (2, {"loss": 2.5, "bytes_sent": 2000}), "finished"]
+    begun = call.init(project="project", name="name", mode="offline")
+    assert wandb.mock_calls == [begun, call.init().log(numbers, step=2), call.init().finish()]
 
 
 def test_summary_table() -> None:

@@ -90,9 +90,8 @@ def test_positions_survive_the_way_through_the_meta_device():
     assert "rotary" not in "".join(TINY.build(13, seed=0).state_dict())
 
 
-@pytest.mark.parametrize("num_kv_heads", [4, 2])
-def test_compiles_as_one_graph(num_kv_heads):
-    model = Llama("500k", 2, 16, 4, num_kv_heads, 24).build(13, seed=0)
+def test_compiles_as_one_graph():
+    model = Llama("500k", 2, 16, 4, 2, 24).build(13, seed=0)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(TOKENS), model(TOKENS))
     compiled(TOKENS).sum().backward()

@@ -146,6 +146,23 @@ def test_memory_stays_bounded_where_ranks_differ():
     assert theirs[-1] > 1.9 * theirs[149] and theirs[-1] > 3 * ours[-1]
 
 
+@pytest.mark.parametrize("alternate", [False, True])
+def test_a_newcomer_gets_the_factors(alternate):
+    """Two ranks have come far, a third is fresh: after the resync all go on as the first."""
+    compressor = PowerSGD(rank=2, alternate=alternate)
+
+    def program(comm):
+        x = normal(2, 20, 30)
+        state = compressor.init(x)
+        for _ in range(0 if comm.rank == 2 else 3):
+            _, _, state = Task(compressor.mean(x, state, EchoComm(1))).result()
+        state = Task(compressor.resync(state, comm)).result()
+        return Task(compressor.mean(x, state, comm)).result()[1], state.round
+
+    results = run_world(3, program)
+    assert all(torch.equal(mean, results[0][0]) and count == 3 for mean, count in results)
+
+
 @pytest.mark.parametrize(
     "options",
     [
