@@ -84,6 +84,12 @@ def test_resumed_file_is_the_uninterrupted_one(tmp_path: Path, t: int, cut: int 
     assert path.read_text() == whole.read_text()
 
 
+def test_the_summary_goes_when_a_run_that_ended_is_made_longer(tmp_path: Path) -> None:
+    write(tmp_path / "m", run_lines(4))
+    truncate_after(tmp_path / "m", 4)
+    assert read(tmp_path / "m") == run_lines(4)[:-1]
+
+
 def test_truncation_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "m"
     write(path, run_lines(3))
