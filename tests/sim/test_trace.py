@@ -28,6 +28,11 @@ def recorded() -> Trace:
     return trace
 
 
+def test_totals() -> None:
+    trace = recorded()
+    assert (trace.total_s(0, "flow"), trace.total_s(0, "wait"), trace.total_s(1, "wait")) == (3.0, 2.5, 0.0)
+
+
 def test_chrome_trace(tmp_path: Path) -> None:
     spans = [*recorded().spans, Span(0, "flow", 3.25, 4.0, "to rank 2", 1e6)]
     write_chrome_trace(spans, tmp_path / "trace.json")
