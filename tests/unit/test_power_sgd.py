@@ -156,11 +156,13 @@ def test_a_newcomer_gets_the_factors(alternate):
         state = compressor.init(x)
         for _ in range(0 if comm.rank == 2 else 3):
             _, _, state = Task(compressor.mean(x, state, EchoComm(1))).result()
+        alone = Task(compressor.mean(x, state, EchoComm(1))).result()[1]
         state = Task(compressor.resync(state, comm)).result()
-        return Task(compressor.mean(x, state, comm)).result()[1], state.round
+        return Task(compressor.mean(x, state, comm)).result()[1], state.round, alone
 
     results = run_world(3, program)
-    assert all(torch.equal(mean, results[0][0]) and count == 3 for mean, count in results)
+    assert all(torch.equal(mean, results[0][0]) and count == 3 for mean, count, _ in results)
+    assert torch.allclose(results[0][0], results[0][2], atol=1e-9), "as if nobody had come"
 
 
 @pytest.mark.parametrize(
