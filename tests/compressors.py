@@ -1,34 +1,42 @@
-"""Compressors, codecs and feedbacks with the options that matter: what the conformance tests run over."""
+"""Parts of reductions by their names, and with the options that matter: what the conformance tests run over."""
 
-from lowcomm.codecs.absmax import Absmax
+from lowcomm.codecs.absmax import Absmax as Absmax
 from lowcomm.codecs.base import Codec
-from lowcomm.codecs.bins import Bins
-from lowcomm.codecs.e3m0 import E3M0
-from lowcomm.codecs.fp4 import FP4
-from lowcomm.codecs.fp8 import FP8
-from lowcomm.codecs.half import Half
-from lowcomm.codecs.nf4 import NF4
-from lowcomm.codecs.qsgd import QSGD
-from lowcomm.codecs.sign import Sign
-from lowcomm.codecs.sign_magnitude import SignMagnitude
+from lowcomm.codecs.bins import Bins as Bins
+from lowcomm.codecs.blocks import BlockCodec as BlockCodec
+from lowcomm.codecs.e3m0 import E3M0 as E3M0
+from lowcomm.codecs.float32 import Float32 as Float32
+from lowcomm.codecs.fp4 import FP4 as FP4
+from lowcomm.codecs.fp8 import FP8 as FP8
+from lowcomm.codecs.half import Half as Half
+from lowcomm.codecs.nf4 import NF4 as NF4
+from lowcomm.codecs.qsgd import QSGD as QSGD
+from lowcomm.codecs.sign import Sign as Sign
+from lowcomm.codecs.sign_magnitude import SignMagnitude as SignMagnitude
 from lowcomm.compress.base import Compressor
-from lowcomm.compress.cast import Cast
-from lowcomm.compress.count_sketch import CountSketch
-from lowcomm.compress.dct import DCT
-from lowcomm.compress.ef21_plus import EF21Plus
-from lowcomm.compress.gathered import Gathered
-from lowcomm.compress.power_sgd import PowerSGD
-from lowcomm.compress.quantized import Quantized
-from lowcomm.compress.random_block import RandomBlock
-from lowcomm.compress.random_k import RandomK
-from lowcomm.compress.sketch import Sketch
-from lowcomm.compress.top_k import TopK
+from lowcomm.compress.cast import Cast as Cast
+from lowcomm.compress.chosen import Chosen as Chosen
+from lowcomm.compress.count_sketch import CountSketch as CountSketch
+from lowcomm.compress.dct import DCT as DCT
+from lowcomm.compress.ef21_plus import EF21Plus as EF21Plus
+from lowcomm.compress.gathered import Gathered as Gathered
+from lowcomm.compress.hierarchical import Hierarchical as Hierarchical
+from lowcomm.compress.identity import Identity as Identity
+from lowcomm.compress.power_sgd import PowerSGD as PowerSGD
+from lowcomm.compress.quantized import Quantized as Quantized
+from lowcomm.compress.random_block import RandomBlock as RandomBlock
+from lowcomm.compress.random_k import RandomK as RandomK
+from lowcomm.compress.sketch import Sketch as Sketch
+from lowcomm.compress.top_k import TopK as TopK
 from lowcomm.feedback.base import Feedback
-from lowcomm.feedback.econtrol import EControl
-from lowcomm.feedback.ef14 import EF14
-from lowcomm.feedback.ef21 import EF21
-from lowcomm.feedback.ef21_sgdm import EF21SGDM
-from lowcomm.feedback.ef_bv import EFBV
+from lowcomm.feedback.econtrol import EControl as EControl
+from lowcomm.feedback.ef14 import EF14 as EF14
+from lowcomm.feedback.ef21 import EF21 as EF21
+from lowcomm.feedback.ef21_sgdm import EF21SGDM as EF21SGDM
+from lowcomm.feedback.ef_bv import EFBV as EFBV
+from lowcomm.feedback.none import NoFeedback as NoFeedback
+from lowcomm.outer.nesterov import Nesterov as Nesterov
+from lowcomm.outer.sgd import SGD as SGD
 from tests.roles import players
 
 # Beyond every class as it is by default.

@@ -19,7 +19,7 @@ from lowcomm.state import restore, state_tree
 from tests.algorithms import all_algorithms, expected_rounds, inner_of
 from tests.replicas import flat, make_batch, make_engine, make_model, mse, train
 from tests.roles import players
-from tests.world import ThreadComm, run_world
+from tests.world import Passing, run_world
 
 STEPS = 11
 
@@ -88,11 +88,11 @@ def test_some_of_the_ranks_do_what_a_world_of_as_many_does(algorithm):
         assert all(torch.equal(x, y) for x, y in zip(got[rank], trace, strict=True))
 
 
-class Watched(ThreadComm):
+class Watched(Passing):
     """Keeps what was started and not waited for yet."""
 
-    def __init__(self, comm):
-        super().__init__(comm.board, comm.rank, comm.members)
+    def __init__(self, inner):
+        super().__init__(inner)
         self.pending = []
 
     def issue(self, call):

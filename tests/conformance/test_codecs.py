@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from lowcomm.codecs.blocks import BlockCodec
 from lowcomm.tensors import digest, rng
-from tests.compressors import all_codecs
+from tests.compressors import BlockCodec, all_codecs
 from tests.conformance.test_compressors import KINDS, draw
 
 SHAPES = [(1, 1), (1, 17), (3, 257), (2, 64), (4, 1000), (2, 0), (0, 5)]
@@ -17,9 +16,13 @@ def codec(request):
     return request.param
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_what_comes_back_is_near(codec, kind, shape):
+def test_what_comes_back_is_near(codec, shape):
+    for kind in KINDS:
+        check_near(codec, kind, shape)
+
+
+def check_near(codec, kind, shape):
     x = draw(kind, shape, 1).float()
     before = digest([x])
     num = shape[1]
@@ -37,23 +40,17 @@ def test_what_comes_back_is_near(codec, kind, shape):
         assert (y[size == 0] == 0).all(), "zero must stay zero"
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_rows_are_coded_alone(codec, shape):
-    x = draw("rows", shape, 0).float()
-    together = codec.encode(x, rng(0, "rounding"))
-    if not codec.stochastic:
-        for row, payload in zip(x, together, strict=True):
-            assert torch.equal(codec.encode(row[None])[0], payload)
-    both = torch.cat([together, together])
-    assert torch.equal(codec.decode(both, shape[1])[: shape[0]], codec.decode(together, shape[1]))
-
-
-def test_a_payload_shares_nothing_with_its_values(codec):
-    x = draw("normal", (2, 64), 0).float()
-    payload = codec.encode(x, rng(0, "rounding"))
-    before = payload.clone()
-    x.fill_(7.0)
-    assert torch.equal(payload, before)
+def test_rows_are_coded_alone_and_share_nothing_with_their_values(codec):
+    for shape in SHAPES:
+        x = draw("rows", shape, 0).float()
+        together = codec.encode(x, rng(0, "rounding"))
+        if not codec.stochastic:
+            for row, payload in zip(x, together, strict=True):
+                assert torch.equal(codec.encode(row[None])[0], payload)
+        both = torch.cat([together, together])
+        assert torch.equal(codec.decode(both, shape[1])[: shape[0]], codec.decode(together, shape[1]))
+        x.fill_(7.0)
+        assert torch.equal(together, both[: shape[0]])
 
 
 def test_nan_spoils_its_block_and_no_other(codec):
@@ -68,21 +65,20 @@ def test_nan_spoils_its_block_and_no_other(codec):
     assert torch.equal(y.isnan(), spoilt)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_runs_without_values(codec, shape):
-    payload = codec.encode(torch.empty(shape, device="meta"), rng(0, "rounding"))
-    assert payload.shape == (shape[0], codec.num_bytes(shape[1]))
-    assert codec.decode(payload, shape[1]).shape == shape
+def test_runs_without_values(codec):
+    for shape in SHAPES:
+        payload = codec.encode(torch.empty(shape, device="meta"), rng(0, "rounding"))
+        assert payload.shape == (shape[0], codec.num_bytes(shape[1]))
+        assert codec.decode(payload, shape[1]).shape == shape
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e6, 1e30])
-def test_magnitudes_far_from_one(codec, scale):
-    x = draw("normal", (2, 300), 0).float() * scale
-    y = codec.decode(codec.encode(x, rng(0, "rounding")), 300)
-    assert y.isfinite().all()
+def test_magnitudes_far_from_one(codec):
+    for scale in (1e-30, 1e-6, 1e6, 1e30):
+        x = draw("normal", (2, 300), 0).float() * scale
+        assert codec.decode(codec.encode(x, rng(0, "rounding")), 300).isfinite().all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["heavy", "constant"])
 @pytest.mark.parametrize("codec", [codec for codec in all_codecs() if codec.stochastic], ids=str)
 def test_random_rounding_is_right_on_average(codec, kind):
     """The mean is x itself, and the contraction holds for the mean of squared errors."""

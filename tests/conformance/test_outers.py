@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from lowcomm.outer.base import Outer
-from lowcomm.outer.nesterov import Nesterov
-from lowcomm.outer.sgd import SGD
 from lowcomm.tensors import rng
+from tests.compressors import SGD, Nesterov
 from tests.roles import players
 
 

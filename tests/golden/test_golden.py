@@ -22,13 +22,9 @@ from lowcomm.algorithms.participation import DroppedRounds
 from lowcomm.algorithms.qsr import QSR
 from lowcomm.algorithms.sparta import SPARTA
 from lowcomm.algorithms.streaming_diloco import StreamingDiLoCo
-from lowcomm.codecs.half import Half
-from lowcomm.compress.cast import Cast
-from lowcomm.compress.dct import DCT
-from lowcomm.compress.top_k import TopK
 from lowcomm.engine.torch_engine import TorchEngine
-from lowcomm.feedback.ef14 import EF14
 from lowcomm.reduce import Reducer
+from tests.compressors import DCT, EF14, Cast, Half, TopK
 from tests.world import run_world
 
 KEPT = Path(__file__).with_name("parameters.json")

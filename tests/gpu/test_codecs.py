@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from lowcomm.codecs import blocks
-from lowcomm.codecs.blocks import BlockCodec
 from lowcomm.tensors import rng
-from tests.compressors import all_codecs
+from tests.compressors import BlockCodec, all_codecs
 
 pytestmark = [
     pytest.mark.gpu,

@@ -3,13 +3,10 @@
 import pytest
 import torch
 
-from lowcomm.algorithms.base import step
-from lowcomm.comm.base import Task
-from lowcomm.compress.count_sketch import CountSketch
-from lowcomm.engine.torch_engine import TorchEngine
+from lowcomm import Task, TorchEngine, step
 from lowcomm.tensors import digest, rng
 from tests.algorithms import all_algorithms, inner_of
-from tests.compressors import all_compressors
+from tests.compressors import CountSketch, all_compressors
 from tests.replicas import flat, make_batch, make_model, mse
 from tests.sim.slow import simulate
 

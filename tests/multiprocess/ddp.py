@@ -15,11 +15,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.nn.parallel import DistributedDataParallel
 
 import lowcomm
-from lowcomm.compress.hierarchical import Hierarchical
-from lowcomm.compress.power_sgd import PowerSGD
-from lowcomm.compress.quantized import Quantized
-from lowcomm.feedback.ef14 import EF14
 from lowcomm.tensors import rng
+from tests.compressors import EF14, Hierarchical, PowerSGD, Quantized
 
 STEPS = 8
 NUM_EXACT = 2  # steps before torch's hook may compress

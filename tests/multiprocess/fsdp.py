@@ -12,9 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import lowcomm
-from lowcomm.compress.quantized import Quantized
-from lowcomm.feedback.ef14 import EF14
 from lowcomm.tensors import rng
+from tests.compressors import EF14, Quantized
 
 STEPS = 6
 REDUCERS = {"exact": lowcomm.Reducer(), "quantized": lowcomm.Reducer(Quantized(), EF14())}

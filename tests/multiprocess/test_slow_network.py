@@ -43,19 +43,6 @@ else:
         connection.recv(1)
         connection.sendall(bytes({NUM_BYTES}))
 """
-# with two ranks, an all-reduce sends as many bytes each way as the tensor has
-ALL_REDUCE = f"""
-import time, torch, lowcomm
-comm = lowcomm.connect("gloo", timeout_s=60)
-x = torch.full(({NUM_BYTES} // 4,), comm.rank + 1.0)
-for _ in range(3):
-    comm.all_sum(torch.ones(1)).wait()
-    start = time.perf_counter()
-    total = comm.all_sum(x).wait()
-    print("seconds", time.perf_counter() - start)
-    assert total.eq(3.0).all()
-lowcomm.disconnect()
-"""
 UP_AND_SLEEP = ("sh", "-c", "echo up; exec sleep 1000")
 # rank 0 asks rank 1 five times, and prints the seconds until each answer
 QUESTIONS = f"""
@@ -127,15 +114,21 @@ def slow(*arguments) -> tuple[int, str]:
     return ended
 
 
+def timed(program, *network) -> tuple[list[float], str]:
+    """The seconds that rank 0 printed, all of the three or five that it was to, and what was printed besides."""
+    code, output = slow(*network, "--", sys.executable, "-c", program)
+    assert code == 0, output
+    seconds = [float(x) for x in re.findall(r"^\[0\] seconds (.*)$", output, re.MULTILINE)]
+    assert len(seconds) == (3 if program is SOCKETS else 5), output
+    return seconds, output
+
+
 @pytest.mark.parametrize(
     ("flags", "mbit_per_s"),
     [(("--rate", "50"), 50), (("--up", "20", "--down", "80"), 20), (("--up", "80", "--down", "20"), 20)],
 )
 def test_a_transfer_takes_the_time_of_the_slower_end(flags, mbit_per_s):
-    code, output = slow("--hosts", "2", *flags, "--", sys.executable, "-c", SOCKETS)
-    assert code == 0, output
-    seconds = [float(x) for x in re.findall(r"^\[0\] seconds (.*)$", output, re.MULTILINE)]
-    assert len(seconds) == 3, output
+    seconds, _ = timed(SOCKETS, "--hosts", "2", *flags)
     assert NUM_BYTES * 8 / statistics.median(seconds) / 1e6 == pytest.approx(mbit_per_s, rel=0.15)
 
 
@@ -143,21 +136,14 @@ def test_a_transfer_takes_the_time_of_the_slower_end(flags, mbit_per_s):
     ("latency_ms", "round_trip_ms"), [("30", 60), ("5,15,100", 40), ("0,10,99;50,0,99;99,99,0", 60)]
 )
 def test_an_answer_takes_the_way_there_and_back(latency_ms, round_trip_ms):
-    network = ("--hosts", "3", "--rate", "50", "--latency_ms", latency_ms)
-    code, output = slow(*network, "--", sys.executable, "-c", QUESTIONS)
-    assert code == 0, output
-    seconds = [float(x) for x in re.findall(r"^\[0\] seconds (.*)$", output, re.MULTILINE)]
-    assert len(seconds) == 5, output
+    seconds, output = timed(QUESTIONS, "--hosts", "3", "--rate", "50", "--latency_ms", latency_ms)
     assert statistics.median(seconds) * 1e3 == pytest.approx(round_trip_ms, abs=6)
     assert min(seconds) * 1e3 >= round_trip_ms, "no packet is early"
     assert re.search(r"slow_network: the delay line carried \d+ packets", output)
 
 
 def test_rates_hold_behind_latencies():
-    code, output = slow("--hosts", "2", "--rate", "50", "--latency_ms", "10", "--", sys.executable, "-c", SOCKETS)
-    assert code == 0, output
-    seconds = [float(x) for x in re.findall(r"^\[0\] seconds (.*)$", output, re.MULTILINE)]
-    assert len(seconds) == 3, output
+    seconds, _ = timed(SOCKETS, "--hosts", "2", "--rate", "50", "--latency_ms", "10")
     # the first opens its window, and each waits for the word that asks for it
     assert NUM_BYTES * 8 / (seconds[-1] - 0.02) / 1e6 == pytest.approx(50, rel=0.15)
 
@@ -169,15 +155,6 @@ def test_without_its_delay_line_a_network_is_given_up():
         os.kill(int(line), signal.SIGKILL)
         code, output = finish(process)
     assert code == 1 and "the delay line ended before the ranks; they are stopped" in output
-
-
-def test_ranks_find_each_other_over_gloo():
-    code, output = slow("--hosts", "2", "--rate", "50", "--", sys.executable, "-c", ALL_REDUCE)
-    assert code == 0, output
-    for rank in range(2):
-        seconds = [float(x) for x in re.findall(rf"^\[{rank}\] seconds (.*)$", output, re.MULTILINE)]
-        assert len(seconds) == 3, output
-        assert NUM_BYTES * 8 / statistics.median(seconds) / 1e6 == pytest.approx(50, rel=0.15)
 
 
 def test_ranks_get_what_torchrun_sets_and_are_told_apart():

@@ -16,19 +16,19 @@ from lowcomm.feedback.ef21 import EF21
 from lowcomm.reduce import Reducer
 from lowcomm.tensors import num_bytes
 from tests.replicas import adamw, flat, make_batch, make_engine, train_on
-from tests.world import Board, ThreadComm, run_world
+from tests.world import Passing, run_world
 
 STEPS = 12
 
 
-class PairsOnly(ThreadComm):
+class PairsOnly(Passing):
     """Refuses whatever takes more than two ranks, until it `may_meet`."""
 
     may_meet = False
 
-    def _together(self, kind, value, combine):
-        assert self.may_meet, f"{kind} among {self.members}"
-        return super()._together(kind, value, combine)
+    def issue(self, call):
+        assert self.may_meet or call.kind in ("exchange", "send", "recv"), f"{call.kind} among {self.members}"
+        return super().issue(call)
 
     def sub(self, members):
         raise AssertionError("a group was made")
@@ -46,10 +46,8 @@ class PairsOnly(ThreadComm):
     ids=str,
 )
 def test_rounds_are_pair_exchanges_and_only_the_end_is_collective(algorithm):
-    board = Board()
-
     def program(comm):
-        mine = PairsOnly(board, comm.rank, comm.members)
+        mine = PairsOnly(comm)
         engine = make_engine(adamw)
         state = algorithm.init(engine, mine)
         for t in range(1, STEPS + 1):
@@ -121,20 +119,15 @@ def test_anchors_are_on_their_way_from_one_round_to_the_next(anchors, every):
         assert torch.equal(a, b)
 
 
-class Logged(ThreadComm):
+class Logged(Passing):
     """Keeps what this rank starts: how, and how many numbers."""
 
-    def __init__(self, comm):
-        super().__init__(comm.board, comm.rank, comm.members)
+    def __init__(self, inner):
+        super().__init__(inner)
         self.log = []
 
-    def _together(self, kind, value, combine):
-        self.log.append((kind, value.numel()))
-        return super()._together(kind, value, combine)
-
     def issue(self, call):
-        if call.kind == "exchange":
-            self.log.append(("exchange", call.x.numel()))
+        self.log.append((call.kind, call.x.numel()))
         return super().issue(call)
 
 

@@ -18,7 +18,7 @@ from lowcomm.feedback.ef21 import EF21
 from lowcomm.feedback.ef21_sgdm import EF21SGDM
 from lowcomm.feedback.ef_bv import EFBV
 from lowcomm.reduce import Reducer
-from lowcomm.tensors import buckets, digest, flatten, num_bytes, rng, unflatten
+from lowcomm.tensors import buckets, digest, flatten, num_bytes, rng
 from tests.world import run_world
 
 SHAPES = st.lists(st.sampled_from([(), (0,), (1,), (3,), (2, 5), (7, 1, 3), (13,), (0, 4)]), min_size=1, max_size=8)
@@ -79,23 +79,6 @@ def test_stacks_of_one_shape_keep_the_limit_too():
     like = [torch.zeros(4, 5), torch.zeros(3), *[torch.zeros(4, 5)] * 4]
     for limit, num_buckets in [(80, 6), (160, 4), (400, 2)]:
         assert len(Reducer(PowerSGD(), bucket_bytes=limit).init(like).buckets) == num_buckets
-
-
-@given(shapes=SHAPES)
-def test_unflatten_undoes_flatten(shapes):
-    xs = tensors(shapes, [torch.float32] * len(shapes), 0, 0)
-    flat = flatten(xs)
-    assert flat.shape == (sum(x.numel() for x in xs),)
-    assert all(torch.equal(a, b) for a, b in zip(xs, unflatten(flat, xs), strict=True))
-
-
-def test_trailing_tensors_are_not_lost():
-    """Sizes on which another implementation's packer drops the last tensor, or all of them."""
-    for sizes, bucket_elements in [((6, 6, 6), 10), ((12, 4, 4), 8), ((3, 10, 3), 8), ((5, 5, 5), 8)]:
-        lists = [[torch.full((n,), float(rank + i)) for i, n in enumerate(sizes)] for rank in range(2)]
-        reducer = Reducer(bucket_bytes=4 * bucket_elements)
-        for means, _ in run_world(2, lambda c: reducer.mean(lists[c.rank], reducer.init(lists[c.rank]), c).result()):  # noqa: B023
-            assert [m.unique().tolist() for m in means] == [[0.5], [1.5], [2.5]]
 
 
 def test_empty_list_and_bad_bucket_are_refused():

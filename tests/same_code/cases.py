@@ -3,67 +3,12 @@
 import pytest
 import torch
 
-from lowcomm.algorithms.base import Algorithm
-from lowcomm.algorithms.composed import After, Then
-from lowcomm.algorithms.data_parallel import DataParallel
-from lowcomm.algorithms.demo import DeMo
-from lowcomm.algorithms.des_loc import DESLOC
-from lowcomm.algorithms.diloco import DiLoCo
-from lowcomm.algorithms.eager_diloco import EagerDiLoCo
-from lowcomm.algorithms.gasloc import GASLoC
-from lowcomm.algorithms.local_sgd import LocalSGD
-from lowcomm.algorithms.noloco import NoLoCo
-from lowcomm.algorithms.participation import DroppedRounds
-from lowcomm.algorithms.qsr import QSR
-from lowcomm.algorithms.savic import SAVIC
-from lowcomm.algorithms.sparta import SPARTA
-from lowcomm.algorithms.streaming_diloco import StreamingDiLoCo
-from lowcomm.codecs.sign_magnitude import SignMagnitude
-from lowcomm.comm.base import Comm
-from lowcomm.compress.cast import Cast
-from lowcomm.compress.top_k import TopK
-from lowcomm.feedback.ef14 import EF14
-from lowcomm.outer.sgd import SGD
+from lowcomm import Comm, DiLoCo, DroppedRounds
 from lowcomm.pairwise import Pairwise
-from lowcomm.reduce import Reducer
+from tests.algorithms import all_algorithms
 
 STEPS = 12
-_CAST = Reducer(Cast(), bucket_bytes=64)
-_SPARSE = Reducer(TopK(0.25, chunk=8, values=SignMagnitude(block=8)), EF14(0.95))
-CASES: dict[str, Algorithm] = {
-    "data parallel": DataParallel(),
-    "data parallel, cast": DataParallel(_CAST),
-    "data parallel, overlapped": DataParallel(Reducer(bucket_bytes=64), overlap=True),
-    "data parallel, overlapped, cast": DataParallel(_CAST, overlap=True),
-    "local sgd": After(2, DataParallel(), LocalSGD(every=4)),
-    "diloco": DiLoCo(every=4, reducer=Reducer(bucket_bytes=64)),
-    "diloco, cast": DiLoCo(every=4, reducer=_CAST),
-    "diloco, overlapped": DiLoCo(every=4, reducer=Reducer(bucket_bytes=64), overlap=True),
-    "diloco, overlapped, cast": DiLoCo(every=4, reducer=_CAST, overlap=True),
-    "sparse loco": DiLoCo(every=4, outer=SGD(), reducer=_SPARSE),
-    "des-loc": DESLOC({"param": 2, "exp_avg": 3, "exp_avg_sq": 4}),
-    "des-loc, lossy": DESLOC({"param": 2, "exp_avg": 3, "exp_avg_sq": 4}, reducer=_CAST),
-    "savic": SAVIC(every=4, alpha=0.05),
-    "savic, cast": SAVIC(every=4, alpha=0.05, reducer=_CAST, gradient_reducer=_CAST),
-    "streaming diloco": StreamingDiLoCo(every=4, delay=2, blocks_per_fragment=1),
-    "streaming diloco, overlapped, cast": StreamingDiLoCo(
-        every=4, delay=1, blocks_per_fragment=1, reducer=_CAST, overlap=True
-    ),
-    "streaming diloco, overlapped, without delay": StreamingDiLoCo(
-        every=3, delay=0, blocks_per_fragment=1, reducer=Reducer(bucket_bytes=64), overlap=True
-    ),
-    "streaming diloco, a whole round late, cast": StreamingDiLoCo(every=3, delay=3, blend=0.0, reducer=_CAST),
-    "eager diloco": EagerDiLoCo(every=4),
-    "eager diloco, cast": EagerDiLoCo(every=5, reducer=_CAST),
-    "local sgd, growing rounds": LocalSGD(QSR(base=2, alpha=0.0301, num_warmup_steps=4)),
-    "noloco": NoLoCo(every=4),
-    "noloco, two tensors, 16 bits": NoLoCo(every=3, gamma=0.5, reducer=_CAST),
-    "gasloc": GASLoC(every=4, reducer=Reducer(bucket_bytes=64)),
-    "demo": DeMo(),
-    "sparta, late": SPARTA(fraction=0.3, delay=2),
-    "sparta, then diloco, cast": Then(SPARTA(fraction=0.3, reducer=_CAST), DiLoCo(every=4, reducer=_CAST)),
-    "diloco, dropped": DiLoCo(every=3, dropped=DroppedRounds(0.3, seed=2)),
-}
+CASES = [*all_algorithms(), DiLoCo(every=3, dropped=DroppedRounds(0.3, seed=2))]
 
 
 def wire_laws(comm: Comm, device: str = "cpu") -> None:

@@ -1,11 +1,10 @@
-"""Every compressor with every feedback under every method, a few rounds each; all ranks must agree after each round.
+"""Every compressor with every feedback and under every method, a few rounds each; ranks must agree after each round.
 
 Usage: torchrun ... tests/same_code/every_reduction.py OUT
 """
 
 import json
 import sys
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -23,16 +22,14 @@ from lowcomm.algorithms.noloco import NoLoCo
 from lowcomm.algorithms.savic import SAVIC
 from lowcomm.algorithms.streaming_diloco import StreamingDiLoCo
 from lowcomm.comm.base import Comm
-from lowcomm.compress.hierarchical import Hierarchical
 from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.feedback.base import Feedback
 from lowcomm.reduce import Reducer
 from lowcomm.tensors import digest
 from tests.algorithms import INNERS
-from tests.compressors import all_compressors
+from tests.compressors import Hierarchical, all_compressors
 from tests.replicas import make_batch, make_model, mse, sgd
 from tests.roles import players
-from tests.sim.slow import simulate
 
 NUM_ROUNDS = 3
 
@@ -69,14 +66,15 @@ def methods(reducer: Reducer) -> dict[str, tuple[Algorithm, int]]:
 
 
 def combinations(num_ranks: int) -> dict[str, tuple[Algorithm, int]]:
-    """All of them, by name."""
+    """Each compressor as often as there are methods, every time with another of them and the next feedback."""
     compressors = [*all_compressors(), *([Hierarchical(2)] if num_ranks % 2 == 0 else [])]
-    feedbacks = [cls() for cls in players(Feedback, "feedback")]
-    return {
-        f"{name}, {compressor}, {feedback}": method
-        for compressor, feedback in product(compressors, feedbacks)
-        for name, method in methods(Reducer(compressor, feedback, bucket_bytes=256)).items()
-    }
+    feedbacks, found = [cls() for cls in players(Feedback, "feedback")], {}
+    for i, compressor in enumerate(compressors):
+        for k, name in enumerate(methods(Reducer())):
+            feedback = feedbacks[(i + k) % len(feedbacks)]
+            method = methods(Reducer(compressor, feedback, bucket_bytes=256))[name]
+            found[f"{name}, {compressor}, {feedback}"] = method
+    return found
 
 
 def run(algorithm: Algorithm, every: int, comm: Comm) -> list[str]:
@@ -105,12 +103,6 @@ def run_all(comm: Comm) -> dict[str, list[str]]:
         except Exception as error:
             raise AssertionError(f"{name}: {error!r}") from error
     return found
-
-
-def simulated(num_ranks: int) -> dict[str, list[str]]:
-    """The digests of rank 0 in the simulator; `run_all` compares the ranks."""
-    everything = [lambda comm, clock: run_all(comm)] * num_ranks
-    return simulate(*everything, slow=False, isolate_torch=True)[0]
 
 
 if __name__ == "__main__":

@@ -20,6 +20,6 @@ if __name__ == "__main__":
     wire_laws(comm)  # tensors of the CPU travel over NCCL too
     if backend == "nccl":
         wire_laws(comm, "cuda")
-    traces = {name: train(algorithm, comm, STEPS, inner_of(algorithm)) for name, algorithm in CASES.items()}
+    traces = [train(algorithm, comm, STEPS, inner_of(algorithm)) for algorithm in CASES]
     torch.save(traces, Path(sys.argv[1]) / f"rank{comm.rank}.pt")
     lowcomm.disconnect()

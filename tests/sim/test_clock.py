@@ -38,23 +38,6 @@ def test_turns_go_by_time_then_by_who_asked_first():
     assert clock.num_events == 12  # the first turns and the naps
 
 
-def test_many_ranks_agree_with_a_sorted_list():
-    naps = [[(7 * rank + 3 * k) % 11 / 4 for k in range(4)] for rank in range(200)]
-    log = []
-
-    def program(rank):
-        def go(clock):
-            for nap in naps[rank]:
-                clock.sleep(nap)
-                log.append((clock.now, rank))
-
-        return go
-
-    run(*map(program, range(200)))
-    expected = sorted((sum(naps[rank][: k + 1]), rank) for rank in range(200) for k in range(4))
-    assert sorted(log) == expected and [time for time, _ in log] == [time for time, _ in expected]
-
-
 def test_somebody_may_prepare_each_turn_also_the_last_one_of_a_killed_rank():
     log = []
 
@@ -194,15 +177,6 @@ def test_kill(state):
     assert clock.now == 2.0
     assert results == ["result" if state == "ended" else None, None]
     assert log == {"ended": ["alive", "unwound"], "not started": []}.get(state, ["unwound"])
-
-
-def test_a_killed_rank_may_start_again():
-    def go(clock):
-        clock.sleep(1.0)
-        clock.kill(0)
-        clock.spawn(0, lambda: "second life", at=4.0)
-
-    assert run(lambda clock: clock.sleep(2.0), go)[1] == ["second life", None]
 
 
 def test_a_killed_rank_has_no_result_whatever_it_catches():

@@ -142,7 +142,7 @@ def simulated(kind, n, num_bytes, latency_s, bytes_per_s):
     return clock.run()
 
 
-@pytest.mark.parametrize("n", [2, 3, 4, 5, 6, 8, 11, 16])
+@pytest.mark.parametrize("n", [2, 3, 5, 8, 16])
 def test_sums_of_few_values_take_the_latencies_of_the_messages_that_are_not_empty(n):
     for num_owners in range(1, n + 1):
         played = all_sum(n, 4 * 2 * num_owners, 1.0, math.inf)
@@ -151,11 +151,11 @@ def test_sums_of_few_values_take_the_latencies_of_the_messages_that_are_not_empt
     assert ring_latencies(n, n) == 4 * (n - 1)
 
 
-@pytest.mark.parametrize("n", [2, 3, 4, 6, 8])
-@pytest.mark.parametrize("num_bytes", [4, 4_000, 400_000, 4_000_000, 16_000_000, 64_000_000])
-@pytest.mark.parametrize("bytes_per_s", [2.5e6, 12.5e6, 62.5e6, 1e9])
+@pytest.mark.parametrize("n", [2, 3, 6])
+@pytest.mark.parametrize("num_bytes", [4, 4_000, 400_000, 4_000_000, 64_000_000])
+@pytest.mark.parametrize("bytes_per_s", [2.5e6, 62.5e6])
 def test_rings_take_the_time_of_their_messages(n, num_bytes, bytes_per_s):
-    for latency_s in (0.0, 0.005, 0.05):
+    for latency_s in (0.0, 0.05):
         seconds = simulated("all_sum", n, num_bytes, latency_s, bytes_per_s)
         assert seconds == pytest.approx(all_sum(n, num_bytes, latency_s, bytes_per_s), rel=0.03, abs=1e-4)
         seconds = simulated("all_gather", n, num_bytes, latency_s, bytes_per_s)

@@ -68,15 +68,6 @@ def test_a_message_of_twelve_bytes(faults, arrival_s):
     assert run([sends(12), receives(12), lambda comm, clock: None], faults)[1] == pytest.approx(arrival_s)
 
 
-def test_a_partition_delays_a_collective_and_loses_nothing():
-    def program(comm, clock):
-        total = comm.all_sum(torch.full((6,), comm.rank + 1, dtype=torch.uint8)).wait()
-        return total.tolist(), clock.now
-
-    assert run([program] * 3, []) == [([6] * 6, 8.0)] * 3
-    assert run([program] * 3, [Partition([[2]], 5.0, 100.0)]) == [([6] * 6, 108.0)] * 3
-
-
 def test_a_frozen_rank_says_nothing_new():
     """Both exchanges take a second; rank 1 is frozen when the first ends, so the second starts when it goes on."""
 

@@ -26,58 +26,6 @@ def crash_and_return(world, rank, outages, program):
         world.clock.at(return_s, partial(world.rejoin, rank, partial(program, world, rank)))
 
 
-def incarnations(world):
-    return torch.tensor([world.incarnation(rank) for rank in range(3)], dtype=torch.uint8)
-
-
-def elastic_sum(world, rank, num_rounds, log):
-    """Add ones among all who are there, a second of computing a round; whoever returns is given the state first.
-
-    The state is (round, total). Rank 0, which never leaves, says before each round who has come back since the last.
-    """
-    everyone = (0, 1, 2)
-    clock, state = world.clock, torch.zeros(2, dtype=torch.uint8)
-    comm, seen = world.comm(rank, everyone), [0, 0, 0]
-    joins = world.incarnation(rank) > 0
-    while state[0] < num_rounds:
-        try:
-            if not joins:
-                clock.sleep(1.0)
-                joins = seen != comm.broadcast(incarnations(world), 0).wait().tolist()
-            if joins:
-                comm, joins = world.comm(rank, everyone), False
-                state, seen = comm.broadcast(state, 0).wait(), comm.broadcast(incarnations(world), 0).wait().tolist()
-            total = comm.all_sum(byte(1)).wait()
-        except PeerLost as lost:
-            log.append((rank, "lost", lost.ranks, clock.now))
-            comm = comm.sub([r for r in comm.members if r not in lost.ranks])
-            continue
-        state = state + torch.cat([byte(1), total])
-        log.append((rank, len(comm.members), state.tolist(), clock.now))
-    return state.tolist()
-
-
-def run_elastic(outages, num_rounds=30):
-    log = []
-    program = partial(elastic_sum, num_rounds=num_rounds, log=log)
-    world = world_of([program] * 3)
-    crash_and_return(world, 1, outages, program)
-    return world, world.clock.run(), log
-
-
-@pytest.mark.parametrize("outages", [[(20.0, 45.0)], [(20.0, 45.0), (100.0, 130.0)]], ids=["once", "twice"])
-def test_survivors_go_on_and_take_the_returned_rank_in_with_their_state(outages):
-    world, results, log = run_elastic(outages)
-    assert results[0] == results[1] == results[2], "the returned rank was given what it missed"
-    assert (world.incarnation(0), world.incarnation(1)) == (0, len(outages))
-    sizes = [entry[1] for entry in log if entry[0] == 0]
-    changes = [size for i, size in enumerate(sizes) if i == 0 or sizes[i - 1] != size]
-    assert changes == [3, "lost", 2, 3] + ["lost", 2, 3] * (len(outages) - 1)
-    assert results[0][1] == sum(size for size in sizes if size != "lost"), "everybody who took part was counted once"
-    assert {entry[0] for entry in log if entry[1] == "lost"} == {0, 2}
-    assert run_elastic(outages)[1:] == (results, log), "twice the same, times included"
-
-
 def test_a_view_from_before_stays_over_and_a_fresh_one_is_shared():
     def survivor(world, rank):
         clock, before = world.clock, world.comm(rank, [0, 1, 2])
@@ -176,23 +124,6 @@ def test_views_from_before_a_return_learn_of_later_crashes():
     crash_and_return(world, 1, [(2.0, 4.0)], sleeps)
     world.clock.at(6.0, partial(world.crash, 2))
     assert world.clock.run()[0] == ((2,), 6.0)
-
-
-def test_views_without_the_lost_rank_notice_nothing():
-    def others(world, rank):
-        comm = world.comm(rank, [0, 2])
-        for _ in range(10):
-            world.clock.sleep(1.0)
-            comm.all_sum(byte(1)).wait()
-        return world.clock.now
-
-    def lonely(world, rank):
-        world.clock.sleep(50.0)
-
-    world = world_of([others, lonely, others])
-    crash_and_return(world, 1, [(2.5, 4.5), (6.5, 8.5)], lonely)
-    assert world.clock.run()[0] == 20.0
-    assert world.incarnation(1) == 2
 
 
 def test_only_who_is_gone_can_come_back():

@@ -30,16 +30,3 @@ def num_rates(num_groups, monkeypatch):
 
 def test_the_work_of_many_groups_is_that_of_each_of_them(monkeypatch):
     assert num_rates(30, monkeypatch) < 1.5 * 30 * num_rates(1, monkeypatch)
-
-
-def test_the_flows_of_a_ring_cost_one_rate_each():
-    clock, num_ranks = FakeClock(), 200
-    rates = [(1.0 + i % 11) * 8e6 for i in range(num_ranks)]
-    network = Network(clock, Links(rates, rates, lambda a, b: 0.0))
-    flows = [network.send(a, (a + 1) % num_ranks, 1e6, lambda: None) for a in range(num_ranks)]
-    links = {link: None for flow in flows for link in flow.links}
-    clock.at(0.0, lambda: looked.extend(fair_rates(links)))
-    looked = []
-    clock.run()
-    assert len(looked) == num_ranks
-    assert all(rate == min(link.bytes_per_s for link in flow.links) for flow, rate in looked)

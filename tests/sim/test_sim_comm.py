@@ -1,13 +1,12 @@
 """SimComm: the promises of Comm, and when waits end in virtual time."""
 
-from functools import partial
-
 import pytest
 import torch
 
 from lowcomm.sim.clock import Clock, Deadlock
 from lowcomm.sim.collectives import Ring, Star, Tree
 from lowcomm.sim.comm import World
+from lowcomm.tensors import digest
 from tests.algorithms import inner_of
 from tests.replicas import train
 from tests.same_code.cases import CASES, STEPS, wire_laws
@@ -17,25 +16,21 @@ from tests.world import run_world
 # ---- the promises of Comm -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("slow", [False, True])
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
-def test_wire_laws(num_ranks, slow):
-    simulate(*[lambda comm, clock: wire_laws(comm)] * num_ranks, slow=slow, isolate_torch=True)
+def test_wire_laws(num_ranks):
+    for slow in (False, True):
+        simulate(*[lambda comm, clock: wire_laws(comm)] * num_ranks, slow=slow, isolate_torch=True)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
-@pytest.mark.parametrize("name", CASES)
-def test_simulation_computes_what_threads_compute_and_twice_the_same(name, num_ranks):
-    def program(comm, clock):
-        trace = train(CASES[name], comm, STEPS, inner_of(CASES[name]))
-        return trace, clock.now
+@pytest.mark.parametrize("algorithm", CASES[::3], ids=str)
+def test_a_network_changes_no_number_and_its_times_are_the_same_again(algorithm):
+    def program(comm, clock=None):
+        trace = train(algorithm, comm, STEPS, inner_of(algorithm))
+        return digest(trace), clock and clock.now
 
-    threads = run_world(num_ranks, lambda comm: train(CASES[name], comm, STEPS, inner_of(CASES[name])))
-    first, second = (simulate(*[program] * num_ranks, isolate_torch=True) for _ in range(2))
-    for (trace, time), (again, time_again), expected in zip(first, second, threads, strict=True):
-        assert all(map(torch.equal, trace, expected)) and len(trace) == len(expected)
-        assert all(map(torch.equal, trace, again)) and time == time_again
-        assert time > 0 or num_ranks == 1
+    slow, again = (simulate(*[program] * 3, isolate_torch=True) for _ in range(2))
+    assert slow == again and min(time for _, time in slow) > 0
+    assert [x for x, _ in slow] == [x for x, _ in run_world(3, program)]
 
 
 def test_results_are_fresh_and_inputs_are_read_at_the_call():
@@ -110,26 +105,6 @@ def test_what_is_under_way_moves_while_ranks_compute(compute_s):
         return clock.now
 
     assert simulate(program, program) == [max(8.0, compute_s)] * 2
-
-
-def test_an_exchange_starts_when_the_last_member_is_there():
-    def program(comm, clock):
-        clock.sleep(5.0 * comm.rank)
-        comm.all_sum(torch.zeros(6, dtype=torch.uint8)).wait()
-        return clock.now
-
-    assert simulate(*[program] * 3) == [10.0 + 2 * 2 * 6 / 3] * 3
-
-
-def test_a_message_takes_the_time_of_its_bytes():
-    def program(comm, clock):
-        x = torch.zeros(3, dtype=torch.float64)
-        sent = comm.send(x, 1 - comm.rank)
-        comm.recv(x).wait()
-        sent.wait()
-        return clock.now
-
-    assert simulate(program, program) == [24.0, 24.0]
 
 
 def test_an_exchange_that_is_over_is_forgotten():
@@ -328,39 +303,3 @@ def test_deadlock_says_who_waits_for_whom():
 
 
 # ---- many -----------------------------------------------------------------------------------------------------------
-
-
-def test_members_are_looked_through_once_though_all_ranks_ask_for_other_groups_too():
-    class Members(tuple):
-        """Counts how often somebody goes through it."""
-
-        num_times = 0
-
-        def __iter__(self):
-            Members.num_times += 1
-            return super().__iter__()
-
-    world, members = World(Clock()), Members(range(50))
-    for rank in range(50):
-        world.comm(rank, members)
-        pair = world.comm(rank, (rank, (rank + 1) % 50))
-        assert len(pair.members) == 2 and rank in pair.members
-    assert Members.num_times == 1
-
-
-def test_many_ranks_share_what_they_can():
-    clock = Clock(isolate_torch=False)
-    world, members = World(clock), tuple(range(3000))
-    comms = [world.comm(rank, members) for rank in members]
-    assert all(comm.members is comms[0].members for comm in comms)
-
-    def program(comm):
-        x = torch.empty(5, device="meta")
-        for _ in range(2):
-            clock.sleep(1.0)
-            x = comm.all_sum(x).wait()
-        return x.shape
-
-    for comm in comms:
-        clock.spawn(comm.rank, partial(program, comm))
-    assert set(clock.run()) == {(5,)} and clock.now == 2.0

@@ -81,13 +81,6 @@ def test_what_delays_a_run_changes_its_seconds_and_nothing_else(run):
         assert (out / "final.safetensors").read_bytes() == (plain / "final.safetensors").read_bytes(), fault
 
 
-def test_who_is_paused_sends_nothing(run):
-    start_s = min(flow[0] for flow in flows(run()[1]) if flow[0] > 6.5)
-    _, out = run(("Pause", {"rank": 2, "at_s": 6.9, "seconds": 20.0}))
-    later_s = min(flow[0] for flow in flows(out) if flow[0] > 6.5)
-    assert later_s == pytest.approx(start_s + 20.0), "the round waits for the rank that is frozen in its seventh step"
-
-
 @pytest.mark.parametrize(
     ("fault", "lost", "at_s"),
     [

@@ -58,14 +58,6 @@ def test_without_latency_or_a_window_nothing_waits(latency_s, initial_bytes):
     assert clock.run() == pytest.approx(0.1 + latency_s)
 
 
-def test_what_waits_is_silent_before_its_bytes():
-    clock = FakeClock()
-    network = Network(clock, Links([1e8] * 2, [1e8] * 2, lambda a, b: 0.02, transport=Transport(bandwidth_factor=1.0)))
-    network.send(0, 1, 4e6, lambda: None)
-    waited_s = Connections(14_480).wait_s((0, 1), 0.0, 4e6, BYTES_PER_S, ROUND_TRIP_S)
-    assert clock.run() == pytest.approx(0.02 + waited_s + 4e6 / BYTES_PER_S)
-
-
 def test_turns_hide_behind_long_messages():
     latency_s = 0.02
     assert turns_s(Turns(6, 125_000), BYTES_PER_S, latency_s, latency_s) == pytest.approx(6 * 0.03)

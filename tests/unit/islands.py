@@ -10,11 +10,9 @@ import torch
 
 import lowcomm
 from lowcomm.comm.base import Task
-from lowcomm.compress.hierarchical import Hierarchical
-from lowcomm.compress.quantized import Quantized
 from lowcomm.tensors import rng
+from tests.compressors import Hierarchical, Quantized
 
-SHAPES = [(), (1,), (3,), (5, 7), (0,), (257,)]
 COMPRESSORS = {"exact inside": Hierarchical(2), "coded twice": Hierarchical(2, inner=Quantized())}
 
 

@@ -1,6 +1,5 @@
 """The command line: what it refuses, what it resolves, and that a run alone works from end to end."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -10,15 +9,13 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from lowcomm.algorithms.diloco import DiLoCo
-from lowcomm.algorithms.local_sgd import LocalSGD
+from lowcomm import DiLoCo, LocalSGD
 from lowcomm.cli import main, parse_run
 from lowcomm.config import Optimizer, describe
 from lowcomm.data import Files
 from lowcomm.ledger import Diverged
 from lowcomm.metrics import read
-from lowcomm.outer.nesterov import Nesterov
-from lowcomm.outer.sgd import SGD
+from tests.compressors import SGD, Nesterov
 from tests.multiprocess.launch import write_tiny
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
@@ -46,12 +43,8 @@ def refused(capsys, *argv):
         (["--algorithm.every", "0"], ["every is 0", "at least 1"]),
         (["--algorithm.outer.momentum", "1"], ["momentum=1"]),
         (["--algorithm.weights", "[1,2,3]"], ["weights has 3 entries for 1 replicas"]),
-        (["--algorithm.weights", "[0]"], ["must be positive"]),
         (["--algorithm", "NoSuchMethod"], ["NoSuchMethod"]),
         (["--num_tokens", "1000"], ["num_steps or num_tokens"]),
-        (["--num_steps", "0"], ["num_steps is 0"]),
-        (["--batch.size", "0"], ["batch.size is 0"]),
-        (["--batch.num_micro_batches", "3"], ["does not split"]),
         (["--data.source.paths", "[/no/such/file.txt]"], ["/no/such/file.txt"]),
         (["--data.seq_len", "100000"], ["tokens"]),
         (["--model.vocab_size", "100"], ["100", "256"]),
@@ -63,14 +56,10 @@ def refused(capsys, *argv):
         (["--optimizer.args.lr", "-1"], ["lr is -1"]),
         (["--schedule.num_warmup_steps", "41"], ["num_warmup_steps 41"]),
         (["--optimizer.args", "{lr: 0.1, betas: 3}"], ["torch.optim.AdamW", "'betas': 3", "leave out"]),
-        (["--optimizer.args", "{lr: 0.1, betas: [0.9]}"], ["torch.optim.AdamW", "'betas': [0.9]"]),
         (["--optimizer.args", "{lr: null}"], ["torch.optim.AdamW", "'lr': None"]),
         (["--optimizer.args", "{lr: 0.1, params: 1}"], ["does not take ['params']"]),
         (["--algorithm", "diloco"], ["diloco", "lowcomm train --help lists"]),
         (["--algorithm.every", "null"], ["algorithm.every is null", "leave it out"]),
-        (["--algorithm.reducer", "null"], ["algorithm.reducer is null"]),
-        (["--algorithm.outer", "null"], ["algorithm.outer is null"]),
-        (["--model.tie_embeddings", "null"], ["model.tie_embeddings is null"]),
         (["--config", "/no/such/config.yaml"], ["/no/such/config.yaml"]),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else None,
@@ -87,17 +76,10 @@ def test_bad_input_is_refused_before_training(capsys, config, tmp_path, flags, w
     ("text", "words"),
     [
         ("evaluation:\n", ["evaluation is null"]),
-        ("model:\n", ["model is null"]),
-        ("compile:\n", ["compile is null"]),
         ("optimizer: {args: }\n", ["optimizer.args is null"]),
         ("data: {source: }\n", ["data.source is null"]),
         ("algorithm: {class_path: LocalSGD, init_args: {reducer: {compressor: }}}\n", ["reducer.compressor is null"]),
         ("batch: {size: 4}\nbatch: {num_micro_batches: 2}\n", ["'batch' stands here twice"]),
-        (
-            "algorithm: {class_path: LocalSGD, init_args: {dropped: {probability: 0.1, seed: }}}\n",
-            ["dropped.seed is null"],
-        ),
-        ("batch: {size: 4, size: 8}\n", ["'size' stands here twice"]),
         ("batch: {size: 4, num_micro_batches: 2, size: 8}\n", ["'size' stands here twice"]),
         ("optimizer: {args: {params: [{lr: 1, lr: 2}]}}\n", ["'lr' stands here twice"]),
     ],
@@ -145,13 +127,6 @@ def test_a_class_of_ones_own_may_have_annotations_that_cannot_be_read_here(tmp_p
     assert isinstance(run.algorithm, DiLoCo) and list(run.algorithm.outer.rates) == [0.5]
 
 
-def test_a_directory_that_is_a_file_is_refused(capsys, config, tmp_path):
-    (tmp_path / "out").write_text("mine")
-    for out in (tmp_path / "out", tmp_path / "out" / "run"):
-        assert f"{tmp_path / 'out'} is a file" in refused(capsys, "train", "--config", str(config), "--out", str(out))
-    assert (tmp_path / "out").read_text() == "mine"
-
-
 @pytest.mark.parametrize("where", ["describe_into", "save_model"])
 def test_a_full_disk_is_told_in_a_sentence(capsys, config, tmp_path, monkeypatch, where):
     def full(*_):
@@ -164,41 +139,6 @@ def test_a_full_disk_is_told_in_a_sentence(capsys, config, tmp_path, monkeypatch
     error = capsys.readouterr().err
     assert error.startswith("lowcomm: error:") and "No space left on device" in error
     assert ("--resume" in error) == (where == "save_model"), "there is a checkpoint to go on from"
-
-
-def test_ctrl_c_ends_a_simulation_without_a_traceback(capsys, config, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("lowcomm.cli.simulate", interrupted)
-    assert main(["simulate", "--config", str(config), "--cluster", "Uniform"]) == 130
-    assert "stopped by SIGINT" in capsys.readouterr().err
-
-
-def test_empty_data_is_refused(capsys, config, tmp_path):
-    for file in (tmp_path / "text").iterdir():
-        file.write_text("")
-    assert "empty" in refused(capsys, "train", "--config", str(config), "--out", str(tmp_path / "out"))
-
-
-def test_a_shard_that_is_not_ours_is_refused(capsys, config, tmp_path):
-    shards = tmp_path / "shards"
-    flags = ["--source", "Files", "--source.paths", f"[{tmp_path}/text/*.txt]", "--out", str(shards)]
-    assert main(["data", *flags]) == 0
-    given = [
-        "train",
-        "--config",
-        str(config),
-        "--data.source",
-        json.dumps({"class_path": "Shards", "init_args": {"path": str(shards)}}),
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    assert main(given) == 0
-    shutil.rmtree(tmp_path / "out")
-    shard = next(x for x in shards.iterdir() if x.is_file())
-    shard.write_bytes(b"something else" * 100)
-    assert str(shard) in refused(capsys, *given)
 
 
 def test_no_free_disk_is_refused(capsys, config, tmp_path, monkeypatch):
@@ -317,16 +257,6 @@ def test_configs_are_complete_runs_that_read_the_same_again(path, tmp_path):
     assert yaml.safe_load(described) == describe(run)
     (tmp_path / "run.yaml").write_text(described)
     assert parse_run(["--config", str(tmp_path / "run.yaml")])[0] == run
-
-
-@pytest.mark.parametrize(
-    "flags", [[], ["--algorithm", "LocalSGD", "--algorithm.reducer.compressor", "Cast"], ["--precision", "bf16"]]
-)
-def test_the_resolved_config_gives_the_same_run_again(flags, config, tmp_path):
-    run, _ = parse_run(["--config", str(config), *flags])
-    again = tmp_path / "resolved.yaml"
-    again.write_text(yaml.safe_dump(describe(run)))
-    assert parse_run(["--config", str(again)])[0] == run
 
 
 def test_dry_run_prints_the_run_and_its_traffic_and_writes_nothing(capsys, config, tmp_path):

@@ -3,21 +3,11 @@
 import pytest
 import torch
 
-from lowcomm.codecs.absmax import Absmax
-from lowcomm.codecs.bins import Bins
-from lowcomm.codecs.e3m0 import E3M0
-from lowcomm.codecs.float32 import Float32
-from lowcomm.codecs.fp4 import FP4
-from lowcomm.codecs.fp8 import FP8
-from lowcomm.codecs.half import Half
 from lowcomm.codecs.levels import cell_size
-from lowcomm.codecs.nf4 import NF4
 from lowcomm.codecs.packing import pack, unpack
-from lowcomm.codecs.qsgd import QSGD
 from lowcomm.codecs.scales import SCALE_GROWTH, SCALE_TYPES, scale_from_format, scale_to_format
-from lowcomm.codecs.sign import Sign
-from lowcomm.codecs.sign_magnitude import SignMagnitude
 from lowcomm.tensors import rng
+from tests.compressors import E3M0, FP4, FP8, NF4, QSGD, Absmax, Bins, Half, Sign, SignMagnitude
 
 NUM = 2**20
 
@@ -70,18 +60,6 @@ def test_two_bits_with_means_of_bins_beat_uneven_bins():
     assert relative_error(Bins(), laplace) < 0.43
     assert relative_error(Bins(), t3) < 0.58
     assert Bins().num_bytes(NUM) * 8 / NUM == pytest.approx(2.03, rel=1e-3)
-
-
-def test_powers_of_two_as_scales_cost_little():
-    normal, _, t3, _ = values()
-    assert E3M0().num_bytes(NUM) * 8 / NUM == 4.125 and FP4().num_bytes(NUM) * 8 / NUM == 4.25
-    assert relative_error(E3M0(), normal) < 0.196 and relative_error(E3M0(), t3) < 0.198
-    assert relative_error(FP4(), normal) < 0.113 and relative_error(FP4(), t3) < 0.141
-
-
-@pytest.mark.parametrize(("codec", "bits"), [(Half(), 16), (Half("float16"), 16), (Float32(), 32)], ids=str)
-def test_sizes_without_scales(codec, bits):
-    assert codec.num_bytes(1001) * 8 == 1001 * bits
 
 
 @pytest.mark.parametrize(("num_levels", "bits"), [(1, 2), (2, 4), (7, 4), (8, 8), (127, 8)])

@@ -8,7 +8,6 @@ import torch
 from lowcomm.codecs.absmax import Absmax
 from lowcomm.codecs.float32 import Float32
 from lowcomm.codecs.half import Half
-from lowcomm.codecs.indices import index_bytes
 from lowcomm.codecs.qsgd import QSGD
 from lowcomm.comm.base import Task
 from lowcomm.comm.echo import EchoComm
@@ -47,33 +46,9 @@ def test_islands_refuse_to_draw_the_same_numbers_twice(parts):
     """Errors within and between islands would add up: the mean of two unbiased ones was twice what it should be."""
     with pytest.raises(ValueError, match=r"give outer another seed, such as seed=1$"):
         Hierarchical(2, *parts)
-
-
-@pytest.mark.parametrize(
-    "parts",
-    [
-        (Quantized(), Quantized()),
-        (Quantized(RANDOM), Quantized(Absmax(4))),
-        (Quantized(RANDOM), Quantized(RANDOM, seed=1)),
-        (SCALED, Quantized(RANDOM)),
-    ],
-    ids=str,
-)
-def test_islands_accept_parts_that_do_not_share_numbers(parts):
-    assert Hierarchical(2, *parts).inner is parts[0]
-
-
-def test_islands_with_other_seeds_are_unbiased():
-    compressor, x = Hierarchical(1, SCALED, RandomK(0.5, unbiased=True, seed=1)), torch.ones(512)
-
-    def program(comm):
-        state, total = compressor.init(x), torch.zeros(512)
-        for _ in range(200):
-            _, mean, state = Task(compressor.mean(x, state, comm)).result()
-            total += mean / 200
-        return total.mean().item()
-
-    assert run_world(2, program)[0] == pytest.approx(1.0, abs=0.05)
+    coded = Quantized(RANDOM)  # what does not share numbers is accepted
+    for one, other in ((coded, Quantized(Absmax(4))), (coded, Quantized(RANDOM, seed=1)), (SCALED, coded)):
+        assert Hierarchical(2, one, other).inner is one
 
 
 @pytest.mark.parametrize("cls", [Gathered, Quantized, TopK], ids=lambda cls: cls.__name__)
@@ -190,28 +165,6 @@ def test_ef_bv_has_no_jump_at_compressors_without_variance():
     assert at == pytest.approx(1 / (1 + 0.9 * 2**0.5))
     assert near == pytest.approx(at, rel=1e-5)
     assert ef_bv(2.0, [1.0], 0.0, 0.0, 0.0, EFBV(1.0, 1.0)) == 0.5
-
-
-def test_the_largest_share_that_a_row_can_tell_apart_is_accepted():
-    compressor, x = CountSketch(density=0.3, rows=3, keep=0.1), torch.randn(1000, generator=rng(0, "test"))
-    _, mean, _ = Task(compressor.mean(x, compressor.init(x), EchoComm(1))).result()
-    assert mean.count_nonzero() == 100
-    with pytest.raises(ValueError, match="cannot tell more entries apart"):
-        CountSketch(density=0.3, rows=3, keep=0.1001)
-
-
-def test_top_k_says_what_to_choose():
-    with pytest.raises(ValueError, match=r"num=0, chunk=None\): choose at least 1 of the bucket"):
-        TopK(num=0, chunk=None)
-    with pytest.raises(ValueError, match=r"num=9, chunk=8\): choose 1 to 8 of each chunk"):
-        TopK(num=9, chunk=8)
-
-
-def test_codes_of_places_keep_the_bound_that_they_state():
-    for num in range(2, 40):
-        for kept in range(1, num):
-            bound = kept * (2 + torch.tensor(num / kept, dtype=torch.float64).log2().item()) + 1
-            assert 8 * (index_bytes(num, kept, "elias_fano") - 1) < bound  # filled up to whole bytes
 
 
 @pytest.mark.parametrize(("bits", "width"), [(4, 394), (8, 129034)])

@@ -1,7 +1,6 @@
 """The table of benchmarks/convergence.py: which runs it sets beside each other."""
 
 import argparse
-import math
 
 import pytest
 
@@ -19,11 +18,6 @@ def test_methods_are_compared_by_the_seeds_that_both_have():
     assert three.behind(one) == pytest.approx(2.0 / 2.2 - 1)
     assert two.behind(three) == pytest.approx(0.1)
     assert three.loss == pytest.approx(2.0)
-
-
-def test_perplexities_are_of_the_difference_of_the_losses():
-    gap = row({0: 2.01, 1: 1.03}).behind(row({0: 2.0, 1: 1.0}), in_perplexity=True)
-    assert gap == pytest.approx(math.exp(0.02) - 1)
 
 
 def test_one_replica_sends_nothing_and_is_recorded(tmp_path):

@@ -4,9 +4,8 @@ import time
 
 import pytest
 import torch
-from jsonargparse import ArgumentParser
 
-from lowcomm.data import BPE, Bytes, Data, Files, HuggingFace, Shards, write_shards
+from lowcomm.data import Bytes, Data, Files, HuggingFace, Shards, write_shards
 
 
 @pytest.fixture
@@ -113,18 +112,3 @@ def test_streamed(path):
 def test_config_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         Data(**arguments)
-
-
-def test_yaml():
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--data", type=Data, default=Data())
-    text = """
-    data:
-      source: {class_path: lowcomm.data.Files, init_args: {paths: [a.txt], separator: "\\0"}}
-      tokenizer: {class_path: BPE, init_args: {path: bpe.json}}
-      validation: {class_path: lowcomm.data.Shards, init_args: {path: shards}}
-      seq_len: 32
-    """
-    parsed = parser.instantiate(parser.parse_string(text)).data
-    assert parsed == Data(Files(["a.txt"], separator="\0"), BPE("bpe.json"), 32, validation=Shards("shards"))
-    assert parser.instantiate(parser.parse_string("{}")).data == Data()

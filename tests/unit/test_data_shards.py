@@ -61,15 +61,24 @@ def test_out_dir_with_content_is_refused_and_untouched(source, folder, tmp_path)
     assert Shards(str(folder)).read(Bytes()).num_documents == 5
     (tmp_path / "empty").mkdir()
     write_shards(source, Bytes(), str(tmp_path / "empty"))
+    assert Shards(str(tmp_path / "empty")).read(Bytes()).num_documents == 5
 
 
-def test_nothing_is_left_of_a_failed_write(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"text": 5}\n', encoding="utf-8")
+def test_nothing_is_left_of_a_failed_write(source, tmp_path, monkeypatch):
+    (tmp_path / "b.jsonl").write_text('{"text": "good"}\n{"text": 5}\n', encoding="utf-8")
+    before = sorted(tmp_path.iterdir())
     with pytest.raises(ValueError, match="line 2"):
-        write_shards(Files([str(tmp_path / "a.jsonl")]), Bytes(), str(tmp_path / "out"), shard_tokens=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+        write_shards(Files([str(tmp_path / "b.jsonl")]), Bytes(), str(tmp_path / "out"), shard_tokens=1)
     with pytest.raises(ValueError, match="shard_tokens is 0"):
-        write_shards(Files(["x"]), Bytes(), str(tmp_path / "out"), shard_tokens=0)
+        write_shards(source, Bytes(), str(tmp_path / "out"), shard_tokens=0)
+
+    def interrupted(header, shard, num_shards):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lowcomm.data.shards.replace", interrupted)  # when all tokens are written
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(source, Bytes(), str(tmp_path / "out"))
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def overwrite(path: Path, offset: int, content: bytes) -> None:

@@ -1,15 +1,14 @@
 """Sources: the standard library, files of every kind and what is wrong with them, local Hugging Face datasets."""
 
-import contextlib
 import gzip
 import json
 import lzma
+from functools import partial
 from typing import Any
 
 import pytest
 
 from lowcomm.data import Files, HuggingFace, StandardLibrary
-from lowcomm.optional import require
 
 OPENERS: dict[str, Any] = {"": open, ".gz": gzip.open, ".xz": lzma.open}
 TEXTS = ["first", "zweites äöü", "third\nof two lines"]
@@ -30,12 +29,6 @@ def test_standard_library_is_large_and_deterministic():
     assert any("class OrderedDict" in text for text in documents)
     assert not any("class TestOrderedDict" in text for text in documents)
     assert all(documents)
-
-
-def test_standard_library_without_source(monkeypatch, tmp_path):
-    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    with pytest.raises(ValueError, match=r"no \.py file under .*another source"):
-        next(StandardLibrary().documents())
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
@@ -98,14 +91,10 @@ def test_globs_are_sorted_and_paths_keep_their_order(tmp_path):
         ("a.json", "[1, 2]\n", r"a\.json, line 1 is a list"),
         ("a.jsonl", '{"text": "\\ud800"}\n', r"a\.jsonl, line 1: field 'text' is no valid text"),
         ("a.txt", "", r"a\.txt holds no text"),
-        ("a.jsonl", "\n\n", r"a\.jsonl holds no text"),
         ("a.txt", b"abc\xff", r"a\.txt cannot be read to its end"),
         ("a.txt.gz", gzip.compress(b"some text", mtime=0)[:-9], r"a\.txt\.gz cannot be read to its end"),
-        ("a.jsonl.gz", b"not gzip", r"a\.jsonl\.gz cannot be read to its end"),
-        ("a.txt.xz", lzma.compress(b"some text")[:-9], r"a\.txt\.xz cannot be read to its end"),
         ("a.txt.xz", b"not xz", r"a\.txt\.xz cannot be read to its end"),
         ("a.csv", "x", r"a\.csv has the unknown kind '\.csv'"),
-        ("a.parquet", b"no", r"a\.parquet is not a whole Parquet file"),
     ],
 )
 def test_broken_files_are_named(tmp_path, name, content, message):
@@ -139,11 +128,6 @@ def test_identity_follows_content_not_place(tmp_path):
     assert len({Files([path], *how).identity() for how in ((), ("body",), ("text", "b"))}) == 3
 
 
-def test_missing_library_names_the_extra():
-    with pytest.raises(ValueError, match=r"no_such_library is needed here.*pip install 'lowcomm\[hf\]'"):
-        require("no_such_library")
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -165,11 +149,7 @@ def test_hugging_face_documents(folder, streaming):
 
 
 def remaining(cursor):
-    documents = []
-    with contextlib.suppress(StopIteration):
-        while True:
-            documents.append(next(cursor))
-    return documents
+    return list(iter(partial(next, cursor, None), None))
 
 
 @pytest.mark.parametrize("streaming", [True, False])

@@ -47,19 +47,6 @@ def test_ids_fit_in_the_dtype_of_their_vocabulary():
     assert [token_dtype(vocab_size).itemsize for vocab_size in (2**16, 2**16 + 1)] == [2, 4]
 
 
-def test_no_documents():
-    with pytest.raises(ValueError, match="no document"):
-        tokenize([], Bytes())
-
-
-def test_a_batch_is_inputs_and_targets(corpus):
-    batch = WindowStream(corpus, seq_len=4, batch_size=3, seed=0).next()
-    assert batch.shape == (3, 5)
-    assert batch.dtype == torch.int64
-    text = corpus.read(0, 65).tolist()
-    assert all(row in [text[start : start + 5] for start in range(0, 61, 4)] for row in batch.tolist())
-
-
 def test_epochs_and_seeds_differ(corpus):
     def epoch(stream):
         return [tuple(row) for _ in range(4) for row in stream.next().tolist()]
@@ -173,35 +160,6 @@ def jsonl(tmp_path):
         rows = "".join(f'{{"text": "{text}"}}\n' for text in TEXTS[shard * 5 : shard * 5 + 5])
         (tmp_path / "data" / f"train-{shard}.jsonl").write_text(rows, encoding="utf-8")
     return tmp_path / "data"
-
-
-def test_packed_stream_deals_documents_in_order(jsonl):
-    source = Files([f"{jsonl}/*.jsonl"], streaming=True)
-    stream = PackedStream(source, Bytes(), seq_len=5, batch_size=2, replica=1, num_replicas=3)
-    tokens = "".join(f"{text}\0" for text in TEXTS[1::3]) * 4  # four passes
-    assert stream.next().tolist() == [list(tokens[0:6].encode()), list(tokens[5:11].encode())]
-    assert stream.next().tolist() == [list(tokens[10:16].encode()), list(tokens[15:21].encode())]
-    assert stream.next().tolist() == [list(tokens[20:26].encode()), list(tokens[25:31].encode())]
-
-
-def test_packed_stream_resumes_a_local_dataset_at_every_batch(jsonl):
-    source = HuggingFace(str(jsonl))
-    arguments = (source, Bytes(), 3, 2, 1, 2, 0.2)
-    stream, states, batches = PackedStream(*arguments), [], []
-    for _ in range(12):  # more than two passes of 30 tokens
-        states.append(stream.state_dict())
-        batches.append(stream.next())
-    reference = PackedStream(Files([f"{jsonl}/*.jsonl"], streaming=True), *arguments[1:])
-    for batch in batches:
-        assert torch.equal(batch, reference.next())
-    for start in (0, 1, 2, 5, 9):
-        resumed = PackedStream(*arguments)
-        resumed.load_state_dict(states[start])
-        for batch in batches[start:]:
-            assert torch.equal(resumed.next(), batch)
-            resumed_again = PackedStream(*arguments)
-            resumed_again.load_state_dict(resumed.state_dict())
-            resumed = resumed_again
 
 
 def test_packed_stream_errors(jsonl):

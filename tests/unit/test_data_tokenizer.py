@@ -37,12 +37,6 @@ def test_bpe_is_reversible_and_shorter_than_bytes(bpe):
     assert bpe._tokenizer.decode(bpe.encode("Привет\x01").tolist()) == "Привет\x01"
 
 
-def test_bpe_batch_equals_one_by_one(bpe):
-    texts = ["the cat", "", TEXT]
-    for one, many in zip([bpe.encode(text) for text in texts], bpe.encode_batch(texts), strict=True):
-        np.testing.assert_array_equal(one, many)
-
-
 def test_special_token_in_text_is_text(bpe):
     ids = bpe.encode("a<|endoftext|>b").tolist()
     assert bpe.separator not in ids

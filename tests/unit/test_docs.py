@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from lowcomm.cli import parse_run
+from tests.torchrun import torchrun
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -109,15 +107,9 @@ def test_quoted_code_stands_there(path: Path, code: str) -> None:
     assert code in path.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("num_replicas", [1, 2])
 @pytest.mark.parametrize("example", EXAMPLES, ids=itself)
-def test_example_runs(example: Path, num_replicas: int) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_replicas}"]
-    command = [sys.executable, *(torchrun if num_replicas > 1 else []), str(example)]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    distances = re.findall(r"distance to the target ([\d.]+)", done.stdout)
-    assert len(distances) == num_replicas
+def test_example_runs(example: Path) -> None:
+    distances = re.findall(r"distance to the target ([\d.]+)", torchrun(2, str(example)))
+    assert len(distances) == 2
     assert len(set(distances)) == 1, f"the replicas end with different parameters: {distances}"
     assert float(distances[0]) < 0.1  # it starts near 2

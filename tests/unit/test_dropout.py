@@ -22,17 +22,8 @@ def test_a_run_with_dropout_can_be_repeated(command, tmp_path):
     found = []
     for k, seed in enumerate([3, 3, 4]):
         out = tmp_path / str(k)
-        flags = [
-            "--model",
-            "Module",
-            "--model.path",
-            f"{__name__}.WithDropout",
-            "--seed",
-            str(seed),
-            "--num_steps",
-            "6",
-        ]
-        flags += ["--checkpoint.every", "0", "--out", str(out)]
-        assert main([*command, "--config", str(config), *flags]) == 0
+        flags = ["--config", str(config), "--model", "Module", "--model.path", f"{__name__}.WithDropout"]
+        flags += ["--seed", str(seed), "--num_steps", "6", "--checkpoint.every", "0", "--out", str(out)]
+        assert main([*command, *flags]) == 0
         found.append(digest(list(load_file(out / "final.safetensors").values())))
     assert found[0] == found[1] != found[2]

@@ -1,20 +1,18 @@
 """The hooks of torch's own wrappers, given gradients without them or in a world of one."""
 
-from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lowcomm
-from lowcomm.comm.solo import SoloComm
-from lowcomm.compress.quantized import Quantized
-from lowcomm.feedback.ef14 import EF14
-from lowcomm.reduce import Reducer
+from lowcomm import Reducer, SoloComm
 from lowcomm.tensors import rng
+from tests.compressors import EF14, Quantized
 from tests.world import run_world
 
 
@@ -25,33 +23,12 @@ def world_of_one():
     dist.destroy_process_group()
 
 
-@dataclass
-class Piece:
-    """One of DDP's buckets."""
-
-    of: list[Tensor]
-    at: int
-    last: bool
-    flat: Tensor = field(init=False)
-
-    def __post_init__(self):
-        self.flat = torch.cat([p.detach().reshape(-1) for p in self.of])
-
-    def buffer(self):
-        return self.flat
-
-    def gradients(self):
-        pieces = self.flat.split([p.numel() for p in self.of])
-        return [piece.view(p.shape) for piece, p in zip(pieces, self.of, strict=True)]
-
-    def parameters(self):
-        return self.of
-
-    def index(self):
-        return self.at
-
-    def is_last(self):
-        return self.last
+def piece(of, at, last):
+    """One of DDP's buckets, with gradients that equal the parameters."""
+    flat = torch.cat([p.detach().reshape(-1) for p in of])
+    gradients = [x.view(p.shape) for x, p in zip(flat.split([p.numel() for p in of]), of, strict=True)]
+    calls = {"buffer": flat, "gradients": gradients, "parameters": of, "index": at, "is_last": last}
+    return SimpleNamespace(**{name: partial(lambda x: x, answer) for name, answer in calls.items()})
 
 
 def registered(model, reducer):
@@ -81,8 +58,8 @@ def test_frozen_parameters_have_no_gradients_to_average():
 def test_what_a_backward_left_that_broke_off_is_forgotten():
     model = nn.Linear(3, 2)
     hook = registered(model, Reducer())
-    hook.average(Piece([model.bias], 0, last=False))
-    futures = [hook.average(Piece([model.bias], 0, last=False)), hook.average(Piece([model.weight], 1, last=True))]
+    hook.average(piece([model.bias], 0, last=False))
+    futures = [hook.average(piece([model.bias], 0, last=False)), hook.average(piece([model.weight], 1, last=True))]
     assert torch.equal(futures[0].value(), model.bias) and torch.equal(futures[1].value(), model.weight.reshape(-1))
 
 
@@ -90,7 +67,7 @@ def test_what_a_backward_left_that_broke_off_is_forgotten():
 def test_gradients_in_bfloat16_are_averaged_in_the_buckets_of_the_state():
     model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 1)).bfloat16()
     hook = registered(model, Reducer(Quantized(), EF14(), bucket_bytes=32))
-    averaged = hook.average(Piece(list(model.parameters()), 0, last=True)).value()
+    averaged = hook.average(piece(list(model.parameters()), 0, last=True)).value()
     assert averaged.dtype == torch.bfloat16
     assert all(b["feedback"]["error"].dtype == torch.float32 for b in hook.state_dict()["reducer"]["buckets"])
 

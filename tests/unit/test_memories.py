@@ -3,10 +3,8 @@
 import pytest
 import torch
 
-from lowcomm.codecs.absmax import Absmax
-from lowcomm.feedback.econtrol import EControl
-from lowcomm.feedback.ef14 import EF14
 from lowcomm.tensors import digest, rng
+from tests.compressors import EF14, Absmax, EControl
 
 
 def test_a_memory_that_rounds_at_random_has_other_numbers_in_each_round_and_for_each_seed():

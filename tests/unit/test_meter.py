@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from lowcomm.comm.base import PeerLost
+from lowcomm import Meter, MeteredComm, PeerLost
 from lowcomm.comm.echo import EchoComm
-from lowcomm.comm.metered import Meter, MeteredComm
 
 
 def test_messages_between_two_and_rows_count_by_purpose():

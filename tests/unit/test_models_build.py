@@ -117,14 +117,6 @@ def test_hugging_face_reads_config_and_weights_of_one_revision(tiny_gpt2, monkey
     assert asked == [("AutoConfig", "v2"), ("AutoModelForCausalLM", "v2")]
 
 
-def test_hugging_face_has_shapes_alone_on_the_meta_device(tiny_gpt2):
-    model = HuggingFace(tiny_gpt2, pretrained=True)
-    with torch.device("meta"):
-        shapes = model.build(40, seed=0)
-    assert {x.device.type for x in shapes.parameters()} == {"meta"}
-    assert [x.shape for x in shapes.parameters()] == [x.shape for x in model.build(40, seed=0).parameters()]
-
-
 def test_hugging_face_mistakes_are_told(tiny_gpt2, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="vocabulary of 40 tokens and the tokenizer needs 41"):
         HuggingFace(tiny_gpt2).build(41, seed=0)

@@ -27,13 +27,6 @@ def test_a_hugging_face_model_is_counted_alike(tmp_path):
     assert flops_per_token(model, 32) == 6 * (2 * per_layer + 40 * 8) + 12 * 2 * 8 * 32
 
 
-def test_a_model_on_the_meta_device_is_counted_alike():
-    with torch.device("meta"):
-        model = Llama("7b").build(32_000, seed=0)
-    matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2) - 32_000 * 4096
-    assert flops_per_token(model, 2048) == 6 * matrices + 12 * 32 * 4096 * 2048
-
-
 def test_counting_changes_nothing():
     model = nn.Sequential(Llama("500k", 1, 16, 4, 4, 24).build(50, seed=0), nn.Dropout(0.5))
     before = {name: x.clone() for name, x in model.state_dict().items()}
@@ -59,13 +52,8 @@ def test_a_forward_that_looks_at_values_cannot_be_counted():
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA H100 80GB HBM3", 989.4e12),
         ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H100 NVL", 835e12),
         ("NVIDIA H200", 989.4e12),
-        ("NVIDIA L40S", 362e12),
         ("NVIDIA L4", 121e12),
-        ("NVIDIA A10", 125e12),
-        ("NVIDIA GeForce RTX 4090", 165.2e12),
-        ("NVIDIA RTX A6000", 154.8e12),
         ("Tesla V100-SXM2-16GB", None),
         ("cpu", None),
     ],

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lowcomm.models.llama import SIZES, Llama, Rotary
+from tests.refusals import refused
 
 TINY = Llama("500k", num_layers=2, dim=16, num_heads=4, num_kv_heads=4, ffn_dim=24)
 TOKENS = torch.arange(22).reshape(2, 11) * 7 % 13
@@ -81,14 +82,6 @@ def test_pure_bf16_keeps_its_positions_in_fp32():
     torch.testing.assert_close(logits.float(), wanted, rtol=0.1, atol=0.01)
 
 
-def test_autocast_computes_in_bf16_near_the_fp32_logits():
-    model = TINY.build(13, seed=0)
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = model(TOKENS)
-    assert logits.dtype == torch.bfloat16
-    torch.testing.assert_close(logits.float(), model(TOKENS), rtol=0.1, atol=0.01)
-
-
 def test_positions_survive_the_way_through_the_meta_device():
     rotary = Rotary(8, 10_000.0)
     with torch.device("meta"):
@@ -97,41 +90,22 @@ def test_positions_survive_the_way_through_the_meta_device():
     assert "rotary" not in "".join(TINY.build(13, seed=0).state_dict())
 
 
-def test_forward_on_the_meta_device_has_the_shape_alone():
-    with torch.device("meta"):
-        logits = Llama("7b").build(32_000, seed=0)(torch.zeros(2, 64, dtype=torch.int64))
-    assert logits.shape == (2, 64, 32_000)
-    assert logits.is_meta
-
-
-@pytest.mark.parametrize("num_kv_heads", [4, 2])
-def test_compiles_as_one_graph(num_kv_heads):
-    model = Llama("500k", 2, 16, 4, num_kv_heads, 24).build(13, seed=0)
+def test_compiles_as_one_graph():
+    model = Llama("500k", 2, 16, 4, 2, 24).build(13, seed=0)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(TOKENS), model(TOKENS))
     compiled(TOKENS).sum().backward()
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Llama("2m"), "size is '2m'; choose one of 500k"),
-        (lambda: Llama("1m", num_layers=0), "num_layers is 0"),
-        (lambda: Llama("1m", vocab_size=0), "vocab_size is 0"),
-        (lambda: Llama("1m", norm_eps=0.0), "norm_eps is 0.0"),
-        (lambda: Llama("1m", dim=100, num_heads=8), "dim 100 over num_heads 8"),
-        (lambda: Llama("1m", num_kv_heads=3), "num_heads 4 is not a multiple of num_kv_heads 3"),
-        (
-            lambda: Llama("1m", vocab_size=100).build(256, seed=0),
-            "vocabulary of 100 tokens and the tokenizer needs 256",
-        ),
-        (lambda: Llama("1m").build(0, seed=0), "vocab_size is 0"),
-    ],
+test_mistakes_are_told = refused(
+    (lambda: Llama("2m"), "size is '2m'; choose one of 500k"),
+    (lambda: Llama("1m", num_layers=0), "num_layers is 0"),
+    (lambda: Llama("1m", vocab_size=0), "vocab_size is 0"),
+    (lambda: Llama("1m", norm_eps=0.0), "norm_eps is 0.0"),
+    (lambda: Llama("1m", dim=100, num_heads=8), "dim 100 over num_heads 8"),
+    (lambda: Llama("1m", num_kv_heads=3), "num_heads 4 is not a multiple of num_kv_heads 3"),
+    (
+        lambda: Llama("1m", vocab_size=100).build(256, seed=0),
+        "vocabulary of 100 tokens and the tokenizer needs 256",
+    ),
 )
-def test_mistakes_are_told(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
-def test_a_larger_vocabulary_than_needed_is_room_to_spare():
-    assert Llama("500k", vocab_size=300).build(256, seed=0)(TOKENS).shape == (2, 11, 300)

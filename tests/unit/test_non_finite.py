@@ -5,19 +5,11 @@ from functools import partial
 import pytest
 import torch
 
-from lowcomm.codecs.absmax import Absmax
 from lowcomm.comm.echo import EchoComm
-from lowcomm.compress.cast import Cast
-from lowcomm.compress.identity import Identity
-from lowcomm.compress.power_sgd import PowerSGD
-from lowcomm.compress.quantized import Quantized
-from lowcomm.compress.top_k import TopK
-from lowcomm.feedback.econtrol import EControl
-from lowcomm.feedback.ef14 import EF14
-from lowcomm.feedback.ef21 import EF21
 from lowcomm.reduce import NonFinite, Reducer
 from lowcomm.state import state_tree
 from lowcomm.tensors import digest, rng
+from tests.compressors import EF14, EF21, Absmax, Cast, EControl, Identity, PowerSGD, Quantized, TopK
 from tests.world import run_world
 
 SHAPES = [(4, 6), (9,), (3,)]

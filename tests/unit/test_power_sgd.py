@@ -5,13 +5,10 @@ from math import prod
 import pytest
 import torch
 
-from lowcomm.comm.base import Task
+from lowcomm import Meter, MeteredComm, Reducer, Task
 from lowcomm.comm.echo import EchoComm
-from lowcomm.comm.metered import Meter, MeteredComm
-from lowcomm.compress.power_sgd import PowerSGD
-from lowcomm.feedback.ef14 import EF14
-from lowcomm.reduce import Reducer
 from lowcomm.tensors import rng
+from tests.compressors import EF14, PowerSGD
 from tests.world import run_world
 
 STEPS_PER_EPOCH = 24
@@ -100,14 +97,6 @@ def test_recovers_from_zeros_and_finds_the_best_approximation(alternate):
     assert torch.allclose(mean[0], best, atol=1e-9)
 
 
-def test_a_cold_start_takes_other_directions_each_round():
-    x, comm = normal(1, 30, 30), EchoComm(1)
-    compressor = PowerSGD(rank=2, warm_start=False)
-    _, first, state = Task(compressor.mean(x, compressor.init(x), comm)).result()
-    _, second, _ = Task(compressor.mean(x, state, comm)).result()
-    assert not torch.allclose(first, second, atol=1e-3)
-
-
 def test_iterations_improve_the_approximation():
     x, comm = normal(1, 30, 40), EchoComm(1)
 
@@ -152,21 +141,9 @@ def memories(error, steps, size, num_ranks=4):
 
 def test_memory_stays_bounded_where_ranks_differ():
     """With the local error it levels off; with the global one each rank adds its distance from the mean for ever."""
-    ours, theirs = memories("local", 500, 16), memories("global", 500, 16)
-    assert ours[250:].max() < 1.3 * ours[:250].max()
-    assert theirs[-1] > 1.9 * theirs[249]
-    assert theirs[-1] > 5 * ours[-1]
-
-
-def test_alternate_sends_half():
-    x = torch.empty(3, 40, 60, device="meta")
-    for rounds, compressor in ((4, PowerSGD(2)), (4, PowerSGD(2, alternate=True))):
-        meter, state = Meter(), compressor.init(x)
-        for _ in range(rounds):
-            _, _, state = Task(compressor.mean(x, state, MeteredComm(EchoComm(2), meter))).result()
-        halves = 1 if compressor.alternate else 2
-        assert meter.bytes_sent == rounds * halves * 3 * (40 + 60) * 2 * 4 // 2
-        assert meter.bytes_sent == rounds * compressor.sent_bytes(x.shape, 4, 2)
+    ours, theirs = memories("local", 300, 16), memories("global", 300, 16)
+    assert ours[150:].max() < 1.3 * ours[:150].max()
+    assert theirs[-1] > 1.9 * theirs[149] and theirs[-1] > 3 * ours[-1]
 
 
 @pytest.mark.parametrize("alternate", [False, True])
@@ -179,11 +156,13 @@ def test_a_newcomer_gets_the_factors(alternate):
         state = compressor.init(x)
         for _ in range(0 if comm.rank == 2 else 3):
             _, _, state = Task(compressor.mean(x, state, EchoComm(1))).result()
+        alone = Task(compressor.mean(x, state, EchoComm(1))).result()[1]
         state = Task(compressor.resync(state, comm)).result()
-        return Task(compressor.mean(x, state, comm)).result()[1], state.round
+        return Task(compressor.mean(x, state, comm)).result()[1], state.round, alone
 
     results = run_world(3, program)
-    assert all(torch.equal(mean, results[0][0]) and count == 3 for mean, count in results)
+    assert all(torch.equal(mean, results[0][0]) and count == 3 for mean, count, _ in results)
+    assert torch.allclose(results[0][0], results[0][2], atol=1e-9), "as if nobody had come"
 
 
 @pytest.mark.parametrize(

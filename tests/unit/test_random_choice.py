@@ -3,15 +3,10 @@
 import pytest
 import torch
 
-from lowcomm.codecs.absmax import Absmax
-from lowcomm.comm.base import Task
-from lowcomm.comm.solo import SoloComm
-from lowcomm.compress.dct import DCT
-from lowcomm.compress.identity import Identity
-from lowcomm.compress.quantized import Quantized
-from lowcomm.compress.random_block import RandomBlock
+from lowcomm import SoloComm, Task
 from lowcomm.compress.random_k import RandomK, draw_distinct
 from lowcomm.tensors import rng
+from tests.compressors import DCT, Absmax, Identity, Quantized, RandomBlock
 from tests.conformance.test_compressors import draw
 from tests.world import run_world
 
@@ -32,21 +27,6 @@ def test_all_ranks_choose_the_same_and_every_round_anew(cls):
     assert any(not torch.equal(results[0][0], other) for other in results[0][1:])
 
 
-@pytest.mark.parametrize("compressor", [RandomK(0.25), RandomBlock(0.25), RandomK(0.1)], ids=str)
-def test_contracts_by_its_density_on_average(compressor):
-    x = draw("heavy", (40,), 0)
-    errors = [(x - s).square().sum() / x.square().sum() for s in rounds(compressor, x, SoloComm(), 3000)]
-    assert torch.stack(errors).mean() == pytest.approx(1 - compressor.density, abs=0.03)
-
-
-def test_unbiased_on_average():
-    x = draw("normal", (40,), 0)
-    sent = torch.stack(list(rounds(RandomK(0.25, unbiased=True), x, SoloComm(), 4000)))
-    assert torch.allclose(sent.mean(0), x, atol=0.03 * 4 * float(x.abs().max()))
-    variance = (sent - x).square().sum(1).mean() / x.square().sum()
-    assert variance == pytest.approx(1 / 0.25 - 1, rel=0.05)
-
-
 @pytest.mark.parametrize(("density", "grows"), [(0.25, True), (0.75, False)])
 def test_a_remembered_residual_diverges_below_half(density, grows):
     compressor, residual = RandomK(density, unbiased=True), torch.ones(64, dtype=torch.float64)
@@ -58,7 +38,7 @@ def test_a_remembered_residual_diverges_below_half(density, grows):
     assert (residual.norm() < 1e-3) != grows
 
 
-@pytest.mark.parametrize(("num", "kept"), [(12, 3), (12, 2), (12, 7), (4, 1)])
+@pytest.mark.parametrize(("num", "kept"), [(12, 3), (12, 7)])
 def test_every_place_is_drawn_equally_often(num, kept):
     """Both ways of drawing: few of many, and many of few."""
     times = torch.zeros(num)
@@ -78,12 +58,6 @@ def test_a_block_is_contiguous_and_wraps():
     x = torch.ones(10)
     seen = [tuple(s.nonzero().flatten().tolist()) for s in rounds(RandomBlock(0.3), x, SoloComm(), 200)]
     assert set(seen) == {tuple(sorted((i + j) % 10 for j in range(3))) for i in range(10)}
-
-
-def test_everything_is_sent_at_density_one():
-    x = draw("normal", (33,), 0)
-    for compressor in (RandomK(1.0), RandomBlock(1.0), RandomK(1.0, unbiased=True)):
-        assert torch.equal(next(rounds(compressor, x, SoloComm(), 1)), x)
 
 
 @pytest.mark.parametrize("cls", [RandomK, RandomBlock])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 from lowcomm.cli import main
 from lowcomm.metrics import SUMMARY_COLUMNS, Metrics
 from lowcomm.report import write_report
-from lowcomm.report.pictures import AXES, colour, dashes, picture, thin
+from lowcomm.report.pictures import thin
 
 ODD = "<b>odd & 'name'"
 VOID = {"meta", "line"}
@@ -191,12 +190,6 @@ def test_an_environment_that_is_not_whole_is_named(tmp_path: Path, text: str) ->
     assert "seed: 1" in write_report([run], tmp_path / "r.html").read_text(encoding="utf-8")
 
 
-def test_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ValueError, match=r"pip install 'lowcomm\[report\]'"):
-        write_report([write_run(tmp_path / "a", 1.0, 0)], tmp_path / "r.html")
-
-
 def test_first_lines_and_equal_names_make_a_page(tmp_path: Path) -> None:
     """Two runs of one name, one with a single step and a loss that is not finite, neither with an evaluation."""
     for folder, loss in (("a", float("nan")), ("b", 2.0)):
@@ -207,32 +200,6 @@ def test_first_lines_and_equal_names_make_a_page(tmp_path: Path) -> None:
     page = Page(out.read_text(encoding="utf-8")).open[0]
     assert [h2.text for h2 in page.all("h2")] == ["Training loss nats a token", "Runs"]
     assert [li.text for li in page.all("li")] == [str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run")]
-
-
-def pixels(points: list[tuple[float, float]], key: str) -> tuple[list[float], list[float]]:
-    """Where the points of a curve stand from left to right and from the bottom up."""
-    axis = next(axis for axis in AXES if axis.key == key)
-    figure = Page(picture("id", [("run", points)], axis, markers=True)).open[0]
-    (curve,) = [g for g in figure.all("g") if g.attributes.get("id") == "id-curve-0"]
-    places = [use.attributes for use in curve.all("use")]
-    return [float(place["x"]) for place in places], [-float(place["y"]) for place in places]
-
-
-def gaps(places: list[float]) -> float:
-    """The second of two steps by the first."""
-    return (places[2] - places[1]) / (places[1] - places[0])
-
-
-def test_axes_are_logarithmic_where_numbers_spread() -> None:
-    wide, narrow = [(1e4, 1.0), (1e5, 10.0), (1e6, 100.0)], [(1e4, 1.0), (2e4, 2.0), (4e4, 4.0)]
-    assert [gaps(places) for places in pixels(wide, "bytes_sent")] == pytest.approx([1, 1], abs=0.01)
-    assert [gaps(places) for places in pixels(wide, "t")] == pytest.approx([10, 1], rel=0.01)
-    assert [gaps(places) for places in pixels(narrow, "bytes_sent")] == pytest.approx([2, 2], rel=0.01)
-    assert gaps(pixels([(1, 0.0), (2, 10.0), (3, 100.0)], "t")[1]) == pytest.approx(9, rel=0.01)
-
-
-def test_no_two_of_many_runs_look_alike() -> None:
-    assert len({(colour(i), dashes(i)) for i in range(18)}) == 18
 
 
 def test_the_page_lies_in_the_first_directory_and_says_that_curves_are_thinned(tmp_path: Path) -> None:

@@ -74,37 +74,6 @@ def test_the_picture_shows_three_rounds_and_says_which(tmp_path: Path) -> None:
     assert "currentColor" in found.svg and "#1b1f24" not in found.svg
 
 
-def test_a_simulation_that_ends_before_its_first_round_is_shown_whole(tmp_path: Path) -> None:
-    file = Metrics(tmp_path / "metrics.jsonl")
-    file.write({"kind": "step", "t": 3, "rank": 0, "round": 0, "loss": 3.0, "time_s": 3.0})
-    file.close()
-    write_chrome_trace([Span(0, "compute", t - 1, t, f"step {t}") for t in (1, 2, 3)], tmp_path / "trace.json")
-    (run,) = load_runs([tmp_path])
-    found = timeline(run, "here")
-    assert found is not None and found.window.startswith("Inner steps 1 to 3 of 3, from 0.0 to 3.0")
-
-
-def test_bars_stand_where_they_belong(tmp_path: Path) -> None:
-    """Rank 0 of the window computes in three bars of 4 s and waits in three of 2 s, to scale."""
-    (run,) = load_runs([write_simulation(tmp_path / "run", num_ranks=1)])
-    found = timeline(run, "here")
-    assert found is not None
-    widths: dict[str, list[float]] = {}
-    for path, colour in re.findall(r'<path d="(M [^"]*?)"[^>]*style="fill: (#\w{6})"', found.svg):
-        xs = [float(x) for x, _ in re.findall(r"[ML] ([\d.]+) ([\d.]+)", path)]
-        widths.setdefault(colour, []).append(max(xs) - min(xs))
-    compute, wait = widths["#4878a8"][:3], widths["#d8a24a"][:3]
-    assert compute == pytest.approx([compute[0]] * 3, abs=0.01)
-    assert [2 * x for x in wait] == pytest.approx(compute, abs=0.05)
-
-
-def test_of_many_ranks_the_first_are_shown(tmp_path: Path) -> None:
-    (run,) = load_runs([write_simulation(tmp_path / "run", num_ranks=40)])
-    found = timeline(run, "here")
-    assert found is not None and found.window.endswith("Shown are the first 16 of 40 ranks.")
-    assert len(re.findall(r">(rank \d+)<", found.svg)) == 16
-
-
 def test_the_page_has_a_timeline_for_each_simulated_run(tmp_path: Path) -> None:
     simulated = [write_simulation(tmp_path / name) for name in ("one", "two")]
     real = write_simulation(tmp_path / "three", traced=False)

@@ -3,13 +3,11 @@
 import pytest
 import torch
 
-from lowcomm.comm.base import Task
+from lowcomm import Task
 from lowcomm.comm.echo import EchoComm
-from lowcomm.compress.count_sketch import CountSketch
 from lowcomm.compress.sketch import Sketch, _hadamard
-from lowcomm.feedback.ef14 import EF14
-from lowcomm.reduce import Reducer
 from lowcomm.tensors import rng
+from tests.compressors import CountSketch
 from tests.world import run_world
 
 
@@ -47,33 +45,6 @@ def test_a_sketch_is_a_projection(num):
 def test_a_full_sketch_is_exact():
     x = normal(100)
     assert all(torch.allclose(mean, x) for mean in rounds(Sketch(1.0, block=16), x, 3))
-
-
-@pytest.mark.parametrize("x", [normal(64), torch.eye(64, dtype=torch.float64)[5], torch.ones(64).double()], ids=len)
-def test_expectation_and_variance(x):
-    """Unbiased: E = x, E |C(x) - x|^2 = (1 / density - 1) |x|^2. Otherwise density times that, and 1 - density."""
-    means = torch.stack(list(rounds(Sketch(0.25, block=64, unbiased=True), x, 4000)))
-    assert (means.mean(0) - x).norm() < 0.05 * x.norm()
-    assert (means - x).square().sum(1).mean() == pytest.approx(3.0 * float(x.square().sum()), rel=0.05)
-    assert (means / 4 - x).square().sum(1).mean() == pytest.approx(0.75 * float(x.square().sum()), rel=0.05)
-
-
-@pytest.mark.parametrize("compressor", [Sketch(0.1, block=64), CountSketch(keep=0.02)], ids=str)
-def test_error_feedback_sends_everything_in_the_end(compressor):
-    """On a constant vector the mean over rounds tends to it."""
-    xs = [normal(500, key=rank) for rank in range(3)]
-    reducer = Reducer(compressor, EF14())
-
-    def program(comm):
-        state, total = reducer.init([xs[comm.rank]]), torch.zeros(500, dtype=torch.float64)
-        for _ in range(400):
-            (mean,), state = reducer.mean([xs[comm.rank]], state, comm).result()
-            total += mean
-        return total / 400
-
-    exact = sum(xs) / 3
-    for result in run_world(3, program):
-        assert (result - exact).norm() < 0.15 * exact.norm()
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -120,5 +91,6 @@ def test_rows_of_a_count_sketch_are_balanced_and_collide_at_random():
     ids=str,
 )
 def test_bad_options_are_refused(cls, options):
+    CountSketch(density=0.3, rows=3, keep=0.1)  # three times 0.1 is more than 0.3, by a rounding
     with pytest.raises(ValueError, match=f"{next(iter(options))}="):
         cls(**options)

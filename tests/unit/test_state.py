@@ -61,13 +61,6 @@ def trained() -> State:
     )
 
 
-def test_tree_has_no_dataclass() -> None:
-    tree = state_tree(trained())
-    assert tree["outer"]["buffer"][0].tolist() == [1.0, 2.0]
-    assert tree["in_flight"][1]["inner"]["__class__"] == "Momentum"
-    assert tree["pair"][1] == 3
-
-
 @pytest.mark.parametrize("source", [fresh, trained])
 @pytest.mark.parametrize("target", [fresh, trained])
 def test_restore_gives_the_saved_state(source: Any, target: Any) -> None:

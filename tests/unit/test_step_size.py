@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from lowcomm.feedback import step_size
-from lowcomm.feedback.econtrol import EControl
-from lowcomm.feedback.ef_bv import EFBV
 from lowcomm.tensors import rng
+from tests.compressors import EFBV, EControl
 
 
 def test_step_sizes():
