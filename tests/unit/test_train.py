@@ -44,7 +44,7 @@ def calls(start: int, plan: Plan) -> list[str]:
 def test_the_order_of_a_run():
     def step(t: int, *, last: bool = False) -> list[str]:
         before = ["lr", f"during_backward {t}", "backward", f"before_update {t}", "update"]
-        return [*before, f"after_update {t}", *([f"finish {t}"] if last else []), f"step {t}"]
+        return [*before, f"after_update {t}", *([f"complete {t}", f"finish {t}"] if last else []), f"step {t}"]
 
     evaluation = ["flush", "paused", "evaluate", "evaluation"]
     saving = ["flush", "paused", "settle", *("save {0}", "confirm {0}", "prune {0}")]
