@@ -1,7 +1,8 @@
 """Timing alone: replicas of shapes without values, for models that fit nowhere.
 
-The training loop and the method run as they are, on tensors of the meta device: bytes are counted and time passes, and
-nothing is computed, so there is no loss, no text is read, and what a method sends must not depend on values.
+The training loop and the method run as they are, on tensors of the meta device: every message sets out as in the run
+with its arithmetic, and time passes, but nothing is computed. So there is no loss, no text is read, and what a method
+sends must not depend on values.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,9 +18,8 @@ from torch import Tensor
 
 from lowcomm.assemble import Assembled, build_engine, open_ledger, without_values
 from lowcomm.comm.metered import MeteredComm
-from lowcomm.config import Run
+from lowcomm.config import Batch, Run
 from lowcomm.engine.base import Engine, Ready, Wanted
-from lowcomm.engine.blocks import uses
 from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.train import Plan, Replica
 
@@ -28,20 +29,24 @@ class Shapes:
 
     Args:
         inner: on the meta device; its optimizer takes one step, to see what states it has.
+        batch: without values; the engine computes its gradients, to see in which order. None where nobody asks.
 
     Attributes:
         model: as it would be trained.
         params, gradients: in the order of `Engine.slots`.
         names: of the parameters, likewise.
-        forward: their places in the order in which forward uses them.
+        wanted, ready: their places in the order in which forward uses and backward finishes them; empty without batch.
         first_states, states: of the optimizer by name before and after its first step, likewise.
         needs_all_gradients: see `Engine.needs_all_gradients`.
     """
 
-    def __init__(self, inner: TorchEngine) -> None:
+    def __init__(self, inner: TorchEngine, batch: Tensor | None) -> None:
         self.model = inner.model
+        self.wanted: list[int] = []
+        self.ready: list[int] = []
+        if batch is not None:
+            inner.backward(batch, lambda i, gradient: self.ready.append(i), self.wanted.append)
         self.params, self.names = inner.slots()["param"], inner.names()
-        self.forward = uses(inner.model, [p for p in inner.model.parameters() if p.requires_grad]).in_order()
         self.gradients = [torch.empty(x.shape, dtype=x.dtype, device="meta") for x in self.params]
         self.needs_all_gradients = inner.needs_all_gradients()
         self._inner, self._lrs = inner, [inner.lr()]
@@ -63,10 +68,7 @@ class Shapes:
 
 
 class TimingEngine(Engine):
-    """One replica's inner loop without arithmetic; gradients are ready from the last parameter to the first.
-
-    Forward uses the model's blocks in their order (`lowcomm.engine.blocks`).
-    """
+    """One replica's inner loop without arithmetic."""
 
     def __init__(self, shapes: Shapes) -> None:
         self._shapes = shapes
@@ -74,14 +76,15 @@ class TimingEngine(Engine):
         self._is_between = False  # backward and update
 
     def backward(self, batch: Any, ready: Ready | None = None, wanted: Wanted | None = None) -> Tensor:
-        """See `Engine.backward`."""
+        """See `Engine.backward`; gradients become final in the order of a real backward."""
+        assert (wanted is None and ready is None) or self._shapes.ready, "the algorithm says that it does not send then"
         if wanted is not None:
-            for i in self._shapes.forward:
+            for i in self._shapes.wanted:
                 wanted(i)
         self._is_between = True
         if ready is not None:
-            for i, gradient in reversed(list(enumerate(self._shapes.gradients))):
-                ready(i, gradient)
+            for i in self._shapes.ready:
+                ready(i, self._shapes.gradients[i])
         return torch.empty((), device="meta")
 
     def update(self) -> None:
@@ -97,8 +100,8 @@ class TimingEngine(Engine):
         return self._shapes.needs_all_gradients
 
     def evaluate(self, batch: Any) -> Tensor:
-        """A loss without a value."""
-        return torch.empty((), device="meta")
+        """NaN, where its sum with others' is taken."""
+        return torch.full((), math.nan)
 
     def slots(self) -> Mapping[str, list[Tensor]]:
         """See `Engine.slots`."""
@@ -128,8 +131,8 @@ class NoText:
     """A stream of batches without tokens."""
 
     def next(self) -> Tensor:
-        """Nothing, on the meta device."""
-        return torch.empty(0, dtype=torch.int64, device="meta")
+        """Nothing."""
+        return torch.empty(0, dtype=torch.int64)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing to go on from."""
@@ -139,15 +142,23 @@ class NoText:
         """Nothing to go on from."""
 
 
-def shapes_of(run: Run, num_replicas: int) -> Shapes:
-    """The shapes of a run; of its data, only the tokenizer's size is asked.
+def shapes_of(run: Run, num_replicas: int, vocab_size: int | None = None) -> Shapes:
+    """The shapes of a run.
+
+    Args:
+        vocab_size: of its tokenizer; None asks it.
 
     Raises:
         ValueError: when the model or the optimizer depends on values.
     """
+    # the meta device knows no autocast, and needs no compiling; the order of gradients is that of any one micro-batch
+    precision = "fp32" if run.precision == "bf16_mixed" else run.precision
+    plain = replace(run, precision=precision, compile=False, batch=Batch(size=1))
+    batch = torch.empty(1, run.data.seq_len + 1, dtype=torch.int64, device="meta")
     with explained():
-        model = without_values(run, run.data.tokenizer.vocab_size)
-        return Shapes(build_engine(run, model, run.steps(num_replicas)))
+        model = without_values(run, run.data.tokenizer.vocab_size if vocab_size is None else vocab_size)
+        engine = build_engine(plain, model, run.steps(num_replicas))
+        return Shapes(engine, batch if run.algorithm.sends_in_backward() else None)
 
 
 def assemble_shapes(
@@ -163,12 +174,24 @@ def assemble_shapes(
         write: where metrics lines go.
         around: what is put around the engine: a virtual clock.
     """
-    device = torch.device("meta")
+    device = torch.device("cpu")  # of what the loop itself sums
     engine = around(TimingEngine(shapes))
-    ledger = open_ledger(run, shapes.model, comm, device, write)
+    comm.tagged("start").all_gather(torch.empty(*_DIGESTS, dtype=torch.uint8, device="meta")).wait()
+
+    def write_known(line: dict[str, Any]) -> None:
+        for name in ("val_loss", "val_bits_per_byte"):
+            line.pop(name, None)
+        write(line)
+
+    ledger = open_ledger(run, shapes.model, comm, device, write_known)
     replica = Replica(run.algorithm, engine, run.algorithm.init(engine, comm), NoText(), ledger, comm, device)
-    plan = Plan(run.steps(len(comm.members)), 0, 0, (), math.nan)
+    holds_out = run.data.validation is not None or run.data.validation_fraction > 0
+    window = torch.empty(1, 2, dtype=torch.int64)  # however many there are, their losses make one sum
+    plan = Plan(run.steps(len(comm.members)), run.evaluation.every, 0, [window] if holds_out else [], math.nan)
     return Assembled(replica, plan, shapes.model, "")
+
+
+_DIGESTS = (3, 16)  # those that `lowcomm.assemble.check_agreement` compares, in bytes
 
 
 def _states(engine: Engine) -> dict[str, list[Tensor]]:
@@ -188,6 +211,6 @@ def explained() -> Iterator[None]:
         if "meta" not in str(error).lower():
             raise
         raise ValueError(
-            f"timing_only knows shapes but no values, and something in this run depends on values ({error}); choose "
+            f"timing alone knows shapes but no values, and something in this run depends on values ({error}); choose "
             "another optimizer or compressor, or simulate the arithmetic too: timing_only false"
         ) from error

@@ -90,7 +90,7 @@ def test_activations_that_are_computed_again_are_those_of_each_rank(tmp_path):
 
 def test_what_is_waited_for_in_the_midst_of_a_step_comes_on_top_of_it():
     clock, trace = Clock(), Trace()
-    pace = Pace(clock, Constant(10.0), trace, 0, None)
+    pace = Pace(clock, Constant(10.0), trace, 0)
 
     def program():
         pace.begin(1)

@@ -76,7 +76,7 @@ def one_step(algorithm, bytes_per_s):
 
     def program(rank):
         comm = Recorder(world.comm(rank, (0, 1)))
-        engine = SimEngine(three_layers(), Pace(clock, Constant(STEP_S), Trace(), rank, None))
+        engine = SimEngine(three_layers(), Pace(clock, Constant(STEP_S), Trace(), rank))
         state = algorithm.init(engine, comm)
         engine.backward(rank + 1.0, algorithm.during_backward(1, engine, state, comm))
         algorithm.before_update(1, engine, state, comm)
@@ -127,7 +127,7 @@ def three_rounds(algorithm):
 
     def program(rank):
         comm = world.comm(rank, (0, 1))
-        engine = SimEngine(make_engine(adamw), Pace(clock, Constant(1.0), Trace(), rank, None))
+        engine = SimEngine(make_engine(adamw), Pace(clock, Constant(1.0), Trace(), rank))
         state = algorithm.init(engine, comm)
         for t in range(1, 7):
             engine.backward(make_batch(rank, t), algorithm.during_backward(t, engine, state, comm))
@@ -155,7 +155,7 @@ def test_rounds_that_overlap_have_the_same_end_sooner():
 def test_a_step_is_one_span_in_the_trace_and_takes_its_time_with_and_without_a_listener():
     for ready in (None, lambda i, gradient: None):
         clock, trace = Clock(), Trace()
-        engine = SimEngine(three_layers(), Pace(clock, Constant(STEP_S), trace, 0, None))
+        engine = SimEngine(three_layers(), Pace(clock, Constant(STEP_S), trace, 0))
         clock.spawn(0, partial(engine.backward, 1.0, ready))
         clock.run()
         assert clock.now == STEP_S
