@@ -177,10 +177,10 @@ class Exchange:
     def _start(self) -> None:
         transfers: list[Transfer] = []
         if self._carrier is not None:
-            n, num_bytes = len(self.members), self.call.shape.numel() * self.call.dtype.itemsize
+            num_bytes = self.call.shape.numel() * self.call.dtype.itemsize
             if self.call.kind == "all_to_all":
-                num_bytes //= n
-            transfers = self._schedule.transfers(self.call.kind, self.members, [num_bytes] * n, self.call.source)
+                num_bytes //= len(self.members)
+            transfers = self._schedule.transfers(self.call.kind, self.members, num_bytes, self.call.source)
         self._num_open = len(transfers)
         if not transfers:
             self._end()
@@ -196,9 +196,6 @@ class Exchange:
                 self._send(i, transfer)
             else:
                 self._after.setdefault(transfer.after, []).append((i, transfer))
-
-    def _is_direct(self, transfers: list[Transfer]) -> bool:
-        return all(x.source == self.call.source or x.after is not None for x in transfers)
 
     def _send(self, i: int, x: Transfer) -> None:
         assert self._carrier is not None
