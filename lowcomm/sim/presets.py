@@ -172,15 +172,6 @@ class DTFM(Cluster):
         return share
 
 
-def uniform_sweep(
-    num_hosts: int,
-    latency_s: float = 0.01,
-    bits_per_s: Sequence[float] = (10e6, 30e6, 100e6, 300e6, 1e9, 3e9, 10e9, 30e9, 100e9),
-) -> list[Uniform]:
-    """One uniform cluster for each rate, from 10 Mbit/s to 100 Gbit/s."""
-    return [Uniform(num_hosts, rate, latency_s) for rate in bits_per_s]
-
-
 def _one_region(num_hosts: int, up_bits_per_s: float, down_bits_per_s: float, latency_s: float) -> Layout:
     return Layout([Hosts(num_hosts, up_bits_per_s, down_bits_per_s)], latency_s=[[latency_s]])
 
