@@ -12,7 +12,7 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -39,15 +39,13 @@ class Deadlock(Exception):
         self.waiting = waiting
 
 
+@dataclass(eq=False, slots=True)
 class Alarm:
-    """An action due at a moment; see `Clock.at`."""
+    """An action due at a moment, see `Clock.at`; void once it has run or was cancelled."""
 
-    __slots__ = ("_clock", "action", "void")
-
-    def __init__(self, clock: Clock, action: Callable[[], None]) -> None:
-        self.action = action
-        self.void = False  # run or cancelled
-        self._clock = clock
+    _clock: Clock
+    action: Callable[[], None]
+    void: bool = False
 
     def cancel(self) -> None:
         """Forget the action; does nothing once it has run."""
@@ -56,26 +54,26 @@ class Alarm:
             self._clock._count_void()
 
 
+@dataclass(eq=False, slots=True)
 class _Program:
     """One rank's code and where it stands.
 
     Attributes:
+        greenlet: made at its first turn; 7 KB each.
         void: ended or killed; it gets no more turns.
         waiting: says what a parked rank waits for; None while it runs or a turn is due.
         value: what its next turn brings it.
     """
 
-    __slots__ = ("error", "function", "greenlet", "rank", "result", "state", "value", "void", "waiting")
-
-    def __init__(self, rank: int, function: Callable[[], Any]) -> None:
-        self.rank, self.function = rank, function
-        self.greenlet: greenlet | None = None  # made at its first turn; 7 KB each
-        self.state: TorchState | None = None
-        self.void = False
-        self.waiting: Callable[[], str] | None = None
-        self.value: Any = None
-        self.result: Any = None
-        self.error: BaseException | None = None
+    rank: int
+    function: Callable[[], Any]
+    greenlet: greenlet | None = None
+    state: TorchState | None = None
+    void: bool = False
+    waiting: Callable[[], str] | None = None
+    value: Any = None
+    result: Any = None
+    error: BaseException | None = None
 
     def body(self, first: Any) -> None:
         """Runs in the greenlet; whatever is raised is kept for the clock."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lowcomm.algorithms.base import Algorithm
+from lowcomm.algorithms.data_parallel import DataParallel
 from lowcomm.assemble import open_ledger
 from lowcomm.cli import main, parse_run, parse_simulation
 from lowcomm.metrics import read
@@ -159,7 +160,7 @@ def retime(run_dir, cluster, out):
     return retime_of(run_dir, parse_run(["--config", str(run_dir / "config.yaml")])[0], cluster, out)
 
 
-def test_all_kinds_of_messages_are_replayed_and_back_again(flags, clusters, tmp_path, monkeypatch):
+def test_all_kinds_of_messages_get_new_times_and_the_old_ones_back(flags, clusters, tmp_path, monkeypatch):
     # as on a device whose speed is known, so that its utilisation is, too
     monkeypatch.setattr(
         "lowcomm.assemble.open_ledger", lambda *args: replace(open_ledger(*args), token_flops=1e3, peak_flops=1e9)
@@ -205,7 +206,7 @@ def refused(run, out, cluster, words):
     assert not out.exists()
 
 
-def test_what_cannot_be_replayed_is_refused(flags, tmp_path):
+def test_what_cannot_be_timed_anew_is_refused(flags, tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "out"
     with pytest.raises(ValueError, match="there is no .*environment.json.*simulate it anew"):
         retime_of(run, parse_run(flags)[0], LAN(num_hosts=2), out)
@@ -215,6 +216,12 @@ def test_what_cannot_be_replayed_is_refused(flags, tmp_path):
     refused(run, out, LAN(num_hosts=2, compute=Measured()), "give Measured a step_s")
     with pytest.raises(ValueError, match="already holds a run"):
         retime(run, Home(num_hosts=2), run)
+
+    compiled = replace(parse_run(flags)[0], algorithm=DataParallel(overlap=True), compile=True)
+    with pytest.raises(ValueError, match="only the compiled code knows"):
+        retime_of(run, compiled, LAN(num_hosts=2), out)
+    assert main(["retime", str(tmp_path / "none"), "--cluster", "LAN", "--out", str(out)]) == 2
+    assert "give the directory of a simulated run" in capsys.readouterr().err
 
     steps = tmp_path / "steps.csv"
     steps.write_text("rank,t,seconds\n0,1,1\n1,1,1\n")
