@@ -70,7 +70,7 @@ def loop(given: argparse.Namespace) -> tuple[Any, str]:
     ]
     text = (
         "The real training loop in timing alone (`lowcomm simulate --timing_only true`): Llama 1m, DiLoCo, one step "
-        "and one round, cluster Home, with metrics of every rank, trace and event log. Cost as (n log n)^a: a = "
+        "and one round, cluster Home, with metrics of every rank and trace. Cost as (n log n)^a: a = "
         + ", ".join(f"{a:.3f} ({name})" for name, a in exponents.items())
         + " (target: at most 1.1; 10,000 ranks in 30 s and 1.5 GB, 100,000 in 480 s and 12 GB).\n\n"
         + table(columns, rows)

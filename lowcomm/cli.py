@@ -187,8 +187,12 @@ def _retime(argv: list[str]) -> int:
     parser.add_argument("--out", type=str, required=True, help="a new directory")
     given = parser.parse_args(argv, defaults=False)  # the dataclasses' own apply, see _parse
     given = instantiate(parser, given, {"cluster": Cluster})
+    config = Path(given.dir) / "config.yaml"
+    if not config.exists():
+        raise ValueError(f"there is no {config}; give the directory of a simulated run")
+    run, _ = parse_run(["--config", str(config)])
     try:
-        summary = retime(Path(given.dir), given.cluster, Path(given.out))
+        summary = retime(Path(given.dir), run, given.cluster, Path(given.out))
     except Deadlock as error:
         return _say(f"error: {error}", 1)
     print(f"{given.out}: {summary['t']:,} steps in {summary['time_s']:,.1f} s of virtual time")

@@ -44,9 +44,6 @@ class Ledger:
         log_every: inner steps between lines.
         token_flops: floating-point operations a training token costs; None where nobody asks.
         peak_flops: of this device each second, in bfloat16; None where unknown.
-        heard: told, as it begins, of every call that reads the clock or writes: "start", "flush", "pause", "resume",
-            "evaluation", "summary"; None: nobody asks. To make the same calls again with another clock is to write the
-            same lines with other times.
     """
 
     write: Callable[[dict[str, Any]], None]
@@ -58,7 +55,6 @@ class Ledger:
     log_every: int
     token_flops: float | None
     peak_flops: float | None
-    heard: Callable[[str], None] | None = None
 
     t: int = 0
     tokens: int = 0
@@ -78,7 +74,6 @@ class Ledger:
 
     def start(self) -> None:
         """The clock runs from now."""
-        self._say("start")
         self.meter.settle()
         self._since_s, self._waited_s = self.now(), self.meter.wait_s
 
@@ -98,7 +93,6 @@ class Ledger:
         """Write what was noted since the last line, if anything; waits for the device."""
         if not self._losses:
             return
-        self._say("flush")
         num_steps = len(self._losses)
         losses = [] if self._losses[0].is_meta else torch.stack(self._losses).double().tolist()
         self._losses.clear()
@@ -120,14 +114,12 @@ class Ledger:
 
     def evaluation(self, loss: float, bytes_per_token: float) -> None:
         """Write a validation loss, in nats a token and bits a byte."""
-        self._say("evaluation")
         self.val_loss = loss
         bits = bits_per_byte(loss, bytes_per_token)
         self.write(self._line("eval") | {"round": self._round, "val_loss": loss, "val_bits_per_byte": bits})
 
     def summary(self, algorithm: str, num_parameters: int, bytes_per_token: float) -> dict[str, Any]:
         """Write and return the last line."""
-        self._say("summary")
         line = self._line("summary") | {
             "round": self._round,
             "algorithm": algorithm,
@@ -150,12 +142,10 @@ class Ledger:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Time inside (evaluation, checkpoints) counts for the run but not for training speed."""
-        self._say("pause")
         self._pass_time(training=True)
         try:
             yield
         finally:
-            self._say("resume")
             self._pass_time(training=False)
 
     def state_dict(self) -> dict[str, Any]:
@@ -170,10 +160,6 @@ class Ledger:
             setattr(self, name, state[name])
         self._round, self._loss, self._written_tokens = state["round"], state["loss"], self.tokens
         self.meter.load_state_dict(state["meter"])
-
-    def _say(self, call: str) -> None:
-        if self.heard is not None:
-            self.heard(call)
 
     def _pass_time(self, training: bool) -> float:
         assert self._since_s is not None, "start() first"

@@ -43,13 +43,14 @@ class Meter:
     Attributes:
         by_tag: traffic by purpose.
         wait_s: seconds spent in `Work.wait`; on a GPU stream, up to the last call of `settle`.
-        on_count: called after each exchange that was counted, with its purpose; None: nobody asks.
+        on_timely: told of what may go otherwise at other times: that the program "reads the clock", or "takes messages
+            from whoever comes first"; None: nobody asks.
         on_wait: called after each wait on the host that took time, with its purpose, start and end; None: nobody asks.
     """
 
     by_tag: dict[str, Traffic] = field(default_factory=dict)
     wait_s: float = 0.0
-    on_count: Callable[[str], None] | None = field(default=None, repr=False)
+    on_timely: Callable[[str], None] | None = field(default=None, repr=False)
     on_wait: Callable[[str, float, float], None] | None = field(default=None, repr=False)
     _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list, repr=False)
 
@@ -69,8 +70,6 @@ class Meter:
         traffic.bytes_sent += sent
         traffic.bytes_received += received
         traffic.num_exchanges += 1
-        if self.on_count is not None:
-            self.on_count(tag)
 
     def settle(self) -> None:
         """Add the waits that GPU streams have gone through; waits for the GPU."""
@@ -112,6 +111,8 @@ class MeteredComm(Comm):
 
     def issue(self, call: Call) -> Work[Any]:
         """The inner one's, counted."""
+        if self.meter.on_timely is not None and call.kind == "recv" and call.peer is None:
+            self.meter.on_timely("takes messages from whoever comes first")
         work = self._inner.issue(call)
         self.meter.count(self._tag, *traffic(call, len(self.members), self.rank))
         return _Timed(work, self.meter, self._inner, self._tag, self._stream)
@@ -130,6 +131,8 @@ class MeteredComm(Comm):
 
     def now(self) -> float:
         """Seconds, as the inner Comm counts them."""
+        if self.meter.on_timely is not None:
+            self.meter.on_timely("reads the clock")
         return self._inner.now()
 
 

@@ -12,7 +12,7 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -39,15 +39,13 @@ class Deadlock(Exception):
         self.waiting = waiting
 
 
+@dataclass(eq=False, slots=True)
 class Alarm:
-    """An action due at a moment; see `Clock.at`."""
+    """An action due at a moment, see `Clock.at`; void once it has run or was cancelled."""
 
-    __slots__ = ("_clock", "action", "void")
-
-    def __init__(self, clock: Clock, action: Callable[[], None]) -> None:
-        self.action = action
-        self.void = False  # run or cancelled
-        self._clock = clock
+    _clock: Clock
+    action: Callable[[], None]
+    void: bool = False
 
     def cancel(self) -> None:
         """Forget the action; does nothing once it has run."""
@@ -56,27 +54,26 @@ class Alarm:
             self._clock._count_void()
 
 
+@dataclass(eq=False, slots=True)
 class _Program:
     """One rank's code and where it stands.
 
     Attributes:
+        greenlet: made at its first turn; 7 KB each.
         void: ended or killed; it gets no more turns.
         waiting: says what a parked rank waits for; None while it runs or a turn is due.
-        value, thrown: what its next turn brings it.
+        value: what its next turn brings it.
     """
 
-    __slots__ = ("error", "function", "greenlet", "rank", "result", "state", "thrown", "value", "void", "waiting")
-
-    def __init__(self, rank: int, function: Callable[[], Any]) -> None:
-        self.rank, self.function = rank, function
-        self.greenlet: greenlet | None = None  # made at its first turn; 7 KB each
-        self.state: TorchState | None = None
-        self.void = False
-        self.waiting: Callable[[], str] | None = None
-        self.value: Any = None
-        self.thrown: BaseException | None = None
-        self.result: Any = None
-        self.error: BaseException | None = None
+    rank: int
+    function: Callable[[], Any]
+    greenlet: greenlet | None = None
+    state: TorchState | None = None
+    void: bool = False
+    waiting: Callable[[], str] | None = None
+    value: Any = None
+    result: Any = None
+    error: BaseException | None = None
 
     def body(self, first: Any) -> None:
         """Runs in the greenlet; whatever is raised is kept for the clock."""
@@ -123,16 +120,9 @@ class Clock:
         self._start: TorchState | None = None  # what torch's state is when a program starts; None: not kept
 
     def spawn(self, rank: int, program: Callable[[], Any], at: float = 0.0) -> None:
-        """Start a rank's program at a moment; a rank whose last program has ended or was killed may start again.
-
-        Raises:
-            ValueError: for a negative rank, one that still runs, or a moment that is past.
-        """
-        if rank < 0:
-            raise ValueError(f"rank {rank} must be at least 0")
-        if rank in self._programs and not self._programs[rank].void:
-            raise ValueError(f"rank {rank} has a program already; kill it or let it end before it starts another")
-        self._check_time(at, f"rank {rank}")
+        """Start a rank's program at a moment; a rank whose last program has ended or was killed may start again."""
+        assert rank >= 0 and (rank not in self._programs or self._programs[rank].void), f"rank {rank} still runs"
+        assert self.now <= at < math.inf, at
         self._programs[rank] = _Program(rank, program)
         self._paused.pop(rank, None)
         self._num_alive += 1
@@ -140,7 +130,7 @@ class Clock:
 
     def at(self, time: float, action: Callable[[], None]) -> Alarm:
         """Call ``action`` at a moment, between ranks' turns. It may wake and kill ranks, but neither sleep nor park."""
-        self._check_time(time, "an action")
+        assert self.now <= time < math.inf, time
         alarm = Alarm(self, action)
         heapq.heappush(self._due, (time, next(self._sequence), alarm))
         return alarm
@@ -154,7 +144,7 @@ class Clock:
         self._hub.switch()
 
     def park(self, waiting: Callable[[], str]) -> Any:
-        """Block the rank whose turn it is until `wake`, whose value is returned, or `fail`.
+        """Block the rank whose turn it is until `wake`, whose value is returned.
 
         Args:
             waiting: says what it waits for, for `Deadlock`.
@@ -164,21 +154,20 @@ class Clock:
         return self._hub.switch()
 
     def wake(self, rank: int, value: Any = None) -> None:
-        """Give a parked rank a turn now, after those already due; nothing happens to one killed or failed before."""
-        self._unpark(rank, value, None)
-
-    def fail(self, rank: int, error: BaseException) -> None:
-        """Like `wake`, but ``error`` is raised where the rank parked."""
-        self._unpark(rank, None, error)
+        """Give a parked rank a turn now, after those already due; nothing happens to one that was killed before."""
+        program = self._programs[rank]
+        if program.void:
+            return
+        assert program.waiting is not None, f"rank {rank} is not parked"
+        program.waiting, program.value = None, value
+        heapq.heappush(self._due, (self.now, next(self._sequence), program))
 
     def kill(self, rank: int) -> None:
         """End a rank's program where it stands; only its ``finally`` blocks still run, and those may not wait.
 
         Does not return when the rank kills itself.
         """
-        program = self._programs.get(rank)
-        if program is None:
-            raise ValueError(f"rank {rank} cannot be killed: it has no program; spawn one first")
+        program = self._programs[rank]
         if program.void:
             return
         program.void = True
@@ -193,10 +182,6 @@ class Clock:
     def pause(self, rank: int, until: float) -> None:
         """Give a rank no turn before a moment; what falls due for it meanwhile comes then. `spawn` ends the pause."""
         self._paused[rank] = max(until, self._paused.get(rank, 0.0))
-
-    def rank(self) -> int:
-        """Whose turn it is."""
-        return self._turn().rank
 
     def run(self) -> list[Any]:
         """Let time pass until every program has ended; what is due later is forgotten.
@@ -250,7 +235,7 @@ class Clock:
                     event.error.add_note(f"rank {event.rank} raised this at {self.now:g} s of virtual time")
                     raise event.error
 
-    def _take_turn(self, program: _Program) -> None:
+    def _take_turn(self, program: _Program, thrown: BaseException | None = None) -> None:
         if program.greenlet is None:
             program.greenlet, program.state = greenlet(program.body, self._hub), self._start
         if self._before_turn is not None:
@@ -260,8 +245,7 @@ class Clock:
         self._running = program
         if program.state is not None:
             program.state.restore()
-        value, thrown = program.value, program.thrown
-        program.value = program.thrown = None
+        value, program.value = program.value, None
         if thrown is None:
             program.greenlet.switch(value)
         else:
@@ -276,8 +260,7 @@ class Clock:
         """Run the ``finally`` blocks of a program that will not go on."""
         program.void = True
         if program.greenlet is not None and not program.greenlet.dead:
-            program.thrown = GreenletExit()
-            self._take_turn(program)
+            self._take_turn(program, GreenletExit())
 
     def _put_off(self, program: _Program) -> bool:
         until = self._paused.get(program.rank, 0.0)
@@ -293,20 +276,6 @@ class Clock:
         if program.void:
             raise GreenletExit  # killed; it may not wait
         return program
-
-    def _unpark(self, rank: int, value: Any, error: BaseException | None) -> None:
-        program = self._programs[rank]
-        if program.void or program.thrown is not None:
-            return
-        assert program.waiting is not None, f"rank {rank} is not parked"
-        program.waiting, program.value, program.thrown = None, value, error
-        heapq.heappush(self._due, (self.now, next(self._sequence), program))
-
-    def _check_time(self, time: float, what: str) -> None:
-        if not self.now <= time < math.inf:
-            raise ValueError(
-                f"{what} is due at {time} s, but it is {self.now} s already; give a finite time not before that"
-            )
 
     def _count_void(self) -> None:
         """Clear the heap of what will be skipped, when that is most of it."""

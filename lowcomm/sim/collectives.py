@@ -21,14 +21,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise, permutations
-from typing import ClassVar, NamedTuple
+from itertools import pairwise, permutations
+from typing import ClassVar, NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 # Members above which `all_to_all` is one transfer from each to the next with all its pieces: as many bytes on every up-
 # and down-link, and n transfers instead of n (n - 1), of which 10,000 ranks would make 100 million.
 MANY = 64
 
-KINDS = ("all_sum", "all_gather", "all_to_all", "broadcast", "send", "exchange")
+KINDS = ("all_sum", "all_gather", "all_to_all", "broadcast", "exchange")
 
 
 class Turns(NamedTuple):
@@ -73,46 +75,34 @@ class Schedule(ABC):
     direct_latencies: ClassVar[float] = 1
 
     def transfers(
-        self, kind: str, members: tuple[int, ...], num_bytes: Sequence[int], source: int | None = None
+        self, kind: str, members: tuple[int, ...], num_bytes: int, source: int | None = None
     ) -> list[Transfer]:
         """All transfers of one collective; they start together and it is over when all have ended.
 
         Args:
-            kind: "all_sum", "all_gather", "all_to_all", "broadcast", "send" or "exchange".
-            members: the ranks that take part; two for "send" and "exchange".
-            num_bytes: for each member, the payload that it puts in; for "all_to_all", the piece that every other
-                member has for it. "all_sum" takes the first; "broadcast" and "send" take the source's.
-            source: who sends, for "broadcast" and "send".
+            kind: "all_sum", "all_gather", "all_to_all", "broadcast" or "exchange".
+            members: the ranks that take part; two for "exchange".
+            num_bytes: that each member puts in; for "all_to_all", for every other.
+            source: who sends, for "broadcast".
 
         Raises:
             ValueError: when the schedule has no place for a member.
         """
         assert kind in KINDS, kind
-        assert len(num_bytes) == len(members) == len(set(members)), (members, num_bytes)
-        assert (source in members) == (kind in ("broadcast", "send")), (kind, source, members)
+        assert (source in members) == (kind == "broadcast"), (kind, source, members)
         if len(members) == 1:
             return []
         if kind == "all_sum":
-            return self.all_sum(members, num_bytes[0])
+            return self.all_sum(members, num_bytes)
         if kind == "all_gather":
             return self.all_gather(members, num_bytes)
-        if kind == "all_to_all":
-            if len(members) > MANY:
-                assert len(set(num_bytes)) == 1, "every row of a tensor is as long"
-                return [
-                    Transfer(a, b, (len(members) - 1) * num_bytes[0], self.direct_latencies) for a, b in _round(members)
-                ]
-            size = dict(zip(members, num_bytes, strict=True))
-            return [Transfer(a, b, size[b], self.direct_latencies) for a, b in permutations(members, 2)]
-        if kind == "exchange":
-            assert len(members) == 2, members
-            return _exchange(members, num_bytes, self.direct_latencies)
-        assert source is not None
-        size_bytes = num_bytes[members.index(source)]
         if kind == "broadcast":
-            return self.broadcast(members, size_bytes, source)
-        assert len(members) == 2, members
-        return _direct(source, members, size_bytes, self.direct_latencies)
+            assert source is not None
+            return self.broadcast(members, num_bytes, source)
+        assert kind == "all_to_all" or len(members) == 2, members
+        if len(members) > MANY:
+            return [Transfer(a, b, (len(members) - 1) * num_bytes, self.direct_latencies) for a, b in _round(members)]
+        return _exchange(members, num_bytes, self.direct_latencies)
 
     def check(self, members: Sequence[int]) -> None:
         """Raise ValueError when it has no place for a member."""
@@ -123,8 +113,8 @@ class Schedule(ABC):
         """The transfers of a sum of ``num_bytes`` from each of at least two members."""
 
     @abstractmethod
-    def all_gather(self, members: tuple[int, ...], num_bytes: Sequence[int]) -> list[Transfer]:
-        """The transfers after which at least two members have each other's payloads."""
+    def all_gather(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
+        """The transfers after which at least two members have each other's payloads of ``num_bytes``."""
 
     @abstractmethod
     def broadcast(self, members: tuple[int, ...], num_bytes: int, source: int) -> list[Transfer]:
@@ -143,10 +133,10 @@ class Ring(Schedule):
         n = len(members)
         return [Transfer(a, b, 2 * (n - 1) * num_bytes // n, 2 * (n - 1)) for a, b in _round(members)]
 
-    def all_gather(self, members: tuple[int, ...], num_bytes: Sequence[int]) -> list[Transfer]:
+    def all_gather(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
         """See `Schedule.all_gather`: over each edge goes everything but what its end put in."""
-        size, total = dict(zip(members, num_bytes, strict=True)), sum(num_bytes)
-        return [Transfer(a, b, total - size[b], len(members) - 1) for a, b in _round(members)]
+        others = len(members) - 1
+        return [Transfer(a, b, others * num_bytes, others) for a, b in _round(members)]
 
     def broadcast(self, members: tuple[int, ...], num_bytes: int, source: int) -> list[Transfer]:
         """See `Schedule.broadcast`: from the source to each."""
@@ -163,16 +153,16 @@ class Tree(Schedule):
         edges = _edges(members)
         return [Transfer(a, b, num_bytes, num_latencies) for edge in edges for a, b in (edge, edge[::-1])]
 
-    def all_gather(self, members: tuple[int, ...], num_bytes: Sequence[int]) -> list[Transfer]:
+    def all_gather(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
         """See `Schedule.all_gather`: up goes what lies below an edge, down everything else."""
-        below = list(num_bytes)
+        num_below = [1] * len(members)  # a rank and all under it
         for i in range(len(members) - 1, 0, -1):
-            below[(i - 1) // 2] += below[i]
+            num_below[(i - 1) // 2] += num_below[i]
         num_latencies = 2 * _depth(len(members))
         transfers = []
-        for i, (parent, child) in enumerate(_edges(members), start=1):
-            transfers.append(Transfer(child, parent, below[i], num_latencies))
-            transfers.append(Transfer(parent, child, below[0] - below[i], num_latencies))
+        for (parent, child), num in zip(_edges(members), num_below[1:], strict=True):
+            transfers.append(Transfer(child, parent, num * num_bytes, num_latencies))
+            transfers.append(Transfer(parent, child, (len(members) - num) * num_bytes, num_latencies))
         return transfers
 
     def broadcast(self, members: tuple[int, ...], num_bytes: int, source: int) -> list[Transfer]:
@@ -190,7 +180,7 @@ class TwoShot(Schedule):
         piece = _pieces(members, num_bytes)
         return [Transfer(a, b, piece[b] + piece[a], 2) for a, b in permutations(members, 2)]
 
-    def all_gather(self, members: tuple[int, ...], num_bytes: Sequence[int]) -> list[Transfer]:
+    def all_gather(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
         """See `Schedule.all_gather`: one shot is enough."""
         return _exchange(members, num_bytes)
 
@@ -213,12 +203,11 @@ class Star(Schedule):
         leaves = self._leaves(members)
         return [Transfer(a, b, num_bytes, 2) for x in leaves for a, b in ((x, self.center), (self.center, x))]
 
-    def all_gather(self, members: tuple[int, ...], num_bytes: Sequence[int]) -> list[Transfer]:
+    def all_gather(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
         """See `Schedule.all_gather`: the centre sends everybody what the others put in."""
-        size, total = dict(zip(members, num_bytes, strict=True)), sum(num_bytes)
         leaves = self._leaves(members)
-        inward = [Transfer(x, self.center, size[x], 2) for x in leaves]
-        return inward + [Transfer(self.center, x, total - size[x], 2) for x in leaves]
+        inward = [Transfer(x, self.center, num_bytes, 2) for x in leaves]
+        return inward + [Transfer(self.center, x, len(leaves) * num_bytes, 2) for x in leaves]
 
     def broadcast(self, members: tuple[int, ...], num_bytes: int, source: int) -> list[Transfer]:
         """See `Schedule.broadcast`: through the centre when it is not the source."""
@@ -246,9 +235,9 @@ class Pairwise(Schedule):
 
     def all_sum(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
         """See `Schedule.all_sum`: everybody sums for itself."""
-        return _exchange(members, [num_bytes] * len(members))
+        return _exchange(members, num_bytes)
 
-    def all_gather(self, members: tuple[int, ...], num_bytes: Sequence[int]) -> list[Transfer]:
+    def all_gather(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
         """See `Schedule.all_gather`."""
         return _exchange(members, num_bytes)
 
@@ -285,20 +274,22 @@ class Hierarchical(Schedule):
             for a, b in pairwise(chain):
                 transfers += [Transfer(x, y, num_bytes, 2 * (len(chain) - 1)) for x, y in ((b, a), (a, b))]
         gates = tuple(chain[0] for chain in chains)
-        return transfers + Ring().transfers("all_sum", gates, [num_bytes] * len(gates))
+        return transfers + Ring().transfers("all_sum", gates, num_bytes)
 
-    def all_gather(self, members: tuple[int, ...], num_bytes: Sequence[int]) -> list[Transfer]:
+    def all_gather(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
         """See `Schedule.all_gather`: towards the gate goes what lies behind, the other way everything else."""
-        size, total = dict(zip(members, num_bytes, strict=True)), sum(num_bytes)
-        chains = self._chains(members)
+        chains, total = self._chains(members), len(members) * num_bytes
         transfers = []
         for chain in chains:
-            behind = list(accumulate(size[rank] for rank in reversed(chain)))[-2::-1]
-            for (a, b), below in zip(pairwise(chain), behind, strict=True):
-                transfers.append(Transfer(b, a, below, 2 * (len(chain) - 1)))
-                transfers.append(Transfer(a, b, total - below, 2 * (len(chain) - 1)))
-        gates = tuple(chain[0] for chain in chains)
-        return transfers + Ring().transfers("all_gather", gates, [sum(size[x] for x in chain) for chain in chains])
+            for place, (a, b) in enumerate(pairwise(chain), start=1):
+                behind = (len(chain) - place) * num_bytes
+                transfers.append(Transfer(b, a, behind, 2 * (len(chain) - 1)))
+                transfers.append(Transfer(a, b, total - behind, 2 * (len(chain) - 1)))
+        if len(chains) > 1:
+            for chain, following in _round(chains):
+                size = total - len(following) * num_bytes
+                transfers.append(Transfer(chain[0], following[0], size, len(chains) - 1))
+        return transfers
 
     def broadcast(self, members: tuple[int, ...], num_bytes: int, source: int) -> list[Transfer]:
         """See `Schedule.broadcast`: from the source to the other gates, and along the chains."""
@@ -331,12 +322,11 @@ def _direct(source: int, members: Sequence[int], num_bytes: int, num_latencies: 
     return [Transfer(source, to, num_bytes, num_latencies) for to in members if to != source]
 
 
-def _exchange(members: Sequence[int], num_bytes: Sequence[int], num_latencies: float = 1) -> list[Transfer]:
-    size = dict(zip(members, num_bytes, strict=True))
-    return [Transfer(a, b, size[a], num_latencies) for a, b in permutations(members, 2)]
+def _exchange(members: Sequence[int], num_bytes: int, num_latencies: float = 1) -> list[Transfer]:
+    return [Transfer(a, b, num_bytes, num_latencies) for a, b in permutations(members, 2)]
 
 
-def _round(members: Sequence[int]) -> list[tuple[int, int]]:
+def _round(members: Sequence[T]) -> list[tuple[T, T]]:
     """The edges of the ring, in order."""
     return [(a, members[(i + 1) % len(members)]) for i, a in enumerate(members)]
 

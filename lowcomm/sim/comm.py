@@ -80,9 +80,6 @@ class World:
         Messages that have arrived stay; what is under way is lost. Collectives of a view that lost a member are over
         for good, and so is all that waits for the lost member there, also when it comes back; the rest still send,
         receive and exchange.
-
-        Raises:
-            ValueError: when the rank has no program.
         """
         self.lost.add(rank)
         for view in [*self._views.values(), *self._over]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -48,6 +49,7 @@ class Asked(NamedTuple):
         return f"{self.kind} of {str(self.dtype).removeprefix('torch.')} {list(self.shape)}{source}"
 
 
+@dataclass(eq=False, slots=True)
 class Exchange:
     """One collective of some members, or a swap of two.
 
@@ -55,52 +57,31 @@ class Exchange:
     pipeline (`all_to_all`, most broadcasts), a member is through when its own transfers are; all others are over for
     all at once.
 
-    Args:
+    Attributes:
         number: counts the exchanges of these members from 1.
         call: what the first to arrive asked for.
         on_over: called when the last transfer has ended.
-
-    Attributes:
         posts: what each member brought; None of who has nothing to send.
         lost: those whose loss ended it too soon, empty if none did; other ranks too until the first waiter is told.
     """
 
-    __slots__ = (
-        *(
-            "_after",
-            "_by_rank",
-            "_carrier",
-            "_clock",
-            "_flows",
-            "_num_open",
-            "_on_over",
-            "_parked",
-            "_schedule",
-            "_total",
-        ),
-        *("call", "lost", "members", "number", "posts"),
-    )
-
-    def __init__(
-        self,
-        clock: Clock,
-        carrier: Carrier | None,
-        schedule: Schedule,
-        members: tuple[int, ...],
-        number: int,
-        call: Asked,
-        on_over: Callable[[], object],
-    ) -> None:
-        self._clock, self._carrier, self._schedule, self._on_over = clock, carrier, schedule, on_over
-        self.members, self.number, self.call = members, number, call
-        self.posts: dict[int, Tensor | None] = {}
-        self.lost: set[int] = set()
-        self._flows: list[Any] = []
-        self._after: dict[int, list[tuple[int, Transfer]]] = {}  # transfers that wait for the end of another
-        self._num_open: int | None = None  # transfers under way; None before the last member is there
-        self._by_rank: dict[int, int] | None = None  # those of each rank, where ranks wait for their own alone
-        self._parked: dict[int, None] = {}  # a set in order of arrival
-        self._total: Tensor | None = None
+    clock: Clock
+    carrier: Carrier | None
+    schedule: Schedule
+    members: tuple[int, ...]
+    number: int
+    call: Asked
+    on_over: Callable[[], object]
+    posts: dict[int, Tensor | None] = field(default_factory=dict, init=False)
+    lost: set[int] = field(default_factory=set, init=False)
+    _flows: list[Any] = field(default_factory=list, init=False)
+    # transfers that wait for the end of another
+    _after: dict[int, list[tuple[int, Transfer]]] = field(default_factory=dict, init=False)
+    _num_open: int | None = field(default=None, init=False)  # transfers under way; None before the last member is there
+    # those of each rank, where ranks wait for their own alone
+    _by_rank: dict[int, int] | None = field(default=None, init=False)
+    _parked: dict[int, None] = field(default_factory=dict, init=False)  # a set in order of arrival
+    _total: Tensor | None = field(default=None, init=False)
 
     def arrive(self, rank: int, call: Asked, x: Tensor | None) -> None:
         """A member joins with a tensor that nobody will change.
@@ -128,7 +109,7 @@ class Exchange:
         if not self.lost and not self._is_through(rank):
             self._parked[rank] = None
             try:
-                self._clock.park(self._describe)
+                self.clock.park(self._describe)
             finally:
                 self._parked.pop(rank, None)
         if not self._is_through(rank):
@@ -138,9 +119,9 @@ class Exchange:
     def lose(self, lost: set[int]) -> None:
         """End it for all who are not through: members are among the lost, and who crashes at this moment joins them."""
         self.lost = lost
-        if self._carrier is not None:
+        if self.carrier is not None:
             for flow in self._flows:
-                self._carrier.cancel(flow)
+                self.carrier.cancel(flow)
         self._wake(list(self._parked))
 
     def total(self) -> Tensor:
@@ -176,11 +157,11 @@ class Exchange:
 
     def _start(self) -> None:
         transfers: list[Transfer] = []
-        if self._carrier is not None:
-            n, num_bytes = len(self.members), self.call.shape.numel() * self.call.dtype.itemsize
+        if self.carrier is not None:
+            num_bytes = self.call.shape.numel() * self.call.dtype.itemsize
             if self.call.kind == "all_to_all":
-                num_bytes //= n
-            transfers = self._schedule.transfers(self.call.kind, self.members, [num_bytes] * n, self.call.source)
+                num_bytes //= len(self.members)
+            transfers = self.schedule.transfers(self.call.kind, self.members, num_bytes, self.call.source)
         self._num_open = len(transfers)
         if not transfers:
             self._end()
@@ -197,13 +178,10 @@ class Exchange:
             else:
                 self._after.setdefault(transfer.after, []).append((i, transfer))
 
-    def _is_direct(self, transfers: list[Transfer]) -> bool:
-        return all(x.source == self.call.source or x.after is not None for x in transfers)
-
     def _send(self, i: int, x: Transfer) -> None:
-        assert self._carrier is not None
+        assert self.carrier is not None
         on_end = partial(self._moved, i, x)
-        self._flows.append(self._carrier.send(x.source, x.to, x.num_bytes, on_end, x.num_latencies, x.turns))
+        self._flows.append(self.carrier.send(x.source, x.to, x.num_bytes, on_end, x.num_latencies, x.turns))
 
     def _moved(self, i: int, transfer: Transfer) -> None:
         assert self._num_open
@@ -220,12 +198,12 @@ class Exchange:
     def _end(self) -> None:
         self._flows.clear()
         self._wake(list(self._parked))
-        self._on_over()
+        self.on_over()
 
     def _wake(self, ranks: list[int]) -> None:
         for rank in ranks:
             del self._parked[rank]
-            self._clock.wake(rank)
+            self.clock.wake(rank)
 
     def _name(self) -> str:
         return f"{self.call}, exchange number {self.number} among ranks {named(self.members)},"

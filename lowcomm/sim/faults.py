@@ -28,17 +28,18 @@ class Fault(ABC):
 
 
 class Event(Fault, ABC):
-    """One thing that happens at one moment, ``at_s``; it is its own only event."""
+    """One thing that happens at one moment, ``at_s``, mostly to one rank; it is its own only event."""
 
+    rank: int
     at_s: float
 
     def events(self, regions: Sequence[str]) -> list[Event]:
         """Itself."""
         return [self]
 
-    @abstractmethod
     def ranks(self) -> Sequence[int]:
         """Whom it hits."""
+        return (self.rank,)
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,6 @@ class Crash(Event):
     rank: int
     at_s: float
 
-    def ranks(self) -> Sequence[int]:
-        """The rank."""
-        return (self.rank,)
-
 
 @dataclass(frozen=True)
 class Rejoin(Event):
@@ -59,10 +56,6 @@ class Rejoin(Event):
 
     rank: int
     at_s: float
-
-    def ranks(self) -> Sequence[int]:
-        """The rank."""
-        return (self.rank,)
 
 
 @dataclass(frozen=True)
@@ -80,10 +73,6 @@ class Notice(Event):
         if not self.crash_at_s >= self.at_s:
             raise ValueError(f"crash_at_s is {self.crash_at_s}, before its notice at {self.at_s} s; put it later")
 
-    def ranks(self) -> Sequence[int]:
-        """The rank."""
-        return (self.rank,)
-
 
 @dataclass(frozen=True)
 class Pause(Event):
@@ -100,10 +89,6 @@ class Pause(Event):
 
     def __post_init__(self) -> None:
         check_positive("seconds", self.seconds)
-
-    def ranks(self) -> Sequence[int]:
-        """The rank."""
-        return (self.rank,)
 
 
 @dataclass(frozen=True)
@@ -126,10 +111,6 @@ class SlowDown(Event):
         check_positive("seconds", self.seconds)
         if self.what not in ("compute", "network"):
             raise ValueError(f'what is {self.what!r}; it must be "compute" or "network"')
-
-    def ranks(self) -> Sequence[int]:
-        """The rank."""
-        return (self.rank,)
 
 
 @dataclass(frozen=True)

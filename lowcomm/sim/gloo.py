@@ -15,7 +15,6 @@ The steps are those of gloo's allreduce.cc, allgather.cc, broadcast.cc and trans
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lowcomm.sim.collectives import Schedule, Transfer, Turns
@@ -47,13 +46,11 @@ class Gloo(Schedule):
         size = 2 * (n - 1) * num_bytes // n
         return [Transfer(a, members[i - 1], size, num_latencies, turns) for i, a in enumerate(members)]
 
-    def all_gather(self, members: tuple[int, ...], num_bytes: Sequence[int]) -> list[Transfer]:
+    def all_gather(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
         """See `Schedule.all_gather`: a ring of halves, each to the next."""
-        n, total = len(members), sum(num_bytes)
-        turns = Turns(n - 2, max(num_bytes) // 2, both_ways=n == 2)
-        return [
-            Transfer(a, members[(i + 1) % n], total - num_bytes[(i + 1) % n], 2, turns) for i, a in enumerate(members)
-        ]
+        n = len(members)
+        turns = Turns(n - 2, num_bytes // 2, both_ways=n == 2)
+        return [Transfer(a, members[(i + 1) % n], (n - 1) * num_bytes, 2, turns) for i, a in enumerate(members)]
 
     def broadcast(self, members: tuple[int, ...], num_bytes: int, source: int) -> list[Transfer]:
         """See `Schedule.broadcast`: down a binomial tree, each level after the one above."""

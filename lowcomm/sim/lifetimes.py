@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,8 +14,18 @@ from lowcomm.sim.inputs import check_positive
 from lowcomm.tensors import rng
 
 
+class Drawn(Fault, ABC):
+    """A fault that draws random numbers by its class and ``seed``."""
+
+    seed: int
+
+    def streams(self) -> Sequence[tuple[str, int]]:
+        """Its own."""
+        return ((type(self).__name__, self.seed),)
+
+
 @dataclass(frozen=True)
-class Weibull(Fault):
+class Weibull(Drawn):
     """Ranks that live for Weibull-distributed times.
 
     A shape below 1 is what failure logs show: who has just started, or just failed, fails sooner.
@@ -38,10 +49,6 @@ class Weibull(Fault):
         if not 0.01 <= self.shape < math.inf:
             raise ValueError(f"shape is {self.shape}; it must be at least 0.01 and finite (1 is exponential)")
         check_repair(self.repair_s)
-
-    def streams(self) -> Sequence[tuple[str, int]]:
-        """Its own."""
-        return (("Weibull", self.seed),)
 
     def events(self, regions: Sequence[str]) -> list[Event]:
         """Crashes and returns of every rank."""
@@ -79,7 +86,7 @@ class Poisson(Fault):
 
 
 @dataclass(frozen=True)
-class RegionShocks(Fault):
+class RegionShocks(Drawn):
     """Regions that crash as a whole at a constant rate, as by a power cut.
 
     Attributes:
@@ -98,10 +105,6 @@ class RegionShocks(Fault):
         check_positive("until_s", self.until_s)
         check_repair(self.repair_s)
 
-    def streams(self) -> Sequence[tuple[str, int]]:
-        """Its own."""
-        return (("RegionShocks", self.seed),)
-
     def events(self, regions: Sequence[str]) -> list[Event]:
         """Crashes and returns of every region's ranks."""
         events: list[Event] = []
@@ -113,7 +116,7 @@ class RegionShocks(Fault):
 
 
 @dataclass(frozen=True)
-class Preemptions(Fault):
+class Preemptions(Drawn):
     """Ranks that are taken away at a constant rate, each after a notice of uniformly distributed length.
 
     Attributes:
@@ -140,10 +143,6 @@ class Preemptions(Fault):
                 f"notices last from {self.notice_min_s} to {self.notice_max_s} s; notice_min_s must be at least 0 and "
                 "at most notice_max_s"
             )
-
-    def streams(self) -> Sequence[tuple[str, int]]:
-        """Its own."""
-        return (("Preemptions", self.seed),)
 
     def events(self, regions: Sequence[str]) -> list[Event]:
         """Notices, crashes and returns of every rank."""

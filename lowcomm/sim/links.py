@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 
-# one number for each (source, to): rows of a matrix or a function
-Pairs = Sequence[Sequence[float]] | Callable[[int, int], float]
+Pairs = Callable[[int, int], float]  # one number for each (source, to)
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class Links:
         transport: how messages use them.
 
     Raises:
-        ValueError: for rates of zero, negative latencies, and lists or matrices whose sizes disagree.
+        ValueError: for links of two rates that ``half_duplex`` makes one.
     """
 
     up_bits_per_s: Sequence[float]
@@ -76,31 +74,7 @@ class Links:
     transport: Transport = Transport()
 
     def __post_init__(self) -> None:
-        """Check every number that is there; those of functions are checked when they are asked for."""
-        n = len(self.up_bits_per_s)
-        if n == 0 or len(self.down_bits_per_s) != n:
-            raise ValueError(
-                f"up_bits_per_s has {n} ranks and down_bits_per_s {len(self.down_bits_per_s)}; give both one rate for "
-                "each rank, and at least one rank"
-            )
-        for name, rates in (("up_bits_per_s", self.up_bits_per_s), ("down_bits_per_s", self.down_bits_per_s)):
-            for rank, rate in enumerate(rates):
-                check_rate(f"{name}[{rank}]", rate)
-        for name, pairs in (("latency_s", self.latency_s), ("path_bits_per_s", self.path_bits_per_s)):
-            if isinstance(pairs, Sequence) and (len(pairs) != n or any(len(row) != n for row in pairs)):
-                sizes = sorted({len(row) for row in pairs})
-                raise ValueError(
-                    f"{name} has {len(pairs)} rows of lengths {sizes}; {n} ranks need {n} rows of {n} numbers"
-                )
-        if isinstance(self.latency_s, Sequence):
-            for source in range(n):
-                for to in range(n):
-                    self.latency(source, to)
-        if isinstance(self.path_bits_per_s, Sequence):
-            for source in range(n):
-                for to in range(n):
-                    if source != to:
-                        self.path(source, to)
+        assert 0 < len(self.up_bits_per_s) == len(self.down_bits_per_s)
         if self.transport.half_duplex and list(self.up_bits_per_s) != list(self.down_bits_per_s):
             raise ValueError(
                 "half_duplex needs equal up_bits_per_s and down_bits_per_s: both directions are one link; make them "
@@ -113,37 +87,14 @@ class Links:
         return len(self.up_bits_per_s)
 
     def latency(self, source: int, to: int) -> float:
-        """Seconds one way, as they count; ValueError when negative."""
-        latency_s = _of(self.latency_s, source, to) * self.transport.latency_factor
-        if not 0 <= latency_s < inf:
-            raise ValueError(f"latency_s from rank {source} to rank {to} is {latency_s}; it must be 0 or more, finite")
-        return latency_s
+        """Seconds one way, as they count."""
+        return self.latency_s(source, to) * self.transport.latency_factor
 
     def path(self, source: int, to: int) -> float:
-        """Bits per second that all flows from source to destination share; inf for no limit; ValueError for zero."""
-        rate = inf if self.path_bits_per_s is None else _of(self.path_bits_per_s, source, to)
-        if rate != inf:
-            check_rate(f"path_bits_per_s from rank {source} to rank {to}", rate)
-        return rate
+        """Bits per second that all flows from source to destination share; inf for no limit."""
+        return inf if self.path_bits_per_s is None else self.path_bits_per_s(source, to)
 
     def window_bytes(self) -> float:
         """What all connections of a message may have in flight; inf for no limit."""
         window_bytes = self.transport.window_bytes
         return inf if window_bytes is None else self.transport.streams * window_bytes
-
-
-def _of(pairs: Pairs, source: int, to: int) -> float:
-    return pairs(source, to) if callable(pairs) else pairs[source][to]
-
-
-def check_rate(name: str, bits_per_s: float) -> None:
-    """Refuse a rate of zero, of less, or without end.
-
-    Raises:
-        ValueError: naming it.
-    """
-    if not (bits_per_s > 0 and math.isfinite(bits_per_s)):
-        raise ValueError(
-            f"{name} is {bits_per_s} bits/s; a link's rate must be above 0 and finite. To cut a connection, block it "
-            "or let its rank crash"
-        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections import deque
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,78 +16,74 @@ from lowcomm.sim.collectives import Schedule
 from lowcomm.sim.exchange import Carrier
 
 
+@dataclass(eq=False, slots=True)
 class Message:
     """A tensor on its way; it moves at once, whether or not the receiver is ready.
 
     Attributes:
         ended: its last byte is there.
         lost: it will never be there.
+        parked: its sender waits for that.
     """
 
-    __slots__ = ("ended", "flow", "lost", "parked", "source", "x")
+    source: int
+    x: Tensor
+    flow: Any = None
+    ended: bool = False
+    lost: bool = False
+    parked: bool = False
 
-    def __init__(self, source: int, x: Tensor) -> None:
-        self.source, self.x = source, x
-        self.flow: Any = None
-        self.ended = self.lost = self.parked = False
 
-
+@dataclass(eq=False, slots=True)
 class Receive:
     """A receive that was posted, and the message that it got."""
 
-    __slots__ = ("message", "source")
-
-    def __init__(self, source: int | None) -> None:
-        self.source = source
-        self.message: Message | None = None
+    source: int | None
+    message: Message | None = None
 
     def takes(self, source: int) -> bool:
         """Whether it is for messages of this rank."""
         return self.source is None or self.source == source
 
 
+@dataclass(eq=False)
 class Mailbox:
     """All messages of one view for one rank.
 
     The earliest receive gets the earliest message that it may take. Messages of one sender come in order; among
     those of several, the first to be there is the earliest, and of those at one moment that of the lowest rank.
 
-    Args:
+    Attributes:
         schedule: says how many latencies a message takes.
         to: whose it is.
         members: of the view.
         lost: its members that are gone; the view changes it.
     """
 
-    def __init__(
-        self,
-        clock: Clock,
-        carrier: Carrier | None,
-        schedule: Schedule,
-        to: int,
-        members: tuple[int, ...],
-        lost: set[int],
-    ) -> None:
-        self._clock, self._carrier, self._to, self._members, self._lost = clock, carrier, to, members, lost
-        self._num_latencies = schedule.direct_latencies
-        self._coming: dict[int, deque[Message]] = {}  # by sender, in the order sent
-        self._here: list[tuple[float, int, Message]] = []  # sorted by time and rank
-        self._posted: list[Receive] = []
-        self._parked: Receive | None = None
+    clock: Clock
+    carrier: Carrier | None
+    schedule: Schedule
+    to: int
+    members: tuple[int, ...]
+    lost: set[int]
+    _coming: dict[int, deque[Message]] = field(default_factory=dict, init=False)  # by sender, in the order sent
+    _here: list[tuple[float, int, Message]] = field(default_factory=list, init=False)  # sorted by time and rank
+    _posted: list[Receive] = field(default_factory=list, init=False)
+    _parked: Receive | None = field(default=None, init=False)
 
     def send(self, source: int, x: Tensor) -> Message:
         """A message sets out."""
         message = Message(source, x)
-        if self._to in self._lost or source in self._lost:  # the last words of one that was killed
+        if self.to in self.lost or source in self.lost:  # the last words of one that was killed
             message.lost = True
             return message
         self._coming.setdefault(source, deque()).append(message)
-        if self._carrier is None or source == self._to:
+        if self.carrier is None or source == self.to:
             self._end(message)
         else:
             on_end = partial(self._end, message)
             num_bytes = x.numel() * x.element_size()
-            message.flow = self._carrier.send(source, self._to, num_bytes, on_end, self._num_latencies)
+            message.flow = self.carrier.send(source, self.to, num_bytes, on_end, self.schedule.direct_latencies)
         return message
 
     def wait_sent(self, message: Message) -> None:
@@ -94,11 +91,11 @@ class Mailbox:
         if not message.ended and not message.lost:
             message.parked = True
             try:
-                self._clock.park(lambda: f"the end of its message to rank {self._to}, which is under way")
+                self.clock.park(lambda: f"the end of its message to rank {self.to}, which is under way")
             finally:
                 message.parked = False
         if message.lost:
-            raise PeerLost(f"rank {message.source} sends to rank {self._to}, which is gone", (self._to,))
+            raise PeerLost(f"rank {message.source} sends to rank {self.to}, which is gone", (self.to,))
 
     def post(self, source: int | None) -> Receive:
         """Await a message."""
@@ -113,24 +110,24 @@ class Mailbox:
             if receive.message is not None:
                 return receive.message
             if self._nobody_left(receive):
-                lost = tuple(sorted(self._lost)) if receive.source is None else (receive.source,)
+                lost = tuple(sorted(self.lost)) if receive.source is None else (receive.source,)
                 raise PeerLost(f"{self._describe(receive)} will not come: ranks {named(lost)} are gone", lost)
             self._parked = receive
             try:
-                self._clock.park(lambda: self._describe(receive))
+                self.clock.park(lambda: self._describe(receive))
             finally:
                 self._parked = None
 
     def lose(self, rank: int) -> None:
         """A member is gone. What is there already stays; what is on its way from it or to it is lost."""
         gone: list[Message] = []
-        for source in self._coming if rank == self._to else [rank]:
+        for source in self._coming if rank == self.to else [rank]:
             gone += self._coming.get(source, ())
             self._coming[source] = deque()
         for message in gone:
             message.lost = not message.ended
-            if self._carrier is not None and message.flow is not None:
-                self._carrier.cancel(message.flow)
+            if self.carrier is not None and message.flow is not None:
+                self.carrier.cancel(message.flow)
             self._wake_sender(message)
         if self._parked is not None and self._nobody_left(self._parked):
             self._wake_receiver()
@@ -140,7 +137,7 @@ class Mailbox:
         self._wake_sender(message)
         coming = self._coming[message.source]
         while coming and coming[0].ended:  # one that overtook waits for those sent before it
-            bisect.insort(self._here, (self._clock.now, message.source, coming.popleft()), key=lambda x: x[:2])
+            bisect.insort(self._here, (self.clock.now, message.source, coming.popleft()), key=lambda x: x[:2])
         if self._parked is not None and self._parked.takes(message.source):
             self._wake_receiver()
 
@@ -154,21 +151,21 @@ class Mailbox:
 
     def _nobody_left(self, receive: Receive) -> bool:
         if receive.source is not None:
-            return receive.source in self._lost
-        return bool(self._lost) and len(self._lost) >= len(self._members) - 1
+            return receive.source in self.lost
+        return bool(self.lost) and len(self.lost) >= len(self.members) - 1
 
     def _wake_sender(self, message: Message) -> None:
         if message.parked:
             message.parked = False
-            self._clock.wake(message.source)
+            self.clock.wake(message.source)
 
     def _wake_receiver(self) -> None:
         self._parked = None
-        self._clock.wake(self._to)
+        self.clock.wake(self.to)
 
     def _describe(self, receive: Receive) -> str:
-        source = f"rank {receive.source}" if receive.source is not None else f"anyone of ranks {named(self._members)}"
-        return f"a message to rank {self._to} from {source}"
+        source = f"rank {receive.source}" if receive.source is not None else f"anyone of ranks {named(self.members)}"
+        return f"a message to rank {self.to} from {source}"
 
 
 def check_like(message: Message, like: Tensor, to: int) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from lowcomm.sim.clock import Clock
 from lowcomm.sim.compute import ComputeModel
-from lowcomm.sim.log import RankLog
 from lowcomm.sim.trace import Trace
 
 
@@ -18,26 +17,22 @@ class Pace:
         clock: whose time it is.
         compute: how long steps take.
         trace: where they stand.
-        log: where they are recorded; None: nowhere.
     """
 
-    def __init__(self, clock: Clock, compute: ComputeModel, trace: Trace, rank: int, log: RankLog | None) -> None:
-        self._clock, self._compute, self._trace, self._rank, self._log = clock, compute, trace, rank, log
+    def __init__(self, clock: Clock, compute: ComputeModel, trace: Trace, rank: int) -> None:
+        self._clock, self._compute, self._trace, self._rank = clock, compute, trace, rank
         self._start_s = self._step_s = self._stood_s = 0.0
-        self._is_new, self._span = False, 0
+        self._span = 0
 
     def begin(self, t: int) -> None:
         """Inner step ``t`` starts now."""
         self._start_s = self._stood_s = self._clock.now
-        self._step_s, self._is_new = self._compute.seconds(self._rank, t, self._start_s), True
+        self._step_s = self._compute.seconds(self._rank, t, self._start_s)
         self._span = len(self._trace.spans)
         self._trace.add(self._rank, "compute", self._start_s, self._start_s + self._step_s, f"step {t}")
 
     def go_on(self, share: float) -> None:
         """Let time pass until this share of the step, in [0, 1], is done."""
-        if self._log is not None:
-            self._log.compute(self._is_new, share)
-        self._is_new = False
         waited_s = self._clock.now - self._stood_s
         if waited_s > 0:
             self._start_s += waited_s

@@ -11,6 +11,7 @@ a p3.2xlarge.
 
 from __future__ import annotations
 
+from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -54,7 +55,7 @@ _STATES_GBIT_PER_S = ((1.15, 1.05, 1.12), (1.25, 1.10), (1.02,), ())
 
 
 @dataclass(frozen=True)
-class Uniform(Cluster):
+class _Even(Cluster, ABC):
     """Equal hosts, each as far from every other.
 
     Attributes:
@@ -72,29 +73,23 @@ class Uniform(Cluster):
 
 
 @dataclass(frozen=True)
-class DataCentre(Cluster):
-    """Hosts on a fast fabric; as `Uniform` with 100 Gbit/s and 10 microseconds."""
-
-    num_hosts: int = 8
-    bits_per_s: float = 100e9
-    latency_s: float = 10e-6
-
-    def layout(self) -> Layout:
-        """One region."""
-        return _one_region(self.num_hosts, self.bits_per_s, self.bits_per_s, self.latency_s)
+class Uniform(_Even):
+    """Equal hosts, each as far from every other."""
 
 
 @dataclass(frozen=True)
-class LAN(Cluster):
+class DataCentre(_Even):
+    """Hosts on a fast fabric; as `Uniform` with 100 Gbit/s and 10 microseconds."""
+
+    bits_per_s: float = 100e9
+    latency_s: float = 10e-6
+
+
+@dataclass(frozen=True)
+class LAN(_Even):
     """Hosts in one building; as `Uniform` with 1 Gbit/s and 0.2 ms."""
 
-    num_hosts: int = 8
-    bits_per_s: float = 1e9
     latency_s: float = 0.2e-3
-
-    def layout(self) -> Layout:
-        """One region."""
-        return _one_region(self.num_hosts, self.bits_per_s, self.bits_per_s, self.latency_s)
 
 
 @dataclass(frozen=True)
@@ -170,15 +165,6 @@ class DTFM(Cluster):
         if rest or share < 1:
             raise ValueError(f"num_hosts is {self.num_hosts}; {self.scenario} needs a multiple of {num_parts}")
         return share
-
-
-def uniform_sweep(
-    num_hosts: int,
-    latency_s: float = 0.01,
-    bits_per_s: Sequence[float] = (10e6, 30e6, 100e6, 300e6, 1e9, 3e9, 10e9, 30e9, 100e9),
-) -> list[Uniform]:
-    """One uniform cluster for each rate, from 10 Mbit/s to 100 Gbit/s."""
-    return [Uniform(num_hosts, rate, latency_s) for rate in bits_per_s]
 
 
 def _one_region(num_hosts: int, up_bits_per_s: float, down_bits_per_s: float, latency_s: float) -> Layout:

@@ -19,25 +19,20 @@ import yaml
 
 from lowcomm.assemble import Assembled, assemble, autocast_of, describe_into, place, save_weights
 from lowcomm.checkpoint import Checkpoints
-from lowcomm.comm.metered import Meter, MeteredComm
+from lowcomm.comm.metered import MeteredComm
 from lowcomm.config import Run, describe
 from lowcomm.engine.base import Engine
 from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.metrics import Metrics, ProgressSink, Sink
 from lowcomm.sim.calibrate import measured_step_s
-from lowcomm.sim.clock import Clock
 from lowcomm.sim.cluster import Cluster
-from lowcomm.sim.comm import World
 from lowcomm.sim.engine import SimEngine
-from lowcomm.sim.faults import Crash, Rejoin
-from lowcomm.sim.inject import schedule_faults
-from lowcomm.sim.log import EVENTS, Log, LoggedComm
+from lowcomm.sim.faults import Rejoin
+from lowcomm.sim.machines import Machines
 from lowcomm.sim.memory import Residence
-from lowcomm.sim.network import Network
-from lowcomm.sim.pace import Pace
 from lowcomm.sim.stacked import Stack, require_stackable
 from lowcomm.sim.timing import assemble_shapes, explained, shapes_of
-from lowcomm.sim.trace import Trace, write_chrome_trace
+from lowcomm.sim.trace import write_chrome_trace
 from lowcomm.state import state_tree
 from lowcomm.train import train
 
@@ -53,8 +48,8 @@ def simulate(
     """Train one replica on each host of the cluster and return rank 0's summary line; times are virtual.
 
     Writes into ``out`` what `lowcomm train` would on all ranks (but no checkpoints), the cluster as cluster.yaml, and
-    the timeline as trace.json, for Perfetto or chrome://tracing, as events.jsonl.gz what `lowcomm retime` needs, and
-    into environment.json what memory it took. All replicas compute on the run's device.
+    the timeline as trace.json, for Perfetto or chrome://tracing, and into environment.json what memory it took and what
+    `lowcomm retime` asks for. All replicas compute on the run's device.
 
     Args:
         timing_only: train shapes without values: no text is read, and there are no losses and no final parameters.
@@ -68,7 +63,7 @@ def simulate(
         Deadlock: when all ranks wait.
     """
     _refuse(run, cluster, out, timing_only, num_resident, stacked)
-    events, num_ranks = cluster.fault_events(), cluster.num_ranks
+    num_ranks = cluster.num_ranks
     device = torch.device("cpu") if timing_only else place(run).device
     residence = Residence(device, num_resident, out)
     stack = Stack(autocast_of(run), compile=run.compile) if stacked else None
@@ -80,28 +75,15 @@ def simulate(
         step_s = measured_step_s(lambda comm: build(comm, lambda record: None, lambda engine: engine), num_ranks)
         print(f"a step takes {step_s:.4g} s on this machine")
         cluster = replace(cluster, compute=cluster.compute.calibrated(step_s))
-    compute = cluster.compute_model()
     describe_into(run, out)
     (out / "cluster.yaml").write_text(yaml.safe_dump(describe(cluster), sort_keys=False), encoding="utf-8")
-    clock = Clock(isolate_torch=not timing_only, before_turn=residence.enter if num_resident else None)
-    trace = Trace()
-    network = Network(clock, cluster.links(), trace.add_flow)
-    world = World(clock, network, cluster.schedule)
-    schedule_faults(events, clock, world, network)
-    members, log = tuple(range(num_ranks)), Log(num_ranks)
-    stopped_s: dict[int, float] = {}  # when ranks did that did not end of themselves
-    if any(isinstance(event, Crash) for event in events):
-        log.refuse("a rank crashes in it")
+    machines = Machines(cluster, isolate_torch=not timing_only, before_turn=residence.enter if num_resident else None)
+    kept: dict[str, Any] = {"vocab_size": run.data.tokenizer.vocab_size}  # what `lowcomm.sim.retime` asks for
 
     def program(rank: int) -> dict[str, Any]:
-        meter = Meter(
-            on_count=log.ranks[rank].count,
-            on_wait=lambda tag, start_s, end_s: trace.add(rank, "wait", start_s, end_s, tag),
-        )
-        comm = MeteredComm(LoggedComm(world.comm(rank, members), log.ranks[rank]), meter)
         sinks: list[Sink] = [ProgressSink(run.steps(num_ranks))] if rank == 0 else []
-        metrics = Metrics(out / ("metrics.jsonl" if rank == 0 else f"metrics.rank{rank}.jsonl"), sinks)
-        pace = Pace(clock, compute, trace, rank, log.ranks[rank])
+        metrics = Metrics(out / metrics_name(rank), sinks)
+        pace = machines.pace(rank)
 
         def around(engine: Engine) -> Engine:
             if not timing_only:  # then there is nothing to keep anywhere
@@ -113,39 +95,40 @@ def simulate(
             return SimEngine(joined, pace, joined.announce)
 
         try:
-            assembled = build(comm, metrics.write, around)
+            assembled = build(machines.comm(rank), metrics.write, around)
             if not timing_only:
                 residence.own(rank, partial(_states, assembled))
-            log.ranks[rank].listen(assembled.replica.ledger, lambda: clock.now)
+            if rank == 0:
+                ledger = assembled.replica.ledger
+                kept.update(token_flops=ledger.token_flops, peak_flops=ledger.peak_flops)
             train(assembled.replica, assembled.plan, Checkpoints(out / "checkpoints", rank, num_ranks, "simulated"))
             if rank == 0 and not timing_only:
                 save_weights(assembled.model, out / "final.safetensors")
             return assembled.summary()
-        except BaseException:
-            stopped_s[rank] = clock.now
-            raise
         finally:
             residence.leave(rank)
             if stack is not None:
                 stack.leave(rank)
             metrics.close()
 
-    for rank in members:
-        clock.spawn(rank, partial(program, rank))
     try:
         with residence, explained() if timing_only else nullcontext():
-            summaries = clock.run()
+            summaries = machines.run(program)
     finally:
-        trace.stop(stopped_s)
-        write_chrome_trace(trace.spans, out / "trace.json")
-    log.write(out / EVENTS)
-    seen = json.loads((out / "environment.json").read_text(encoding="utf-8"))
-    (out / "environment.json").write_text(json.dumps({**seen, "memory": residence.measured()}, indent=1), "utf-8")
+        write_chrome_trace(machines.trace.spans, out / "trace.json")
+    environment = json.loads((out / "environment.json").read_text(encoding="utf-8"))
+    environment |= {"simulated": kept, "memory": residence.measured()}
+    (out / "environment.json").write_text(json.dumps(environment, indent=1), encoding="utf-8")
     print(residence.line())
     if stack is not None:
         print(stack.line())
     first: dict[str, Any] = summaries[0]
     return first
+
+
+def metrics_name(rank: int) -> str:
+    """The file of a rank's lines in a run directory."""
+    return "metrics.jsonl" if rank == 0 else f"metrics.rank{rank}.jsonl"
 
 
 def _refuse(run: Run, cluster: Cluster, out: Path, timing_only: bool, num_resident: int | None, stacked: bool) -> None:

@@ -1,7 +1,8 @@
 """Timing alone: replicas of shapes without values, for models that fit nowhere.
 
-The training loop and the method run as they are, on tensors of the meta device: bytes are counted and time passes, and
-nothing is computed, so there is no loss, no text is read, and what a method sends must not depend on values.
+The training loop and the method run as they are, on tensors of the meta device: every message sets out as in the run
+with its arithmetic, and time passes, but nothing is computed. So there is no loss, no text is read, and what a method
+sends must not depend on values.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from lowcomm.assemble import Assembled, build_engine, open_ledger, without_values
 from lowcomm.comm.metered import MeteredComm
-from lowcomm.config import Run
+from lowcomm.config import Batch, Run
 from lowcomm.engine.base import Engine, Ready
 from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.membership import Members
@@ -28,17 +30,22 @@ class Shapes:
 
     Args:
         inner: on the meta device; its optimizer takes one step, to see what states it has.
+        batch: without values; the engine computes its gradients, to see in which order. None where nobody asks.
 
     Attributes:
         model: as it would be trained.
         params, gradients: in the order of `Engine.slots`.
         names: of the parameters, likewise.
+        ready: their places in the order in which backward finishes them; empty without batch.
         first_states, states: of the optimizer by name before and after its first step, likewise.
         needs_all_gradients: see `Engine.needs_all_gradients`.
     """
 
-    def __init__(self, inner: TorchEngine) -> None:
+    def __init__(self, inner: TorchEngine, batch: Tensor | None) -> None:
         self.model = inner.model
+        self.ready: list[int] = []
+        if batch is not None:
+            inner.backward(batch, lambda i, gradient: self.ready.append(i))
         self.params, self.names = inner.slots()["param"], inner.names()
         self.gradients = [torch.empty(x.shape, dtype=x.dtype, device="meta") for x in self.params]
         self.needs_all_gradients = inner.needs_all_gradients()
@@ -61,7 +68,7 @@ class Shapes:
 
 
 class TimingEngine(Engine):
-    """One replica's inner loop without arithmetic; gradients are ready from the last parameter to the first."""
+    """One replica's inner loop without arithmetic."""
 
     def __init__(self, shapes: Shapes) -> None:
         self._shapes = shapes
@@ -69,11 +76,12 @@ class TimingEngine(Engine):
         self._is_between = False  # backward and update
 
     def backward(self, batch: Any, ready: Ready | None = None) -> Tensor:
-        """See `Engine.backward`."""
+        """See `Engine.backward`; gradients become final in the order of a real backward."""
+        assert ready is None or self._shapes.ready, "the algorithm says that it does not send then"
         self._is_between = True
         if ready is not None:
-            for i, gradient in reversed(list(enumerate(self._shapes.gradients))):
-                ready(i, gradient)
+            for i in self._shapes.ready:
+                ready(i, self._shapes.gradients[i])
         return torch.empty((), device="meta")
 
     def update(self) -> None:
@@ -89,8 +97,8 @@ class TimingEngine(Engine):
         return self._shapes.needs_all_gradients
 
     def evaluate(self, batch: Any) -> Tensor:
-        """A loss without a value."""
-        return torch.empty((), device="meta")
+        """NaN, where its sum with others' is taken."""
+        return torch.full((), math.nan)
 
     def slots(self) -> Mapping[str, list[Tensor]]:
         """See `Engine.slots`."""
@@ -120,8 +128,8 @@ class NoText:
     """A stream of batches without tokens."""
 
     def next(self) -> Tensor:
-        """Nothing, on the meta device."""
-        return torch.empty(0, dtype=torch.int64, device="meta")
+        """Nothing."""
+        return torch.empty(0, dtype=torch.int64)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing to go on from."""
@@ -131,15 +139,23 @@ class NoText:
         """Nothing to go on from."""
 
 
-def shapes_of(run: Run, num_replicas: int) -> Shapes:
-    """The shapes of a run; of its data, only the tokenizer's size is asked.
+def shapes_of(run: Run, num_replicas: int, vocab_size: int | None = None) -> Shapes:
+    """The shapes of a run.
+
+    Args:
+        vocab_size: of its tokenizer; None asks it.
 
     Raises:
         ValueError: when the model or the optimizer depends on values.
     """
+    # the meta device knows no autocast, and needs no compiling; the order of gradients is that of any one micro-batch
+    precision = "fp32" if run.precision == "bf16_mixed" else run.precision
+    plain = replace(run, precision=precision, compile=False, batch=Batch(size=1))
+    batch = torch.empty(1, run.data.seq_len + 1, dtype=torch.int64, device="meta")
     with explained():
-        model = without_values(run, run.data.tokenizer.vocab_size)
-        return Shapes(build_engine(run, model, run.steps(num_replicas)))
+        model = without_values(run, run.data.tokenizer.vocab_size if vocab_size is None else vocab_size)
+        engine = build_engine(plain, model, run.steps(num_replicas))
+        return Shapes(engine, batch if run.algorithm.sends_in_backward() else None)
 
 
 def assemble_shapes(
@@ -155,13 +171,25 @@ def assemble_shapes(
         write: where metrics lines go.
         around: what is put around the engine: a virtual clock.
     """
-    device = torch.device("meta")
+    device = torch.device("cpu")  # of what the loop itself sums
     engine = around(TimingEngine(shapes))
-    ledger = open_ledger(run, shapes.model, comm, device, write)
+    comm.tagged("start").all_gather(torch.empty(*_DIGESTS, dtype=torch.uint8, device="meta")).wait()
+
+    def write_known(line: dict[str, Any]) -> None:
+        for name in ("val_loss", "val_bits_per_byte"):
+            line.pop(name, None)
+        write(line)
+
+    ledger = open_ledger(run, shapes.model, comm, device, write_known)
     members = Members(comm, run.on_loss == "go_on")
     replica = Replica(run.algorithm, engine, run.algorithm.init(engine, comm), NoText(), ledger, members, device)
-    plan = Plan(run.steps(len(comm.members)), 0, 0, (), math.nan)
+    holds_out = run.data.validation is not None or run.data.validation_fraction > 0
+    window = torch.empty(1, 2, dtype=torch.int64)  # however many there are, their losses make one sum
+    plan = Plan(run.steps(len(comm.members)), run.evaluation.every, 0, [window] if holds_out else [], math.nan)
     return Assembled(replica, plan, shapes.model, "")
+
+
+_DIGESTS = (3, 16)  # those that `lowcomm.assemble.check_agreement` compares, in bytes
 
 
 def _states(engine: Engine) -> dict[str, list[Tensor]]:
@@ -181,6 +209,6 @@ def explained() -> Iterator[None]:
         if "meta" not in str(error).lower():
             raise
         raise ValueError(
-            f"timing_only knows shapes but no values, and something in this run depends on values ({error}); choose "
+            f"timing alone knows shapes but no values, and something in this run depends on values ({error}); choose "
             "another optimizer or compressor, or simulate the arithmetic too: timing_only false"
         ) from error

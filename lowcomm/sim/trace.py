@@ -83,10 +83,6 @@ class Trace:
         """Record a message that arrived or was cancelled; a `Network` calls it as its ``on_flow``."""
         self.add(flow.source, "flow", flow.start_s, flow.end_s, f"to rank {flow.to}", flow.moved_bytes)
 
-    def total_s(self, rank: int, kind: Kind) -> float:
-        """Seconds of a rank's spans of a kind; flows that overlap count each."""
-        return math.fsum(span.end_s - span.start_s for span in self.spans if (span.rank, span.kind) == (rank, kind))
-
 
 def chrome_trace(spans: Iterable[Span]) -> dict[str, Any]:
     """The spans in Chrome's trace event format (an object with ``traceEvents``); times there are microseconds."""

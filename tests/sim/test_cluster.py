@@ -19,7 +19,7 @@ from lowcomm.sim.faults import Crash, Pause, RegionShock
 from lowcomm.sim.gloo import Gloo
 from lowcomm.sim.lifetimes import Weibull
 from lowcomm.sim.links import Transport
-from lowcomm.sim.presets import AWS10, DTFM, LAN, DataCentre, Home, Uniform, uniform_sweep
+from lowcomm.sim.presets import AWS10, DTFM, LAN, DataCentre, Home, Uniform
 from tests.refusals import refused
 
 TWO_SITES = Layout(
@@ -69,13 +69,6 @@ def test_one_region(cluster: Cluster, num_ranks: int, up: float, down: float, la
     assert list(links.down_bits_per_s) == [down] * num_ranks
     assert links.latency(0, 1) == links.latency(num_ranks - 1, 0) == latency_s
     assert links.path(0, 1) == math.inf
-
-
-def test_sweep() -> None:
-    sweep = uniform_sweep(4, 0.05)
-    rates = [cluster.bits_per_s for cluster in sweep]
-    assert (rates[0], rates[-1]) == (10e6, 100e9) and rates == sorted(rates)
-    assert all(cluster.num_ranks == 4 and cluster.latency_s == 0.05 for cluster in sweep)
 
 
 PUBLISHED = """

@@ -28,7 +28,7 @@ def seconds(algorithm, bytes_per_s):
 
     def program(rank):
         comm = world.comm(rank, (0, 1))
-        engine = SimEngine(make_engine(), Pace(clock, Constant(1.0), Trace(), rank, None))
+        engine = SimEngine(make_engine(), Pace(clock, Constant(1.0), Trace(), rank))
         state = algorithm.init(engine, comm)
         for t in range(1, 9):
             step(algorithm, t, engine, state, comm, make_batch(rank, t))

@@ -21,7 +21,7 @@ def test_both_directions_go_at_once_from_when_both_are_there(schedule):
         assert (got == comm.rank ^ 1).all()
         return clock.now
 
-    assert schedule.transfers("exchange", (2, 3), [7, 7]) == [Transfer(2, 3, 7, 1), Transfer(3, 2, 7, 1)]
+    assert schedule.transfers("exchange", (2, 3), 7) == [Transfer(2, 3, 7, 1), Transfer(3, 2, 7, 1)]
     assert simulate(*[program] * 4, schedule=schedule) == [7.0] * 4
     assert simulate(*[program] * 4, schedule=schedule, slow_path=(1, 0)) == [17.0, 17.0, 7.0, 7.0]
 

@@ -137,7 +137,7 @@ def all_gather(n, num_bytes, latency_s, bytes_per_s):
 def simulated(kind, n, num_bytes, latency_s, bytes_per_s):
     rates, clock = [8 * bytes_per_s] * n, FakeClock()
     network = Network(clock, Links(rates, rates, lambda a, b: latency_s, transport=PLAIN))
-    for x in Gloo().transfers(kind, tuple(range(n)), [num_bytes] * n):
+    for x in Gloo().transfers(kind, tuple(range(n)), num_bytes):
         network.send(x.source, x.to, x.num_bytes, lambda: None, x.num_latencies, x.turns)
     return clock.run()
 

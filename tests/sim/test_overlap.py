@@ -84,7 +84,7 @@ def one_step(algorithm, bytes_per_s):
 
     def program(rank):
         comm = Recorder(world.comm(rank, (0, 1)))
-        engine = SimEngine(three_layers(), Pace(clock, Constant(STEP_S), Trace(), rank, None))
+        engine = SimEngine(three_layers(), Pace(clock, Constant(STEP_S), Trace(), rank))
         state = algorithm.init(engine, comm)
         step(algorithm, 1, engine, state, comm, rank + 1.0)
         return clock.now, [p.tolist() for p in engine.slots()["param"]], comm.sums
@@ -132,7 +132,7 @@ def three_rounds(algorithm):
 
     def program(rank):
         comm = world.comm(rank, (0, 1))
-        engine = SimEngine(make_engine(adamw), Pace(clock, Constant(1.0), Trace(), rank, None))
+        engine = SimEngine(make_engine(adamw), Pace(clock, Constant(1.0), Trace(), rank))
         state = algorithm.init(engine, comm)
         for t in range(1, 7):
             step(algorithm, t, engine, state, comm, make_batch(rank, t))
@@ -157,7 +157,7 @@ def test_rounds_that_overlap_have_the_same_end_sooner():
 def test_a_step_is_one_span_in_the_trace_and_takes_its_time_with_and_without_a_listener():
     for ready in (None, lambda i, gradient: None):
         clock, trace = Clock(), Trace()
-        engine = SimEngine(three_layers(), Pace(clock, Constant(STEP_S), trace, 0, None))
+        engine = SimEngine(three_layers(), Pace(clock, Constant(STEP_S), trace, 0))
         clock.spawn(0, partial(engine.backward, 1.0, ready))
         clock.run()
         assert clock.now == STEP_S

@@ -47,7 +47,7 @@ def seconds(transfers, num_hosts, latency_s, bits_per_s, transport):
 def test_gloo_takes_the_time_that_others_measured():
     errors = []
     for (size, num_hosts), row in GLOO.items():
-        transfers = Gloo().transfers("all_sum", tuple(range(num_hosts)), [size * MIB] * num_hosts)
+        transfers = Gloo().transfers("all_sum", tuple(range(num_hosts)), size * MIB)
         for (latency_s, bits_per_s), measured_s in zip(LINKS[1:3], row, strict=True):
             predicted_s = seconds(transfers, num_hosts, latency_s, bits_per_s, Transport())
             errors.append(predicted_s / measured_s - 1)
@@ -64,7 +64,7 @@ def of_form(form, num_hosts, num_bytes, *links):
     if form == "central":
         return 2 * seconds(chain(num_hosts, num_bytes), num_hosts, *links)
     schedule = Ring() if form == "ring" else TwoShot()
-    transfers = schedule.transfers("all_sum", tuple(range(num_hosts)), [num_bytes] * num_hosts)
+    transfers = schedule.transfers("all_sum", tuple(range(num_hosts)), num_bytes)
     return seconds(transfers, num_hosts, *links)
 
 

@@ -1,22 +1,21 @@
 """New times for an old run: exactly those that a simulation on the other cluster would have given."""
 
-import gzip
 import json
-import re
+import shutil
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
+from lowcomm.algorithms.data_parallel import DataParallel
 from lowcomm.algorithms.rounds import GradientsState, Rounds
 from lowcomm.assemble import open_ledger
 from lowcomm.cli import main, parse_run, parse_simulation
 from lowcomm.metrics import read
 from lowcomm.sim.compute import Measured, Replay
 from lowcomm.sim.faults import Crash
-from lowcomm.sim.log import EVENTS
 from lowcomm.sim.presets import LAN, Home
-from lowcomm.sim.retime import retime
+from lowcomm.sim.retime import retime as retime_of
 from lowcomm.sim.simulate import simulate
 from tests.multiprocess.launch import write_tiny
 
@@ -106,7 +105,7 @@ class Talker(Rounds[GradientsState]):
         return GradientsState()
 
     def round(self, t, engine, state, comm):
-        getattr(self, self.topic)(t, comm)
+        getattr(self, self.topic)(t, comm, engine.slots()["param"][0])
         return []
 
     def rest(self, t, engine, state, comm):
@@ -118,7 +117,7 @@ class Talker(Rounds[GradientsState]):
     def stands(self, engine, state):
         return engine.slots()["param"]
 
-    def everything(self, t, comm):
+    def everything(self, t, comm, param):
         """Every kind of message in views of several sizes, waited for in another order, late, twice and never."""
         n, me, x = len(comm.members), comm.rank, torch.ones(1000 * t)
         sent = comm.send(x[: 10 * (me + 1)], (me + 1) % n)
@@ -134,14 +133,23 @@ class Talker(Rounds[GradientsState]):
             if work is not None:
                 work.wait()
 
-    def clock(self, t, comm):
+    def clock(self, t, comm, param):
         comm.now()
 
-    def anyone(self, t, comm):
+    def anyone(self, t, comm, param):
         if comm.rank == 0:
             comm.send(torch.ones(3), 1).wait()
         if comm.rank == 1:
             comm.recv(torch.ones(3)).wait()
+
+    def nothing(self, t, comm, param):
+        pass
+
+    def values(self, t, comm, param):
+        comm.all_sum(param).wait().sum().item()
+
+    def sizes(self, t, comm, param):
+        comm.all_gather(torch.ones(3 if param.is_meta else 2)).wait()
 
 
 def talk(flags, topic, cluster, out):
@@ -149,7 +157,12 @@ def talk(flags, topic, cluster, out):
     simulate(replace(parse_run(flags)[0], algorithm=Talker(topic)), cluster, out)
 
 
-def test_all_kinds_of_messages_are_replayed_and_back_again(flags, clusters, tmp_path, monkeypatch):
+def retime(run_dir, cluster, out):
+    """As the command calls it."""
+    return retime_of(run_dir, parse_run(["--config", str(run_dir / "config.yaml")])[0], cluster, out)
+
+
+def test_all_kinds_of_messages_get_new_times_and_the_old_ones_back(flags, clusters, tmp_path, monkeypatch):
     # as on a device whose speed is known, so that its utilisation is, too
     monkeypatch.setattr(
         "lowcomm.assemble.open_ledger", lambda *args: replace(open_ledger(*args), token_flops=1e3, peak_flops=1e9)
@@ -195,15 +208,22 @@ def refused(run, out, cluster, words):
     assert not out.exists()
 
 
-def test_what_cannot_be_replayed_is_refused(flags, tmp_path):
+def test_what_cannot_be_timed_anew_is_refused(flags, tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "out"
-    refused(run, out, LAN(num_hosts=2), "there is no .*simulate it anew")
+    with pytest.raises(ValueError, match="there is no .*environment.json.*simulate it anew"):
+        retime_of(run, parse_run(flags)[0], LAN(num_hosts=2), out)
     talk(flags, "everything", LAN(num_hosts=2), run)
     refused(run, out, LAN(num_hosts=3), "3 hosts.*2 replicas")
     refused(run, out, LAN(num_hosts=2, faults=[Crash(rank=1, at_s=3.0)]), "crashes")
     refused(run, out, LAN(num_hosts=2, compute=Measured()), "give Measured a step_s")
     with pytest.raises(ValueError, match="already holds a run"):
         retime(run, Home(num_hosts=2), run)
+
+    compiled = replace(parse_run(flags)[0], algorithm=DataParallel(overlap=True), compile=True)
+    with pytest.raises(ValueError, match="only the compiled code knows"):
+        retime_of(run, compiled, LAN(num_hosts=2), out)
+    assert main(["retime", str(tmp_path / "none"), "--cluster", "LAN", "--out", str(out)]) == 2
+    assert "give the directory of a simulated run" in capsys.readouterr().err
 
     steps = tmp_path / "steps.csv"
     steps.write_text("rank,t,seconds\n0,1,1\n1,1,1\n")
@@ -213,46 +233,51 @@ def test_what_cannot_be_replayed_is_refused(flags, tmp_path):
     with pytest.raises(ValueError, match="already holds a run"):
         retime(run, LAN(num_hosts=2), tmp_path / "rest")
 
-    log = (run / EVENTS).read_bytes()
-    for broken in (
-        b"",
-        log[:100],
-        log[:10] + b"\xff" * 20 + log[30:],
-        gzip.compress(b"[]"),
-        gzip.compress(gzip.decompress(log).replace(b"Wait", b"Weight")),
-        gzip.compress(re.sub(rb'("all_to_all",\d+),\d+', rb"\1,[800,800]", gzip.decompress(log))),  # an older one's
-    ):
-        (run / EVENTS).write_bytes(broken)
-        refused(run, out, LAN(num_hosts=2), "is no log of a simulation")
+    environment = json.loads((run / "environment.json").read_text())
+    for broken in ("", "[]", json.dumps({**environment, "simulated": None}), json.dumps({"torch": "2"})):
+        (run / "environment.json").write_text(broken)
+        refused(run, out, LAN(num_hosts=2), "is not of a simulation that ended")
 
 
-def test_a_log_beside_the_metrics_of_another_run_is_refused(flags, tmp_path):
+def test_metrics_that_are_of_another_run_are_refused(flags, tmp_path):
     for name, num_steps in (("long", "11"), ("short", "7")):
         talk([*flags, "--num_steps", num_steps], "everything", LAN(num_hosts=2), tmp_path / name)
     for name, other in (("long", "short"), ("short", "long")):
-        (tmp_path / "mixed").mkdir(exist_ok=True)
-        for file in (tmp_path / name).iterdir():
-            (tmp_path / "mixed" / file.name).write_bytes(file.read_bytes())
-        (tmp_path / "mixed" / EVENTS).write_bytes((tmp_path / other / EVENTS).read_bytes())
-        with pytest.raises(ValueError, match="not of one run"):
-            retime(tmp_path / "mixed", LAN(num_hosts=2), tmp_path / f"out of {name}")
+        shutil.copytree(tmp_path / name, tmp_path / "mixed", dirs_exist_ok=True)
+        shutil.copy(tmp_path / other / "metrics.jsonl", tmp_path / "mixed")
+        refused(tmp_path / "mixed", tmp_path / "out", LAN(num_hosts=2), "metrics.jsonl .*not of one run")
+    shutil.copytree(tmp_path / "long", tmp_path / "mixed", dirs_exist_ok=True)
+    lines = (tmp_path / "long" / "metrics.rank1.jsonl").read_text()
+    for changed in (lines.replace('"bytes_sent": ', '"bytes_sent": 1'), lines[: lines.rindex("{")]):
+        (tmp_path / "mixed" / "metrics.rank1.jsonl").write_text(changed)
+        refused(tmp_path / "mixed", tmp_path / "out", LAN(num_hosts=2), "metrics.rank1.jsonl .*depended on values")
 
 
-def test_a_run_with_a_crash_is_refused(flags, tmp_path):
-    cluster = LAN(num_hosts=3, faults=[Crash(rank=2, at_s=1000.0)])  # after the end, but who knows at other times
-    talk(flags, "everything", cluster, tmp_path / "run")
-    refused(tmp_path / "run", tmp_path / "out", LAN(num_hosts=3), "a rank crashes")
+def test_what_depends_on_values_is_refused(flags, tmp_path):
+    talk(flags, "values", LAN(num_hosts=2), tmp_path / "run")
+    refused(tmp_path / "run", tmp_path / "out", LAN(num_hosts=2), "something in this run depends on values")
+    talk(flags, "sizes", LAN(num_hosts=2), tmp_path / "other")
+    refused(tmp_path / "other", tmp_path / "out", LAN(num_hosts=2), "bytes_sent .* sizes or order depended on values")
 
 
-def test_the_log_grows_with_the_kinds_of_steps_more_than_with_their_number(flags, tmp_path):
-    sizes = []
-    for num_steps in (20, 80):
-        out = tmp_path / str(num_steps)
-        method = ["--algorithm", "DataParallel", "--num_steps", str(num_steps), "--timing_only", "true"]
-        assert (
-            main(["simulate", *flags, *method, "--cluster", "LAN", "--cluster.num_hosts", "16", "--out", str(out)]) == 0
-        )
-        sizes.append((out / EVENTS).stat().st_size)
-    lines = [json.loads(line) for line in gzip.decompress((tmp_path / "20" / EVENTS).read_bytes()).splitlines()]
-    assert [line["ranks"] for line in lines[1:]] == [list(range(16))], "what all do is there once"
-    assert sizes[1] < 2 * sizes[0]
+def test_a_run_that_lost_a_rank_is_refused(flags, tmp_path):
+    flags = [*flags, "--data.validation_fraction", "0"]  # nobody waits for it
+    talk(flags, "nothing", LAN(num_hosts=3, faults=[Crash(rank=2, at_s=3.0)]), tmp_path / "run")
+    refused(tmp_path / "run", tmp_path / "out", LAN(num_hosts=3), "metrics.rank2.jsonl .*lines")
+
+
+def test_neither_text_nor_tokenizer_is_read(flags, clusters, tmp_path):
+    shards, bpe = str(tmp_path / "shards"), str(tmp_path / "bpe.json")
+    text = ["--source", "Files", "--source.paths", f"[{tmp_path}/text/*.txt]"]
+    tokenizer = ["--tokenizer", "BPE", "--tokenizer.path", bpe, "--train_bpe", "300"]
+    assert main(["data", *text, *tokenizer, "--out", shards]) == 0
+    flags += ["--data.source", "Shards", "--data.source.path", shards]
+    flags += ["--data.tokenizer", "BPE", "--data.tokenizer.path", bpe]
+    for name, cluster in clusters.items():
+        assert main(["simulate", *flags, "--cluster", cluster, "--out", str(tmp_path / name)]) == 0
+    for gone in ("text", "shards"):
+        shutil.rmtree(tmp_path / gone)
+    (tmp_path / "bpe.json").unlink()
+    out = tmp_path / "out"
+    assert main(["retime", str(tmp_path / "here"), "--cluster", clusters["there"], "--out", str(out)]) == 0
+    assert files(out) == files(tmp_path / "there")
