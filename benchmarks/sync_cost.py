@@ -10,6 +10,7 @@ of a round over what lasts from round to round, in multiples of the float32 para
 
 from __future__ import annotations
 
+import gc
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -102,6 +103,7 @@ def measure(wire: str, num: int, rounds: int, profiled: bool) -> Row:
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
             timed(sync.step)
         print(wire, seen.key_averages().table(sort_by="self_device_time_total", row_limit=14, max_name_column_width=60))
+    sync.finish()
     most = MOST_EXTRA[isinstance(reducer.feedback, EF14)]
     return Row(wire, found[NUM_WARM:], extra / (4 * num), most, BARS_MS.get(wire))
 
@@ -142,6 +144,7 @@ def main() -> None:
     print(f"copy {copy:.2f} TB/s, outer step {outer:.2f} ms, with parameters {written:.2f} ms", flush=True)
     rows: list[Row] = []
     for wire in given.wires:
+        gc.collect()  # what the last one left
         torch.cuda.empty_cache()
         rows.append(measure(wire, given.num, given.rounds, given.profile))
         print(rows[-1], flush=True)
