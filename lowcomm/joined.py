@@ -22,11 +22,12 @@ class _Batch:
 
     def issue(self, comm: Comm) -> None:
         self._work = comm.all_sum(self.tensors[0] if len(self.tensors) == 1 else flatten(self.tensors))
+        self.tensors = [x.to("meta") for x in self.tensors]  # who is summed may go
 
     def total(self, i: int) -> Tensor:
         if self._totals is None:
             assert self._work is not None, "flush before waiting"
-            self._totals = unflatten(self._work.wait().reshape(-1), self.tensors)
+            self._totals, self._work = unflatten(self._work.wait().reshape(-1), self.tensors), None
         return self._totals[i]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,10 @@ from lowcomm.compress.identity import Identity
 from lowcomm.feedback.base import Feedback
 from lowcomm.feedback.none import NoFeedback
 from lowcomm.joined import JoinedComm
-from lowcomm.tensors import buckets, flatten, unflatten
+from lowcomm.tensors import buckets, extremes, flatten, unflatten
 
+# What to average at some places of a list, as fresh tensors, which are then the reducer's: asked once for each bucket.
+Values = Callable[[Sequence[int]], list[Tensor]]
 # What an average pauses at, beside its messages, when the next message of every bucket is on its way.
 ALL_SENT: Work[None] = Done(None)
 
@@ -62,11 +64,11 @@ class Reducer:
 
     compressor: Compressor = Identity()
     feedback: Feedback = NoFeedback()
-    bucket_bytes: int = 32 * 2**20
+    bucket_bytes: int = 31 * 2**20  # from 32 MiB on glibc maps memory anew, which costs more than the arithmetic
 
     def __post_init__(self) -> None:
         if self.bucket_bytes < 1:
-            raise ValueError(f"Reducer(bucket_bytes={self.bucket_bytes}): it must be at least 1; the default is 32 MiB")
+            raise ValueError(f"Reducer(bucket_bytes={self.bucket_bytes}): it must be at least 1; the default is 31 MiB")
         if self.feedback.keeps_mean and not self.compressor.divides_by_all():
             raise ValueError(
                 f"{self.feedback} keeps the mean of what all ranks sent, but that of {self.compressor} is over those "
@@ -75,20 +77,26 @@ class Reducer:
 
     def init(self, like: Sequence[Tensor]) -> ReducerState:
         """The state before the first round for lists shaped like ``like``."""
-        packed = [self._pack([like[i] for i in group]) for group in self._groups(like)]
+        packed = (self._pack(group, like, None) for group in self._groups(like))
         return ReducerState([BucketState(self.compressor.init(x), self.feedback.init(x)) for x in packed])
 
-    def mean(self, xs: Sequence[Tensor], state: ReducerState, comm: Comm) -> Task[tuple[list[Tensor], ReducerState]]:
-        """Start averaging ``xs``; the Task's result is the means, shaped like ``xs``, and the new state.
+    def mean(
+        self, like: Sequence[Tensor], state: ReducerState, comm: Comm, values: Values | None = None
+    ) -> Task[tuple[list[Tensor], ReducerState]]:
+        """Start averaging; the Task's result is the means, shaped like ``like``, and the new state.
 
-        ``xs`` is read before this returns and neither it nor ``state`` is modified: a round that fails costs nothing.
-        Means are equal on all ranks, bit for bit.
+        Everything is read before this returns, and neither ``like`` nor ``state`` is modified: a round that fails costs
+        nothing. Means are equal on all ranks, bit for bit. What is sent is held no longer than it takes, so with
+        ``values`` a round needs little more memory than the means, and what a feedback keeps of values and sent.
+
+        Args:
+            values: what to average, made bucket by bucket; None: ``like`` itself.
 
         Raises:
             NonFinite: from the Task, on all ranks, when a rank's values are not finite and the compressor could not
-                carry that; nothing of such values was sent.
+                carry that; nothing comes of the round.
         """
-        return Task(self._mean(xs, state, comm))
+        return Task(self._mean(like, state, comm, values))
 
     def resync(self, state: ReducerState, comm: Comm) -> Task[ReducerState]:
         """The state to go on with among new members: what members share is made anew from what each has.
@@ -98,24 +106,24 @@ class Reducer:
         return Task(self._resync(state, comm))
 
     def _mean(
-        self, xs: Sequence[Tensor], state: ReducerState, comm: Comm
+        self, like: Sequence[Tensor], state: ReducerState, comm: Comm, values: Values | None
     ) -> Generator[Work[Any], Any, tuple[list[Tensor], ReducerState]]:
-        groups = self._groups(xs)
+        groups, joined = self._groups(like), JoinedComm(comm, self.bucket_bytes)
         assert len(groups) == len(state.buckets), "the state was made for another list of tensors"
-        packed = [self._pack([xs[i] for i in group]) for group in groups]
-        joined, flags = JoinedComm(comm, self.bucket_bytes), None
-        if packed and not self.compressor.passes_nonfinite:
-            bad = torch.stack([~x.isfinite().all() for x in packed]).any()
-            packed = [torch.where(bad, torch.zeros_like(x), x) for x in packed]
-            # Directly and before the values, behind which it would stand in line, step by step in a ring.
-            flags = comm.all_to_all(bad.to(torch.uint8).expand(len(comm.members), 1))
-        tasks = [Task(self._bucket(x, bucket, joined)) for x, bucket in zip(packed, state.buckets, strict=True)]
+        ends: list[Tensor] = []  # the extremes of each bucket
+
+        def start(group: list[int], bucket: BucketState) -> Task[tuple[Tensor, BucketState, Tensor | None]]:
+            packed = self._pack(group, like, values)
+            if not self.compressor.passes_nonfinite:
+                ends.append(extremes(packed))
+            return Task(self._bucket(packed, bucket, joined))
+
+        tasks = [start(group, bucket) for group, bucket in zip(groups, state.buckets, strict=True)]
         joined.flush()
-        if flags is not None and not (told := (yield flags)).is_meta and told.any():
-            for task in tasks:  # what is under way must come to its end
-                if task.pending is not None:
-                    yield task.pending
-            raise NonFinite([rank for rank, flag in zip(comm.members, told[:, 0].tolist(), strict=True) if flag])
+        flags = None
+        if ends:
+            bad = torch.stack(ends).isfinite().all().logical_not()
+            flags = comm.all_to_all(bad.to(torch.uint8).expand(len(comm.members), 1))
         # Round robin in a fixed order: while one bucket waits for its second message the others' first are under way.
         while unfinished := [task for task in tasks if task.pending is not None]:
             for task in unfinished:
@@ -123,30 +131,30 @@ class Reducer:
                 task.resume((yield task.pending))
             joined.flush()
             yield ALL_SENT
-        means: list[Tensor] = list(xs)
-        for group, task in zip(groups, tasks, strict=True):
-            mean, _ = task.result()
-            for i, piece in zip(group, unflatten(mean.reshape(-1), [xs[i] for i in group]), strict=True):
+        if flags is not None and not (told := (yield flags)).is_meta and told.any():
+            raise NonFinite([rank for rank, flag in zip(comm.members, told[:, 0].tolist(), strict=True) if flag])
+        means, results = list(like), [task.result() for task in tasks]
+        for group, (mean, *_) in zip(groups, results, strict=True):
+            for i, piece in zip(group, unflatten(mean.reshape(-1), [like[i] for i in group]), strict=True):
                 means[i] = piece
-        return means, ReducerState([task.result()[1] for task in tasks])
+        return means, ReducerState(_remembered(state.buckets, results))
 
     def _bucket(
         self, x: Tensor, state: BucketState, comm: Comm
-    ) -> Generator[Work[Any], Any, tuple[Tensor, BucketState]]:
-        corrected, compressor = self.feedback.before(x, state.feedback), state.compressor
-        if self.feedback.is_dense(state.feedback):
-            sent, mean, _ = yield from Identity().mean(corrected, None, comm)
-        else:
-            sent, mean, compressor = yield from self.compressor.mean(corrected, compressor, comm)
-        estimate, feedback = self.feedback.after(x, sent, mean, state.feedback)
-        if self._would_remember_nan(mean):
-            return estimate, state
-        return estimate, BucketState(compressor, feedback)
-
-    def _would_remember_nan(self, mean: Tensor) -> bool:
-        """Whether an infinity went through, of which a feedback would keep NaN for good; all see it in the mean."""
-        keeps = self.compressor.passes_nonfinite and not isinstance(self.feedback, NoFeedback)
-        return keeps and not mean.is_meta and not bool(mean.isfinite().all())
+    ) -> Generator[Work[Any], Any, tuple[Tensor, BucketState, Tensor | None]]:
+        """The estimate, the new state, and what must be finite for that to be good."""
+        wanted, kept = self.feedback.before(x, state.feedback)
+        compressor, before = self.compressor, state.compressor
+        if is_dense := self.feedback.is_dense(state.feedback):
+            compressor, before = Identity(), None
+        steps = compressor.mean(wanted, before, comm, self.feedback.wants_sent)
+        del x, wanted
+        sent, mean, after = yield from steps
+        estimate, feedback = self.feedback.after(kept, sent, mean, state.feedback)
+        # An infinity that went through would be kept as NaN for good; all see it in the mean.
+        watched = self.compressor.passes_nonfinite and not isinstance(self.feedback, NoFeedback)
+        ends = extremes(mean) if watched and not mean.is_meta else None
+        return estimate, BucketState(state.compressor if is_dense else after, feedback), ends
 
     def _resync(self, state: ReducerState, comm: Comm) -> Generator[Work[Any], Any, ReducerState]:
         buckets: list[BucketState] = []
@@ -169,6 +177,16 @@ class Reducer:
             for group in buckets([xs[i] for i in alike], self.bucket_bytes)
         ]
 
-    def _pack(self, xs: list[Tensor]) -> Tensor:
-        """A copy, since ``xs`` may change while it is under way."""
+    def _pack(self, group: list[int], like: Sequence[Tensor], values: Values | None) -> Tensor:
+        """A copy of what is the caller's, since that may change while it is under way."""
+        xs = [like[i] for i in group] if values is None else values(group)
+        if values is not None and len(xs) == 1:
+            return xs[0].reshape(-1) if self.compressor.elementwise else xs[0][None]
         return flatten(xs) if self.compressor.elementwise else torch.stack(xs)
+
+
+def _remembered(old: list[BucketState], results: list[tuple[Tensor, BucketState, Tensor | None]]) -> list[BucketState]:
+    """The new states of the buckets, but the old ones where the new one is no good; asks the device once."""
+    ends = [x for _, _, x in results if x is not None]
+    good = torch.stack(ends).isfinite().all(1).tolist() if ends else [True] * len(results)
+    return [new if fine else kept for kept, (_, new, _), fine in zip(old, results, good, strict=True)]

@@ -60,6 +60,16 @@ def add_(xs: Tensors, ys: Tensors, alpha: float = 1.0) -> None:
         torch._foreach_add_(xs, ys, alpha=alpha)
 
 
+def laid_out_like(xs: Tensors, ys: Tensors) -> list[Tensor]:
+    """The y, or copies of them, with the strides of the x: for kernels that go through memory as it lies."""
+    return [y if y.stride() == x.stride() else torch.empty_like(x).copy_(y) for x, y in zip(xs, ys, strict=True)]
+
+
+def extremes(x: Tensor) -> Tensor:
+    """The least and the largest value as a vector, both NaN where any is: one pass, no copy. Zeros of nothing."""
+    return x.new_zeros(2) if x.is_meta or x.numel() == 0 else torch.stack(torch.aminmax(x))
+
+
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
     """All elements in order as one fresh contiguous vector; the tensors share dtype and device.
 

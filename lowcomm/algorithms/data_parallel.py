@@ -54,9 +54,8 @@ class DataParallel(GradientRounds):
         params, share = engine.slots()["param"], factor(t, comm, state.replicas, self.weights, None)
 
         def values(places: Sequence[int]) -> list[Tensor]:
-            gradients = engine.gradients(places)
+            gradients = [g.clone() for g in engine.gradients(places)]
             if share is not None and share != 1:
-                gradients = [g.clone() for g in gradients]
                 mul_(gradients, share)
             return gradients
 

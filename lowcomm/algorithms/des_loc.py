@@ -23,7 +23,7 @@ in float32 or better.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -149,10 +149,10 @@ class DESLOC(Rounds[DESLOCState]):
             elif name not in state.averages:
                 wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in slots[name]]
                 exact = Reducer(bucket_bytes=self.reducer.bucket_bytes)
-                sendings.append(Sending(_FIRST + name, exact, wide, partial(_at, wide)))
+                sendings.append(Sending(_FIRST + name, exact, wide))
             else:
                 signs = [torch.stack([(x < 0).any() for x in slots[name]]).float()]
-                sendings.append(Sending(_SIGNS + name, Reducer(), signs, partial(_at, signs)))
+                sendings.append(Sending(_SIGNS + name, Reducer(), signs))
                 moved = partial(delta, state.averages[name], slots[name], -1.0)
                 sendings.append(Sending(name, self.reducer, state.averages[name], moved))
         return sendings
@@ -204,7 +204,3 @@ class DESLOC(Rounds[DESLOCState]):
                 f"{sorted(set(names) - {'param', 'grad'})}: choose from those, or leave it out and it stays with its "
                 "replica"
             )
-
-
-def _at(xs: Sequence[Tensor], places: Sequence[int]) -> list[Tensor]:
-    return [xs[i] for i in places]

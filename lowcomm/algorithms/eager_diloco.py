@@ -102,7 +102,7 @@ class EagerDiLoCo(Rounds[EagerDiLoCoState]):
         if state.unheard is not None:
             add_(moved, state.unheard)
         memo = [moved, len(comm.members)]
-        return [Sending("deltas", self.reducer, state.own, lambda places: moved, delay=self.every, memo=memo)]
+        return [Sending("deltas", self.reducer, moved, delay=self.every, memo=memo)]
 
     def commit(self, t: int, engine: Engine, state: EagerDiLoCoState, sent: Exchange, means: list[Tensor]) -> None:
         """The average moves the common anchor, and will correct the own one."""

@@ -26,20 +26,20 @@ class Sending:
     Attributes:
         slot: which of the method's averages it is; what its reducer keeps goes from one to the next of its name.
         reducer: how it is averaged.
-        like: shapes and dtypes of the values.
-        values: the values; asked for once, when they set out.
+        like: shapes and dtypes of the values; without ``values``, the values themselves.
+        values: makes them when they set out, some at a time and each once: fresh tensors, which nobody else holds.
         numbers: the parameter that each value is of, so that it may set out while backward goes on; None: of none.
         delay: steps until the means are needed; 0: now.
         pace: steps over which messages that follow on each other are spread, equal on all ranks; None: ``delay``.
         memo: what the method wants back with the means: tensors, numbers, lists of them.
-        average: in place of the reducer's mean over all members.
+        average: in place of the reducer's mean over all members; of ``like``.
         has_prelude: something else must be exchanged first, which is waited for one step later.
     """
 
     slot: str
     reducer: Reducer
     like: list[Tensor]
-    values: Values
+    values: Values | None = None
     numbers: Sequence[int] | None = None
     delay: int = 0
     pace: int | None = None
@@ -57,8 +57,11 @@ class Sending:
 
     def start(self, places: Sequence[int], kept: ReducerState, comm: Comm) -> UnderWay:
         """Send these values off."""
-        values = self.values(places)
-        return UnderWay((self.average or self.reducer.mean)(values, kept, comm))
+        like, values = [self.like[i] for i in places], self.values
+        if self.average is not None:
+            return UnderWay(self.average(like, kept, comm))
+        made = None if values is None else lambda some: values([places[k] for k in some])
+        return UnderWay(self.reducer.mean(like, kept, comm, made))
 
     def exchange(self, t: int) -> Exchange:
         """The record of it, when it sets out at step ``t``, before any part has."""

@@ -102,7 +102,7 @@ class GASLoC(Rounds[GASLoCState]):
         moved = delta(state.anchor, engine.slots()["param"], -1.0, range(len(state.anchor)))
         proposed = list(torch._foreach_add(state.anchor, moved, alpha=self.lr))
         among = partial(group_mean, self.reducer, size=self.group_size, seed=self.seed, round=state.round + 1)
-        return [Sending("proposed", self.reducer, proposed, lambda places: proposed, memo=proposed, average=among)]
+        return [Sending("proposed", self.reducer, proposed, memo=proposed, average=among)]
 
     def commit(self, t: int, engine: Engine, state: GASLoCState, sent: Exchange, means: list[Tensor]) -> None:
         """Towards the group's mean, and on with the momentum."""

@@ -130,7 +130,7 @@ class NoLoCo(Rounds[NoLoCoState]):
         else:
             moved = delta(state.anchor, params, -1.0, range(len(params)))
         among = self._among(self.reducer, round)
-        return [*ahead, Sending("moved", self.reducer, moved, lambda places: moved, average=among)]
+        return [*ahead, Sending("moved", self.reducer, moved, average=among)]
 
     def commit(self, t: int, engine: Engine, state: NoLoCoState, sent: Exchange, means: list[Tensor]) -> None:
         """An outer step of this replica's own, on what its group has moved and on how far it is from the group."""
@@ -180,10 +180,8 @@ class NoLoCo(Rounds[NoLoCoState]):
         return self.gamma is not None and self.group_size is not None and self.group_size < len(comm.members)
 
     def _anchors(self, state: NoLoCoState, round: int, delay: int) -> Sending:
-        among, anchor = self._among(self.anchors, round), state.anchor
-        return Sending(
-            "anchors", self.anchors, anchor, lambda places: anchor, delay=delay, average=among, has_prelude=True
-        )
+        among = self._among(self.anchors, round)
+        return Sending("anchors", self.anchors, state.anchor, delay=delay, average=among, has_prelude=True)
 
     def _among(self, reducer: Reducer, round: int) -> Average:
         return partial(group_mean, reducer, size=self.group_size, seed=self.seed, round=round)

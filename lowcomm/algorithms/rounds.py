@@ -149,7 +149,7 @@ class Rounds(Algorithm[S], ABC):
     def keep(self, like: Sequence[Tensor], slot: str = "") -> list[ReducerState]:
         """What the reducer of ``slot`` keeps at first, for values of parameters shaped like ``like``."""
         reducer, like = self.reducer_of(slot), list(like)
-        sending = Sending(slot, reducer, like, lambda places: [], range(len(like)))
+        sending = Sending(slot, reducer, like, numbers=range(len(like)))
         return [reducer.init([like[i] for i in group]) for group in sending.cut(self.overlap)]
 
     def sends_in_backward(self) -> bool:

@@ -127,7 +127,7 @@ class SPARTA(Rounds[SPARTAState]):
         fill = [part_size(p.numel(), self.num_parts) - i.numel() for p, i in zip(params, where, strict=True)]
         part = [pad(d, (0, k)) for d, k in zip(delta(last, own, 1.0, range(len(own))), fill, strict=True)]
         slot = str(self._number(t, state) % (self.num_late + 1))
-        return [Sending(slot, self.reducer, part, lambda places: part, delay=self.delay, memo=[own, last])]
+        return [Sending(slot, self.reducer, part, delay=self.delay, memo=[own, last])]
 
     def commit(self, t: int, engine: Engine, state: SPARTAState, sent: Exchange, means: list[Tensor]) -> None:
         """Put the averages of a part in their places, and on them what was trained since they were sent."""

@@ -29,7 +29,7 @@ SHARED_CPU_SLICE = 32767
 CPU_SLICE = 2**17
 OTHER_SLICE = 2**24  # elsewhere only memory counts
 COMPILED_SLICE = 2**28  # where nothing lies in memory in between but random numbers
-COMPILED_FROM = 2**20  # values of a row; fewer take no time
+COMPILED_FROM = 2**17  # values of a row; fewer take no time
 COMPILED_ON = ("cuda",)
 
 
@@ -134,8 +134,11 @@ class BlockCodec(Codec, ABC):
             values = values.reshape(-1, width)
             draws = torch.rand(values.shape, generator=random, device=x.device) if self.stochastic else None
             if compiled:
-                rows = [values, code.view(len(values), -1), draws]
+                packed = code if code.is_contiguous() else torch.empty_like(code)  # several rows in one call
+                rows = [values, packed.view(len(values), -1), draws]
                 kept = self._programs.run(self._encode_into, rows, tables, self, "encode")
+                if packed is not code:
+                    code.copy_(packed)
             else:
                 kept, whole = self.encode_blocks(values.to(torch.float32), draws, tables)
                 code.copy_(pack(whole, layout.bits).view(code.shape))
@@ -209,7 +212,7 @@ def _parts(
             continue
         whole, code_bytes = compiled and width == block, packed_bytes(width, layout.bits)
         start, at_once = first * packed_bytes(block, layout.bits), max(1, limit // width)  # blocks
-        rows_at_once = 1 if whole else max(1, at_once // count)
+        rows_at_once = 1 if whole and rest else max(1, at_once // count)  # no values that must be copied together
         for row in range(0, num_rows, rows_at_once):
             rows = slice(row, row + rows_at_once)
             for part in zip(

@@ -2,8 +2,8 @@
 
 Two codes, both of a size that ``num`` and ``kept`` alone decide:
 
-- "packed": each number in ceil(log2 num) bits, 12 for chunks of 4,096.
-- "elias_fano": the l = floor(log2(num / kept)) low bits of each number as they are; of the rest, which never falls from
+- "packed": each number in ceil(log2 num) bits, 12 for chunks of 4,096; the lowest bits of all, then the next.
+- "elias_fano": the l = floor(log2(num / kept)) low bits of each number, likewise; of the rest, which never falls from
   one number to the next, only the rises, in unary: bit (number >> l) + i is set for the i-th number. Together
   kept (l + 1) + ceil(num / 2^l) bits, at most 2 + log2(num / kept) for each number and less than 1 more in all, within
   about half a bit a number of what any code needs (Elias 1974; Vigna 2013, arXiv:1206.4300). 64 of 4,096 take 8 bits
@@ -77,17 +77,21 @@ def _high_size(num: int, kept: int, low: int) -> int:
 
 
 def _to_bits(numbers: Tensor, width: int) -> Tensor:
-    """``[rows, num]`` as single bits, lowest first: uint8 ``[rows, num * width]``."""
-    bits = torch.empty(*numbers.shape, width, dtype=torch.uint8, device=numbers.device)
-    for i in range(width):
-        bits[..., i] = (numbers >> i) & 1
-    return bits.flatten(1)
+    """``[rows, num]`` as single bits, uint8 ``[rows, width * num]``: the lowest of all numbers, then the next."""
+    kind = _kind(width)
+    shifts = torch.arange(width, dtype=kind, device=numbers.device)[:, None]
+    return ((numbers.to(kind)[:, None] >> shifts) & 1).to(torch.uint8).flatten(1)
 
 
 def _from_bits(bits: Tensor, num: int, width: int) -> Tensor:
     """The inverse of `_to_bits`, in int64."""
-    cut = bits.reshape(bits.shape[0], num, width)
-    numbers = torch.zeros(bits.shape[0], num, dtype=torch.int64, device=bits.device)
+    planes = bits.reshape(bits.shape[0], width, num)
+    numbers = torch.zeros(bits.shape[0], num, dtype=_kind(width), device=bits.device)
     for i in range(width):
-        numbers |= cut[..., i].long() << i
-    return numbers
+        numbers.add_(planes[:, i], alpha=1 << i)
+    return numbers.long()
+
+
+def _kind(width: int) -> torch.dtype:
+    """What holds so many bits, and no more bytes than it must: they are many."""
+    return torch.int32 if width < 32 else torch.int64

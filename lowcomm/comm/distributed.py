@@ -126,9 +126,9 @@ class DistributedComm(Comm):
         """See `Comm.issue`. A message that cannot be started is an error for who waits for it."""
         x, peer = call.x.detach(), None if call.peer is None else self._world.number(call.peer)
         if call.kind == "all_sum":
-            y = x.to(self._wire, copy=True).contiguous()
+            y, device = x.to(self._wire, copy=True).contiguous(), x.device
             return Pending(
-                _started(lambda: dist.all_reduce(y, group=self._ready(), async_op=True)), lambda: y.to(x.device)
+                _started(lambda: dist.all_reduce(y, group=self._ready(), async_op=True)), lambda: y.to(device)
             )
         if call.kind == "recv":
             return self._recv(x, call.peer)
@@ -140,10 +140,10 @@ class DistributedComm(Comm):
         if call.kind == "exchange":
             assert peer is not None
             theirs = torch.empty_like(mine)
-            return Pending(_started(lambda: self._swap(mine, theirs, peer)), lambda: _typed(theirs, x, x.shape))
+            return Pending(_started(lambda: self._swap(mine, theirs, peer)), _typed(theirs, x, x.shape))
         if call.kind == "broadcast":
             work = _started(lambda: dist.broadcast(mine, peer, group=self._ready(), async_op=True))
-            return Pending(work, lambda: _typed(mine, x, x.shape))
+            return Pending(work, _typed(mine, x, x.shape))
         assert call.kind == "send"
         return Pending(_started(lambda: dist.isend(mine, peer, group=self._ready())), lambda: _release(mine))
 
@@ -224,7 +224,7 @@ class DistributedComm(Comm):
         n = len(self.members)
         out = mine.new_empty(n, mine.numel())
         work = _started(lambda: dist.all_gather(list(out), mine, group=self._ready(), async_op=True))
-        return Pending(work, lambda: _typed(out.view(-1), x, (n, *x.shape)))
+        return Pending(work, _typed(out.view(-1), x, (n, *x.shape)))
 
     def _all_to_all(self, mine: Tensor, x: Tensor) -> Work[Tensor]:
         n, out = len(self.members), torch.empty_like(mine)
@@ -233,7 +233,7 @@ class DistributedComm(Comm):
             work = _started(lambda: self._deal(*rows))
         else:
             work = _started(lambda: dist.all_to_all_single(out, mine, group=self._ready(), async_op=True))
-        return Pending(work, lambda: _typed(out, x, x.shape))
+        return Pending(work, _typed(out, x, x.shape))
 
     def _recv(self, like: Tensor, source: int | None) -> Work[tuple[int, Tensor]]:
         """NCCL cannot receive from whoever comes first."""
@@ -241,11 +241,9 @@ class DistributedComm(Comm):
             raise ValueError("recv(source=None) needs gloo: NCCL must know the sender; name the source")
         y = torch.empty(like.numel() * like.element_size(), dtype=torch.uint8, device=self._wire)
         number = None if source is None else self._world.number(source)
+        typed = _typed(y, like, like.shape)
         work = _started(lambda: dist.irecv(y, number, group=self._ready()))
-        return Pending(
-            work,
-            lambda: (self.members[work.source_rank()] if source is None else source, _typed(y, like, like.shape)),
-        )
+        return Pending(work, lambda: (self.members[work.source_rank()] if source is None else source, typed()))
 
 
 class _All:
@@ -271,9 +269,10 @@ def _release(x: Tensor) -> None:
     del x
 
 
-def _typed(raw: Tensor, like: Tensor, shape: Sequence[int]) -> Tensor:
-    """Bytes from the wire as a tensor of this shape, with dtype and device of ``like``."""
-    return raw.view(like.dtype).view(shape).to(like.device)
+def _typed(raw: Tensor, like: Tensor, shape: Sequence[int]) -> Callable[[], Tensor]:
+    """Gives bytes from the wire as a tensor of this shape, with dtype and device of ``like``, which it lets go."""
+    dtype, device = like.dtype, like.device
+    return lambda: raw.view(dtype).view(shape).to(device)
 
 
 def over(group: dist.ProcessGroup, device: torch.device) -> DistributedComm:

@@ -75,8 +75,8 @@ class Compressor(ABC, Generic[S]):
     Attributes:
         elementwise: whether shapes do not matter, so that many tensors may be joined in one vector. Otherwise a tensor
             that is given is a stack of tensors of one shape, ``[num, *shape]``, each compressed for itself.
-        passes_nonfinite: whether an infinity or NaN of one rank turns up as such in the mean of all. A reducer refuses
-            a round of other compressors, in which one would spoil its neighbours or vanish.
+        passes_nonfinite: whether an infinity or NaN of one rank turns up as such in the mean of all, and nowhere else.
+            A reducer refuses a round of other compressors, in which one would spoil its neighbours or vanish.
     """
 
     elementwise: ClassVar[bool]
@@ -87,11 +87,18 @@ class Compressor(ABC, Generic[S]):
         """The state before the first round for tensors shaped like ``like``; equal on all ranks."""
 
     @abstractmethod
-    def mean(self, x: Tensor, state: S, comm: Comm) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, S]]:
+    def mean(
+        self, x: Tensor, state: S, comm: Comm, wants_sent: bool = True
+    ) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, S]]:
         """Yield each Work that is needed; return ``(sent, mean, state)``. ``x`` and ``state`` are not modified.
 
         Law: the mean over ranks of ``sent`` equals ``mean``, which is the same on every rank, bit for bit.
         ``sent`` and ``mean`` have the shape and dtype of ``x``; ``sent`` may be ``x`` itself.
+
+        Args:
+            x: let go of as soon as it is sent, since whole models are under way. It may hold infinities and NaN, of
+                which nothing is used, but the round must come to its end.
+            wants_sent: whether ``sent`` will be used; otherwise it may be anything, such as ``mean``.
         """
 
     @abstractmethod
@@ -124,6 +131,16 @@ class Compressor(ABC, Generic[S]):
         del comm
         yield from ()
         return state
+
+
+def in_rows(x: Tensor, num: int, dtype: torch.dtype) -> Tensor:
+    """All values as ``num`` rows of equal length, filled up with zeros; ``x`` itself, viewed, where it fits."""
+    length = -(-x.numel() // num)
+    if num * length == x.numel():
+        return x.reshape(num, length).to(dtype)
+    rows = x.new_zeros(num * length, dtype=dtype)
+    rows[: x.numel()] = x.reshape(-1)
+    return rows.view(num, length)
 
 
 def first_count(count: int, comm: Comm) -> Generator[Work[Any], Any, int]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lowcomm.comm.base import Comm, Work
-from lowcomm.compress.base import EXACT, Compressor, Contraction
+from lowcomm.compress.base import EXACT, Compressor, Contraction, in_rows
 from lowcomm.compress.identity import Identity, outgrows
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -46,29 +46,32 @@ class Cast(Compressor[None]):
     def init(self, like: Tensor) -> None:
         """No state."""
 
-    def mean(self, x: Tensor, state: None, comm: Comm) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, None]]:
+    def mean(
+        self, x: Tensor, state: None, comm: Comm, wants_sent: bool = True
+    ) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, None]]:
         """Two shots: chunks to their owners, means to everybody."""
         if x.numel() == 0:
             return x, x.clone(), state
-        n, me = len(comm.members), comm.place
-        if outgrows(_coded_bytes(x.numel(), n), x.numel(), n):
-            return (yield from Identity().mean(x, state, comm))
-        chunk = -(-x.numel() // n)
-        wire = x.new_zeros(n * chunk, dtype=_DTYPES[self.dtype])
-        wire[: x.numel()] = x.reshape(-1)
-
-        received = yield comm.all_to_all(wire.view(n, chunk))
-        exact = received.to(x.dtype).sum(0).div_(n)
-        gathered = yield comm.all_gather(exact.to(wire.dtype))
-        if x.is_meta:  # nothing is left to compute, and torch would take a while to find that out
-            return x, x.clone(), state
-        mean = gathered.reshape(-1).to(x.dtype)
+        n, me, num, shape = len(comm.members), comm.place, x.numel(), x.shape
+        wide, half = x.dtype, _DTYPES[self.dtype]
+        if outgrows(_coded_bytes(num, n), num, n):
+            return (yield from Identity().mean(x, state, comm, wants_sent))
+        work, mine = comm.all_to_all(in_rows(x, n, half)), x if wants_sent else None
+        del x
+        exact = (yield work).to(wide).sum(0).div_(n)
+        work = comm.all_gather(exact.to(half))
+        if mine is None:
+            del exact
+        gathered = yield work
+        means = gathered.to(wide)
+        mean = means.view(-1)[:num].view(shape)
+        if mine is None or gathered.is_meta:  # of which nothing is left to compute, and torch would take a while
+            return mean, mean, state
 
         # The second rounding belongs to the owner, who alone knows it: so the mean of what was sent stays the mean.
-        sent = wire.to(x.dtype)
-        own = slice(me * chunk, (me + 1) * chunk)
-        sent[own] += n * (mean[own] - exact)
-        return sent[: x.numel()].view(x.shape), mean[: x.numel()].view(x.shape), state
+        sent = in_rows(mine, n, half).to(wide)
+        sent[me] += n * (means[me] - exact)
+        return sent.view(-1)[:num].view(shape), mean, state
 
     def num_messages(self) -> int:
         """See `Compressor.num_messages`."""

@@ -72,18 +72,21 @@ class Chosen(Compressor[ChosenState], ABC):
         return ChosenState(0, self.values.init(like.new_empty(self.num_kept(like.numel()))))
 
     def mean(
-        self, x: Tensor, state: ChosenState, comm: Comm
+        self, x: Tensor, state: ChosenState, comm: Comm, wants_sent: bool = True
     ) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, ChosenState]]:
         """What ``values`` needs for k values."""
-        num, kept = x.numel(), self.num_kept(x.numel())
-        where, factor = self.places(num, kept, state.round + 1, x.device), self.factor(num, kept)
-        sent, mean, inner = yield from self.values.mean(x.reshape(-1).index_select(0, where), state.values, comm)
+        num, kept, shape, dtype, device = x.numel(), self.num_kept(x.numel()), x.shape, x.dtype, x.device
+        where, factor = self.places(num, kept, state.round + 1, device), self.factor(num, kept)
+        picked = x.reshape(-1).index_select(0, where)
+        del x
+        sent, mean, inner = yield from self.values.mean(picked, state.values, comm, wants_sent)
 
         def spread(picked: Tensor) -> Tensor:
-            whole = torch.zeros(num, dtype=x.dtype, device=x.device)
-            return whole.index_copy_(0, where, picked if factor == 1 else picked * factor).view(x.shape)
+            whole = torch.zeros(num, dtype=dtype, device=device)
+            return whole.index_copy_(0, where, picked if factor == 1 else picked * factor).view(shape)
 
-        return spread(sent), spread(mean), ChosenState(state.round + 1, inner)
+        mean = spread(mean)
+        return spread(sent) if wants_sent else mean, mean, ChosenState(state.round + 1, inner)
 
     def num_messages(self) -> int:
         """See `Compressor.num_messages`."""

@@ -85,10 +85,12 @@ class CountSketch(Compressor[int]):
         """No rounds so far."""
         return 0
 
-    def mean(self, x: Tensor, state: int, comm: Comm) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, int]]:
+    def mean(
+        self, x: Tensor, state: int, comm: Comm, wants_sent: bool = True
+    ) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, int]]:
         """A sum of tables and, with ``exact``, one of values."""
         if self._num_sent(x.numel()) >= x.numel():
-            sent, mean, _ = yield from Identity().mean(x, None, comm)
+            sent, mean, _ = yield from Identity().mean(x, None, comm, wants_sent)
             return sent, mean, state + 1
         num_columns, length, num_kept = self._sizes(x.numel())
         rows = [self._row(x, num_columns, length, state + 1, i) for i in range(self.rows)]

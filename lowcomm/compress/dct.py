@@ -71,10 +71,15 @@ class DCT(Compressor[Any]):
         """The inner compressor's, for the coefficients."""
         return self.inner.init(like.new_empty(like.numel()))
 
-    def mean(self, x: Tensor, state: Any, comm: Comm) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, Any]]:
+    def mean(
+        self, x: Tensor, state: Any, comm: Comm, wants_sent: bool = True
+    ) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, Any]]:
         """What ``inner`` needs."""
-        sent, mean, state = yield from self.inner.mean(self.transform(x), state, comm)
-        return self.inverse(sent, x.shape), self.inverse(mean, x.shape), state
+        steps, shape = self.inner.mean(self.transform(x), state, comm, wants_sent), x.shape
+        del x
+        sent, mean, state = yield from steps
+        mean = self.inverse(mean, shape)
+        return self.inverse(sent, shape) if wants_sent else mean, mean, state
 
     def num_messages(self) -> int:
         """See `Compressor.num_messages`."""

@@ -72,7 +72,7 @@ class EF21Plus(Compressor[EF21PlusState]):
         return EF21PlusState(None, torch.zeros_like(like))
 
     def mean(
-        self, x: Tensor, state: EF21PlusState, comm: Comm
+        self, x: Tensor, state: EF21PlusState, comm: Comm, wants_sent: bool = True
     ) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, EF21PlusState]]:
         """One all-gather of a flag and a code."""
         if (self.dense_first and state.known is None) or self._goes_whole(x.numel()):

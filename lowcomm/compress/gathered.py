@@ -22,7 +22,8 @@ from lowcomm.comm.base import Comm, Work
 from lowcomm.compress.base import Compressor, Contraction, coded
 from lowcomm.tensors import rng
 
-BATCH = 2**16
+BATCH = 2**16  # values at a time on CPUs, whose caches are small
+OTHER_BATCH = 2**22
 
 
 @dataclass(frozen=True)
@@ -43,20 +44,25 @@ class Gathered(Compressor[int]):
         """The number of rounds so far."""
         return 0
 
-    def mean(self, x: Tensor, state: int, comm: Comm) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, int]]:
+    def mean(
+        self, x: Tensor, state: int, comm: Comm, wants_sent: bool = True
+    ) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, int]]:
         """One all-gather. Members' vectors are added in their order."""
-        num = x.numel()
+        num, shape, dtype = x.numel(), x.shape, x.dtype
         if num == 0:
             return x, x.clone(), state + 1
         random = rng(self.seed, "rounding", comm.rank, state + 1, device="cpu" if x.is_meta else x.device)
         payload = self.encode(x.reshape(1, num), random)
-        under_way = comm.all_gather(payload[0])
-        sent = self.decode(payload, num).to(x.dtype)
-        total = sent.new_zeros(num, dtype=torch.promote_types(x.dtype, torch.float32))  # 16 bits would lose late terms
-        for messages in batches((yield under_way), num):
-            for vector in self.decode(messages, num).to(x.dtype):
+        work, mine = comm.all_gather(payload[0]), payload if wants_sent else None
+        wide = torch.promote_types(dtype, torch.float32)  # 16 bits would lose late terms
+        del x, payload
+        gathered = yield work
+        total = torch.zeros(num, dtype=wide, device=gathered.device)
+        for messages in batches(gathered, num):
+            for vector in self.decode(messages, num).to(dtype):
                 total += vector
-        return sent.view(x.shape), total.div_(len(comm.members)).to(x.dtype).view(x.shape), state + 1
+        mean = total.div_(len(comm.members)).to(dtype).view(shape)
+        return mean if mine is None else self.decode(mine, num).to(dtype).view(shape), mean, state + 1
 
     def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> int:
         """See `Compressor.sent_bytes`."""
@@ -85,6 +91,6 @@ def batches(messages: Tensor, num: int) -> Iterator[Tensor]:
     As many as have ``BATCH`` values, at ``num`` each, but at least one: short ones would take the time of calls, and
     all long ones at once too much memory.
     """
-    size = max(1, BATCH // max(num, 1))
+    size = max(1, (BATCH if messages.device.type == "cpu" else OTHER_BATCH) // max(num, 1))
     for first in range(0, len(messages), size):
         yield messages[first : first + size]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowcomm.codecs.base import Codec
 from lowcomm.comm.base import Comm, Work
-from lowcomm.compress.base import Compressor, Contraction
+from lowcomm.compress.base import Compressor, Contraction, in_rows
 from lowcomm.compress.identity import Identity
 from lowcomm.compress.quantized import Quantized
 
@@ -68,7 +68,7 @@ class Hierarchical(Compressor[HierarchicalState]):
         return HierarchicalState(self.inner.init(like), self.outer.init(like.new_zeros(self._slice(like.numel()))))
 
     def mean(
-        self, x: Tensor, state: HierarchicalState, comm: Comm
+        self, x: Tensor, state: HierarchicalState, comm: Comm, wants_sent: bool = True
     ) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, HierarchicalState]]:
         """Within the island, between islands, and together.
 
@@ -76,28 +76,26 @@ class Hierarchical(Compressor[HierarchicalState]):
             ValueError: when the members do not fill whole islands.
         """
         near, far, j = self._views(comm)
-        sent, island_mean, inner = yield from self.inner.mean(x, state.inner, near)
-        if self.island == len(comm.members) or x.numel() == 0:
+        steps, num, shape = self.inner.mean(x, state.inner, near, wants_sent), x.numel(), x.shape
+        del x
+        sent, island_mean, inner = yield from steps
+        if self.island == len(comm.members) or num == 0:
             return sent, island_mean, HierarchicalState(inner, state.outer)
 
-        size = self._slice(x.numel())
-        padded = x.new_zeros(self.island * size)
-        padded[: x.numel()] = island_mean.reshape(-1)
-        mine = padded[j * size : (j + 1) * size]
-        outer_sent, outer_mean, outer = yield from self.outer.mean(mine, state.outer, far)
+        mine = in_rows(island_mean, self.island, island_mean.dtype)[j]
+        del island_mean
+        outer_sent, outer_mean, outer = yield from self.outer.mean(mine, state.outer, far, wants_sent)
         mean = outer_mean
         if self.island > 1:
             mean = (yield near.all_gather(outer_mean)).reshape(-1)
+        mean, states = mean[:num].view(shape), HierarchicalState(inner, outer)
+        if not wants_sent:
+            return mean, mean, states
 
         # What the outer average lost of a slice is known to its owner alone, who answers for the whole island.
-        all_sent = x.new_zeros(self.island * size)
-        all_sent[: x.numel()] = sent.reshape(-1)
-        all_sent[j * size : (j + 1) * size] += self.island * (outer_sent - mine)
-        return (
-            all_sent[: x.numel()].view(x.shape),
-            mean[: x.numel()].view(x.shape),
-            HierarchicalState(inner, outer),
-        )
+        rows = in_rows(sent, self.island, sent.dtype).clone()
+        rows[j] += self.island * (outer_sent - mine)
+        return rows.view(-1)[:num].view(shape), mean, states
 
     def divides_by_all(self) -> bool:
         """If both do."""

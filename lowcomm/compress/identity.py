@@ -23,10 +23,14 @@ class Identity(Compressor[None]):
     def init(self, like: Tensor) -> None:
         """No state."""
 
-    def mean(self, x: Tensor, state: None, comm: Comm) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, None]]:
+    def mean(
+        self, x: Tensor, state: None, comm: Comm, wants_sent: bool = True
+    ) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, None]]:
         """The sum over ranks by their number."""
-        total = yield comm.all_sum(x)
-        return x, total.div_(len(comm.members)), state
+        work, sent = comm.all_sum(x), x if wants_sent else None
+        del x
+        mean = (yield work).div_(len(comm.members))
+        return mean if sent is None else sent, mean, state
 
     def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> float:
         """See `Compressor.sent_bytes`."""

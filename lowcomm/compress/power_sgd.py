@@ -107,17 +107,20 @@ class PowerSGD(Compressor[PowerSGDState]):
         return PowerSGDState(0, p, self._drawn(like, (like.shape[0], m, rank), 0))
 
     def mean(
-        self, x: Tensor, state: PowerSGDState, comm: Comm
+        self, x: Tensor, state: PowerSGDState, comm: Comm, wants_sent: bool = True
     ) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, PowerSGDState]]:
         """Two sums for a stack of matrices, one with ``alternate`` and for what is sent whole."""
         if state.q is None:
-            sent, mean, _ = yield from Identity().mean(x, None, comm)
+            sent, mean, _ = yield from Identity().mean(x, None, comm, wants_sent)
             return sent, mean, replace(state, round=state.round + 1)
-        matrices = x.reshape(*x.shape[:1], x.shape[1], -1)
-        steps = self._half_steps if self.alternate else self._steps
-        sent, mean, state = yield from steps(matrices, state, comm)
-        mean = mean.view(x.shape)
-        return mean if self.error == "global" else sent.view(x.shape), mean, state
+        matrices, shape = x.reshape(*x.shape[:1], x.shape[1], -1), x.shape
+        if self.alternate:
+            sent, mean, state = yield from self._half_steps(matrices, state, comm)
+        else:
+            wants_sent = wants_sent and self.error == "local"
+            sent, mean, state = yield from self._steps(matrices, state, comm, wants_sent)
+        mean = mean.view(shape)
+        return mean if self.error == "global" else sent.view(shape), mean, state
 
     def num_messages(self) -> int:
         """See `Compressor.num_messages`."""
@@ -163,7 +166,7 @@ class PowerSGD(Compressor[PowerSGDState]):
         return PowerSGDState(count, p, q)
 
     def _steps(
-        self, x: Tensor, state: PowerSGDState, comm: Comm
+        self, x: Tensor, state: PowerSGDState, comm: Comm, wants_sent: bool
     ) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, PowerSGDState]]:
         assert state.q is not None
         q = state.q if self.warm_start else self._drawn(x, state.q.shape, state.round)
@@ -173,7 +176,8 @@ class PowerSGD(Compressor[PowerSGDState]):
             mine = x.mT @ p
             total = yield comm.all_sum(mine)
             q = total / len(comm.members)
-        return p @ mine.mT, p @ q.mT, PowerSGDState(state.round + 1, None, q)
+        mean = p @ q.mT
+        return p @ mine.mT if wants_sent else mean, mean, PowerSGDState(state.round + 1, None, q)
 
     def _half_steps(
         self, x: Tensor, state: PowerSGDState, comm: Comm

@@ -40,14 +40,18 @@ class Quantized(Compressor[int]):
         """The number of rounds so far."""
         return 0
 
-    def mean(self, x: Tensor, state: int, comm: Comm) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, int]]:
+    def mean(
+        self, x: Tensor, state: int, comm: Comm, wants_sent: bool = True
+    ) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, int]]:
         """Two shots."""
         if self._goes_whole(x.numel(), len(comm.members)):
-            sent, mean, _ = yield from Identity().mean(x, None, comm)
+            sent, mean, _ = yield from Identity().mean(x, None, comm, wants_sent)
             return sent, mean, state + 1
         device = "cpu" if x.is_meta else x.device
         random = rng(self.seed, "rounding", comm.rank, state + 1, device=device)
-        sent, mean = yield from two_shot(x, self.codec, comm, random)
+        shots = two_shot(x, self.codec, comm, random, wants_sent)
+        del x
+        sent, mean = yield from shots
         return sent, mean, state + 1
 
     def num_messages(self) -> int:

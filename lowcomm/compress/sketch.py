@@ -58,11 +58,13 @@ class Sketch(Compressor[int]):
         """No rounds so far."""
         return 0
 
-    def mean(self, x: Tensor, state: int, comm: Comm) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, int]]:
+    def mean(
+        self, x: Tensor, state: int, comm: Comm, wants_sent: bool = True
+    ) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, int]]:
         """One sum of sketches."""
         num_blocks, size, num_kept = self._cut(x.numel())
         if self._goes_whole(x.numel()):
-            sent, mean, _ = yield from Identity().mean(x, None, comm)
+            sent, mean, _ = yield from Identity().mean(x, None, comm, wants_sent)
             return sent, mean, state + 1
         signs, rows = self._drawn(x, num_blocks, size, num_kept, state + 1)
         blocks = x.new_zeros(num_blocks * size)
@@ -70,11 +72,8 @@ class Sketch(Compressor[int]):
         sketch = _hadamard(blocks.view(num_blocks, size) * signs)[:, rows]
 
         total = yield comm.all_sum(sketch)
-        return (
-            self._expand(sketch, signs, rows, x),
-            self._expand(total / len(comm.members), signs, rows, x),
-            state + 1,
-        )
+        mean = self._expand(total / len(comm.members), signs, rows, x)
+        return self._expand(sketch, signs, rows, x) if wants_sent else mean, mean, state + 1
 
     def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> float:
         """See `Compressor.sent_bytes`."""

@@ -92,27 +92,33 @@ class TopK(Compressor[int]):
         """The number of rounds so far."""
         return 0
 
-    def mean(self, x: Tensor, state: int, comm: Comm) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, int]]:
-        """One all-gather; what members sent is added in their order."""
-        num = x.numel()
+    def mean(
+        self, x: Tensor, state: int, comm: Comm, wants_sent: bool = True
+    ) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, int]]:
+        """One all-gather; what members sent, this one too, is read back and added in their order."""
+        num, shape, dtype = x.numel(), x.shape, x.dtype
         if num == 0:
             return x, x.clone(), state + 1
         random = rng(self.seed, "rounding", comm.rank, state + 1, device="cpu" if x.is_meta else x.device)
-        payload = self.encode(x.reshape(-1), random)
-        under_way = comm.all_gather(payload)
-        where, values = self.decode(payload[None], num)
-        sent = torch.zeros(num, dtype=x.dtype, device=x.device).index_copy_(0, where[0], values[0].to(x.dtype))
-
-        total = sent.new_zeros(num, dtype=torch.promote_types(x.dtype, torch.float32))  # 16 bits would lose late terms
+        work = comm.all_gather(self.encode(x.reshape(-1), random))
+        wide = torch.promote_types(dtype, torch.float32)  # 16 bits would lose late terms
+        del x
+        gathered = yield work
+        total = torch.zeros(num, dtype=wide, device=gathered.device)
         count = torch.zeros_like(total) if self.divide_by == "present" else None
-        for messages in batches((yield under_way), where.shape[1]):
-            where, values = self.decode(messages, num)
-            for places, kept in zip(where, values.to(x.dtype).to(total.dtype), strict=True):
-                total.index_add_(0, places, kept)  # no place twice, so the order of additions is fixed
+        sent = torch.zeros_like(total, dtype=dtype) if wants_sent else None
+        rank = 0
+        for messages in batches(gathered, self._num_kept(num)):
+            for places, kept in zip(*self.decode(messages, num), strict=True):
+                kept = kept.to(dtype)
+                if sent is not None and rank == comm.place:
+                    sent.index_copy_(0, places, kept)
+                total.index_add_(0, places, kept.to(wide))  # no place twice, so the order of additions is fixed
                 if count is not None:
-                    count.index_add_(0, places, torch.ones_like(kept))
-        mean = total / (len(comm.members) if count is None else count.clamp(min=1))
-        return sent.view(x.shape), mean.to(x.dtype).view(x.shape), state + 1
+                    count.index_add_(0, places, torch.ones_like(kept, dtype=wide))
+                rank += 1
+        mean = total.div_(len(comm.members) if count is None else count.clamp_(min=1)).to(dtype).view(shape)
+        return mean if sent is None else sent.view(shape), mean, state + 1
 
     def divides_by_all(self) -> bool:
         """See `Compressor.divides_by_all`."""
@@ -129,9 +135,7 @@ class TopK(Compressor[int]):
         num = prod(shape)
         if num == 0 or self._goes_whole(num):
             return EXACT
-        pieces = self._pieces(num)
-        share = min(piece.kept / piece.length for piece in pieces)
-        num_kept = sum(piece.rows * piece.kept for piece in pieces)
+        share, num_kept = min(piece.kept / piece.length for piece in self._pieces(num)), self._num_kept(num)
         code = coded(no_longer(self.values, num_kept), num_kept)
         lost = 1 - code.delta * (share if code.delta > 0 else 1.0)
         return Contraction(lost, code.in_expectation, unbiased=code.unbiased and share == 1)
@@ -159,13 +163,12 @@ class TopK(Compressor[int]):
         num_rows, device = len(messages), messages.device
         if self._goes_whole(num):
             return torch.arange(num, device=device).expand(num_rows, num), from_bytes(messages, torch.float32)
-        pieces = self._pieces(num)
-        num_kept = sum(piece.rows * piece.kept for piece in pieces)
+        num_kept = self._num_kept(num)
         code = no_longer(self.values, num_kept)
         at = code.num_bytes(num_kept)
         values = code.decode(messages[:, :at].contiguous(), num_kept)
         places: list[Tensor] = []
-        for piece in pieces:
+        for piece in self._pieces(num):
             size = index_bytes(piece.length, piece.kept, self.indices)
             raw = messages[:, at : at + piece.rows * size].reshape(num_rows * piece.rows, size)
             where = decode_indices(raw, piece.length, piece.kept, self.indices).view(num_rows, piece.rows, piece.kept)
@@ -182,10 +185,12 @@ class TopK(Compressor[int]):
         pieces = [_Piece(0, rows, chunk, kept), _Piece(rows * chunk, 1, rest, -(-kept * rest // chunk))]
         return [piece for piece in pieces if piece.rows * piece.length]
 
+    def _num_kept(self, num: int) -> int:
+        return sum(piece.rows * piece.kept for piece in self._pieces(num))
+
     def _coded_bytes(self, num: int) -> int:
-        pieces = self._pieces(num)
-        places = sum(piece.rows * index_bytes(piece.length, piece.kept, self.indices) for piece in pieces)
-        num_kept = sum(piece.rows * piece.kept for piece in pieces)
+        places = sum(piece.rows * index_bytes(piece.length, piece.kept, self.indices) for piece in self._pieces(num))
+        num_kept = self._num_kept(num)
         return no_longer(self.values, num_kept).num_bytes(num_kept) + places
 
     def _goes_whole(self, num: int) -> bool:

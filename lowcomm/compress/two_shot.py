@@ -15,34 +15,40 @@ from torch import Tensor
 
 from lowcomm.codecs.base import Codec
 from lowcomm.comm.base import Comm, Work
+from lowcomm.compress.base import in_rows
 
 
 def two_shot(
-    x: Tensor, codec: Codec, comm: Comm, random: torch.Generator | None
+    x: Tensor, codec: Codec, comm: Comm, random: torch.Generator | None, wants_sent: bool
 ) -> Generator[Work[Any], Any, tuple[Tensor, Tensor]]:
     """What this rank sent and the mean, both shaped like ``x``; all ranks get the same mean, bit for bit.
 
     Owners use the decoded mean as all others do. The rounding of the second shot belongs to the owner, who alone knows
-    it: its ``sent`` holds n times that, so the mean of what was sent stays the mean.
+    it: its ``sent`` holds n times that, so the mean of what was sent stays the mean. See `Compressor.mean` for
+    ``wants_sent``.
     """
-    n, me = len(comm.members), comm.place
-    if x.numel() == 0:
+    n, me, num, shape, dtype = len(comm.members), comm.place, x.numel(), x.shape, x.dtype
+    if num == 0:
         return x.clone(), x.clone()
-    chunk = -(-x.numel() // n)
-    rows = x.new_zeros(n * chunk)
-    rows[: x.numel()] = x.reshape(-1)
-    payload = codec.encode(rows.view(n, chunk), random)
-    sent = codec.decode(payload, chunk).to(x.dtype)
+    payload, chunk = codec.encode(in_rows(x, n, dtype), random), -(-num // n)
+    del x
     if n == 1:
-        return sent.reshape(-1)[: x.numel()].view(x.shape), sent.reshape(-1)[: x.numel()].view(x.shape).clone()
-
-    received = yield comm.all_to_all(payload)
-    wide = torch.promote_types(x.dtype, torch.float32)  # sums may leave the range of 16 bits, where means do not
-    exact = codec.decode(received, chunk).to(wide).sum(0).div_(n)
-    gathered = yield comm.all_gather(codec.encode(exact[None], random)[0])
-    means = codec.decode(gathered, chunk).to(x.dtype)
+        sent = codec.decode(payload, chunk).to(dtype).view(-1)[:num].view(shape)
+        return sent, sent.clone()
+    work, mine = comm.all_to_all(payload), payload if wants_sent else None
+    del payload
+    wide = torch.promote_types(dtype, torch.float32)  # sums may leave the range of 16 bits, where means do not
+    exact = codec.decode((yield work), chunk).to(wide).sum(0).div_(n)
+    work = comm.all_gather(codec.encode(exact[None], random)[0])
+    if mine is None:
+        del exact
+    means = codec.decode((yield work), chunk).to(dtype)
+    mean = means.view(-1)[:num].view(shape)
+    if mine is None:
+        return mean, mean
+    sent = codec.decode(mine, chunk).to(dtype)
     sent[me] += n * (means[me] - exact)
-    return sent.reshape(-1)[: x.numel()].view(x.shape), means.reshape(-1)[: x.numel()].view(x.shape)
+    return sent.view(-1)[:num].view(shape), mean
 
 
 def two_shot_bytes(num: int, codec: Codec, num_members: int) -> int:

@@ -20,9 +20,11 @@ class Feedback(ABC, Generic[S]):
 
     Attributes:
         keeps_mean: whether it adds up means of what was sent, and so needs those over all ranks at every place.
+        wants_sent: whether `after` looks at what was sent.
     """
 
     keeps_mean: ClassVar[bool] = False
+    wants_sent: ClassVar[bool] = True
 
     @abstractmethod
     def init(self, like: Tensor) -> S:
@@ -34,15 +36,16 @@ class Feedback(ABC, Generic[S]):
         return False
 
     @abstractmethod
-    def before(self, x: Tensor, state: S) -> Tensor:
-        """What to hand to the compressor in place of ``x``."""
+    def before(self, x: Tensor, state: S) -> tuple[Tensor, Any]:
+        """What to hand to the compressor in place of ``x``, and what `after` will need of this."""
 
     @abstractmethod
-    def after(self, x: Tensor, sent: Tensor, mean: Tensor, state: S) -> tuple[Tensor, S]:
+    def after(self, kept: Any, sent: Tensor, mean: Tensor, state: S) -> tuple[Tensor, S]:
         """The estimate of the mean of ``x`` over ranks, equal on all of them, and the new state.
 
         Args:
-            sent, mean: what became of ``before(x, state)``, see `lowcomm.compress.base.Compressor.mean`.
+            kept: what `before` returned beside what was to be sent.
+            sent, mean: what became of that, see `lowcomm.compress.base.Compressor.mean`.
         """
 
     def resync(self, state: S, comm: Comm) -> Generator[Work[Any], Any, S]:

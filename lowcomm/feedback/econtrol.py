@@ -68,14 +68,19 @@ class EControl(Feedback[EControlState]):
         """The first round, if so wanted."""
         return self.dense_first and state.known.is_new
 
-    def before(self, x: Tensor, state: EControlState) -> Tensor:
-        """What is new in ``x`` and some of the error."""
-        return (x - state.known.mine).add_(state.eta * state.error)
+    def before(self, x: Tensor, state: EControlState) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """What is new in ``x`` and some of the error; for `after` both of that and the former alone."""
+        new = x - state.known.mine
+        wanted = new + state.eta * state.error
+        return wanted, (wanted, new)
 
-    def after(self, x: Tensor, sent: Tensor, mean: Tensor, state: EControlState) -> tuple[Tensor, EControlState]:
+    def after(
+        self, kept: tuple[Tensor, Tensor], sent: Tensor, mean: Tensor, state: EControlState
+    ) -> tuple[Tensor, EControlState]:
         """The mean of all h."""
-        error = state.error + (x - state.known.mine) - sent
-        eta = state.eta.clone() if self.eta is not None else _share(sent, self.before(x, state))
+        wanted, new = kept
+        error = state.error + new - sent
+        eta = state.eta.clone() if self.eta is not None else _share(sent, wanted)
         known = moved(state.known, sent, mean)
         return known.ours.clone(), EControlState(error, known, eta)
 

@@ -57,17 +57,18 @@ class EF14(Feedback[EF14State]):
         """Nothing was left yet."""
         return EF14State(self._kept(torch.zeros_like(like), 0), 0)
 
-    def before(self, x: Tensor, state: EF14State) -> Tensor:
-        """``x`` and the error."""
+    def before(self, x: Tensor, state: EF14State) -> tuple[Tensor, Tensor]:
+        """``x`` and the error, for `after` too."""
         error = state.error
         if self.memory is not None:
             error = self.memory.decode(error, x.numel()).view(x.shape).to(x.dtype)
-        return x.add(error, alpha=self.decay)
+        wanted = x.add(error, alpha=self.decay)
+        return wanted, wanted
 
-    def after(self, x: Tensor, sent: Tensor, mean: Tensor, state: EF14State) -> tuple[Tensor, EF14State]:
+    def after(self, kept: Tensor, sent: Tensor, mean: Tensor, state: EF14State) -> tuple[Tensor, EF14State]:
         """The mean of what was sent."""
         num_rounds = state.num_rounds + 1
-        return mean, EF14State(self._kept(self.before(x, state).sub_(sent), num_rounds), num_rounds)
+        return mean, EF14State(self._kept(kept - sent, num_rounds), num_rounds)
 
     def _kept(self, error: Tensor, num_rounds: int) -> Tensor:
         if self.memory is None:

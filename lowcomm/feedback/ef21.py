@@ -42,11 +42,11 @@ class EF21(Feedback[Tracked]):
         """The first round, if so wanted."""
         return self.dense_first and state.is_new
 
-    def before(self, x: Tensor, state: Tracked) -> Tensor:
+    def before(self, x: Tensor, state: Tracked) -> tuple[Tensor, None]:
         """What is new in ``x``."""
-        return x - state.mine
+        return x - state.mine, None
 
-    def after(self, x: Tensor, sent: Tensor, mean: Tensor, state: Tracked) -> tuple[Tensor, Tracked]:
+    def after(self, kept: None, sent: Tensor, mean: Tensor, state: Tracked) -> tuple[Tensor, Tracked]:
         """The mean of all g."""
         state = moved(state, sent, mean)
         return state.ours.clone(), state

@@ -57,18 +57,16 @@ class EF21SGDM(Feedback[EF21SGDMState]):
         """The first round, if so wanted."""
         return self.dense_first and state.known.is_new
 
-    def before(self, x: Tensor, state: EF21SGDMState) -> Tensor:
-        """What is new in v."""
-        return self._average(x, state) - state.known.mine
+    def before(self, x: Tensor, state: EF21SGDMState) -> tuple[Tensor, Tensor]:
+        """What is new in v, and v."""
+        average = x.clone() if state.average is None else state.average.mul(1 - self.eta).add_(x, alpha=self.eta)
+        return average - state.known.mine, average
 
-    def after(self, x: Tensor, sent: Tensor, mean: Tensor, state: EF21SGDMState) -> tuple[Tensor, EF21SGDMState]:
+    def after(self, kept: Tensor, sent: Tensor, mean: Tensor, state: EF21SGDMState) -> tuple[Tensor, EF21SGDMState]:
         """The mean of what is known of all v."""
         known = moved(state.known, sent, mean)
-        return known.ours.clone(), EF21SGDMState(self._average(x, state), known)
+        return known.ours.clone(), EF21SGDMState(kept, known)
 
     def resync(self, state: EF21SGDMState, comm: Comm) -> Generator[Work[Any], Any, EF21SGDMState]:
         """The mean anew; a fresh member starts v with its first x."""
         return replace(state, known=(yield from resynced(state.known, comm)))
-
-    def _average(self, x: Tensor, state: EF21SGDMState) -> Tensor:
-        return x.clone() if state.average is None else state.average.mul(1 - self.eta).add_(x, alpha=self.eta)

@@ -68,11 +68,11 @@ class EFBV(Feedback[Tracked]):
         """The first round, if so wanted."""
         return self.dense_first and state.is_new
 
-    def before(self, x: Tensor, state: Tracked) -> Tensor:
+    def before(self, x: Tensor, state: Tracked) -> tuple[Tensor, None]:
         """What is new in ``x``."""
-        return x - state.mine
+        return x - state.mine, None
 
-    def after(self, x: Tensor, sent: Tensor, mean: Tensor, state: Tracked) -> tuple[Tensor, Tracked]:
+    def after(self, kept: None, sent: Tensor, mean: Tensor, state: Tracked) -> tuple[Tensor, Tracked]:
         """The mean of all h and nu of what was sent now; all of it where that was exact."""
         is_dense = self.is_dense(state)
         lam, nu = (1.0, 1.0) if is_dense else (self.lam, self.nu)

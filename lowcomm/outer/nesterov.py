@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, cast
 
+import torch
 from torch import Tensor
+from torch.optim.sgd import sgd
 
 from lowcomm.outer.base import Outer
-from lowcomm.tensors import add_, mul_, zeros
+from lowcomm.tensors import laid_out_like, valueless, zeros
 
 
 @dataclass
@@ -52,8 +55,17 @@ class Nesterov(Outer[NesterovState]):
         return NesterovState(zeros(anchor))
 
     def apply(self, anchor: list[Tensor], delta: list[Tensor], state: NesterovState) -> None:
-        """One step, in place."""
-        mul_(state.buffer, self.momentum)
-        add_(state.buffer, delta)
-        add_(anchor, delta, alpha=-self.lr)
-        add_(anchor, state.buffer, alpha=-self.lr * self.momentum)
+        """One step, in place, by torch's fused kernel: one pass over all of it."""
+        if not anchor or valueless(anchor):
+            return
+        state.buffer[:] = laid_out_like(anchor, state.buffer)
+        grads, buffers = laid_out_like(anchor, delta), cast("list[Tensor | None]", state.buffer)
+        how: dict[str, Any] = {
+            "fused": True,
+            "nesterov": True,
+            "maximize": False,
+            "weight_decay": 0.0,
+            "dampening": 0.0,
+        }
+        with torch.no_grad():
+            sgd(anchor, grads, buffers, momentum=self.momentum, lr=self.lr, **how)

@@ -45,10 +45,13 @@ def test_every_tensor_comes_back_averaged(shapes, data, bucket_bytes, num_ranks,
     reducer = Reducer(compressor, bucket_bytes=bucket_bytes)
 
     def program(comm):
-        mine = lists[comm.rank]
+        mine, like = lists[comm.rank], [torch.zeros_like(x) for x in lists[comm.rank]]
         before = digest(mine)
         means, _ = reducer.mean(mine, reducer.init(mine), comm).result()
         assert digest(mine) == before, "the input was modified"
+        values = [x.clone() for x in mine]
+        made, _ = reducer.mean(like, reducer.init(like), comm, lambda places: [values[i] for i in places]).result()
+        assert digest(made) == digest(means)
         return means
 
     results = run_world(num_ranks, program)

@@ -58,17 +58,17 @@ def test_extremes_come_back(code, num, kept):
     assert torch.equal(decode_indices(encode_indices(places, num, code), num, kept, code), places)
 
 
-def test_twelve_bits_are_packed_as_two_in_three_bytes():
-    first, second = 0xABC, 0xDEF
+def test_twelve_bits_are_packed_plane_by_plane():
+    first, second = 0b1010_1011_1100, 0b1101_1110_1111
     packed = encode_indices(torch.tensor([[first, second]]), 4096, "packed")[0].tolist()
-    assert packed == [first & 0xFF, (first >> 8) | ((second & 0xF) << 4), second >> 4]
+    assert packed == [0b11_11_10_10, 0b11_10_11_01, 0b11_10_01_10]  # the lowest four bits of both, and so on
 
 
 @pytest.mark.parametrize(("num", "kept"), [(64, 5), (100, 33), (37, 36), (4096, 64)])
 def test_elias_fano_against_its_definition(num, kept):
     places = choose(1, num, kept)[0].tolist()
     low = int(math.log2(num / kept))
-    bits = [(place >> i) & 1 for place in places for i in range(low)]
+    bits = [(place >> i) & 1 for i in range(low) for place in places]
     rises = [0] * (kept + math.ceil(num / 2**low))
     for i, place in enumerate(places):
         rises[(place >> low) + i] = 1

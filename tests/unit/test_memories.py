@@ -11,15 +11,16 @@ def test_a_memory_that_rounds_at_random_has_other_numbers_in_each_round_and_for_
     """With the same ones each round, its errors would add up."""
     x, memory = torch.randn(64, generator=rng(0, "x")), Absmax(4, block=16, stochastic=True)
 
-    def kept(seed):
+    def errors(seed):
         feedback, found = EF14(0.0, memory, seed), []
         state = feedback.init(x)
         for _ in range(3):
-            _, state = feedback.after(x, torch.zeros_like(x), x, state)  # nothing is sent: all of x is left
+            _, kept = feedback.before(x, state)
+            _, state = feedback.after(kept, torch.zeros_like(x), x, state)  # nothing is sent: all of x is left
             found.append(digest([state.error]))
         return found
 
-    assert kept(0) == kept(0) and len({*kept(0), *kept(1)}) == 6
+    assert errors(0) == errors(0) and len({*errors(0), *errors(1)}) == 6
 
 
 @pytest.mark.parametrize(
@@ -34,9 +35,11 @@ def test_a_memory_that_rounds_at_random_has_other_numbers_in_each_round_and_for_
 def test_econtrol_measures_what_got_through_of_what_it_wanted_to_send(send, share):
     feedback, x = EControl(dense_first=False), torch.tensor([1.0, 2.0, 3.0, 40.0], dtype=torch.float64)
     state = feedback.init(x)
-    _, state = feedback.after(x, x * torch.tensor([0.5, 0.5, 0.0, 0.0]), x, state)
+    _, kept = feedback.before(x, state)
+    _, state = feedback.after(kept, x * torch.tensor([0.5, 0.5, 0.0, 0.0]), x, state)
     assert state.eta > 0 and state.error.tolist() == [0.5, 1.0, 3.0, 40.0], "so it wants more than what is new in x"
-    _, state = feedback.after(x, send(feedback.before(x, state)), x, state)
+    wanted, kept = feedback.before(x, state)
+    _, state = feedback.after(kept, send(wanted), x, state)
     assert state.eta.item() == pytest.approx(share, rel=1e-12)
 
 
@@ -45,5 +48,6 @@ def test_econtrol_counts_what_float16_cannot():
     for scale in (1e-4, 100.0):
         x = torch.full((100_000,), scale, dtype=torch.float16)
         sent = torch.where(torch.arange(100_000) < 80_000, x, torch.zeros_like(x))
-        _, state = EControl().after(x, sent, sent, EControl().init(x))
+        before = EControl().init(x)
+        _, state = EControl().after(EControl().before(x, before)[1], sent, sent, before)
         assert state.eta.dtype == torch.float16 and state.eta.item() == pytest.approx(0.8, rel=1e-3)

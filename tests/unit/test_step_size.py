@@ -54,11 +54,11 @@ def amplified(contraction, eta, gradients, miss):
     feedback = EControl(eta, dense_first=False)
     state, wrong, changes, before = feedback.init(gradients[0]), 0.0, 0.0, torch.zeros_like(gradients[0])
     for gradient in gradients:
-        wanted = feedback.before(gradient, state)
+        wanted, kept = feedback.before(gradient, state)
         missed = miss(wanted)
         assert missed.norm() <= (1 - contraction) ** 0.5 * wanted.norm() * (1 + 1e-12)
         sent = wanted - missed
-        estimate, state = feedback.after(gradient, sent, sent, state)
+        estimate, state = feedback.after(kept, sent, sent, state)
         wrong += float((estimate - gradient).square().sum())
         changes += float((gradient - before).square().sum())
         before = gradient

@@ -54,13 +54,15 @@ def test_second_messages_of_all_buckets_set_out_at_once():
     assert comm.log[9:] == ["wait 3", "wait 4", "wait 5"]
 
 
-def test_flags_are_waited_for_with_the_first_messages():
+def test_flags_are_waited_for_last():
     comm, under_way = started(Quantized())
     first = list(comm.log)
     assert sorted(first) == ["send 0", "send 1", "send 2", "send 3"]
     under_way.advance()
     assert [x for x in comm.log[4:] if x.startswith("send")] == ["send 4", "send 5", "send 6"]
-    assert {x for x in comm.log[4:] if x.startswith("wait")} == {f"wait {i}" for i in range(4)}
+    assert {x for x in comm.log[4:] if x.startswith("wait")} == {f"wait {i}" for i in range(3)}
+    under_way.settle()
+    assert comm.log[-1] == "wait 3"
 
 
 def test_sums_that_follow_on_each_other_are_joined():
