@@ -1,6 +1,7 @@
 # Everything runs in .venv, which is made on first use: a bare machine needs Python 3.11 or newer, and make.
 #   make train   train on two replicas with DiLoCo and with data parallel, and compare (minutes, on a CPU)
-#   make test    all tests          make check   lint, format, types, house rules
+#   make test    all tests but those marked `real`     make check   lint, format, types, house rules
+#   make test-real   those: processes that talk to each other
 #   make setup   all of the environment          make clean   remove it, and all runs
 
 BIN := .venv/bin
@@ -14,7 +15,7 @@ NEW_ENOUGH := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 TRAIN := $(BIN)/torchrun --standalone --nproc_per_node 2 -m lowcomm train
 QUICKSTART := runs/quickstart
 
-.PHONY: train test check setup clean
+.PHONY: train test test-real check setup clean
 
 train: .venv/ready-to-train
 	rm -rf $(QUICKSTART)
@@ -22,10 +23,12 @@ train: .venv/ready-to-train
 	$(TRAIN) --config configs/quickstart_data_parallel.yaml --out $(QUICKSTART)/data_parallel
 	$(BIN)/lowcomm report $(QUICKSTART)/diloco $(QUICKSTART)/data_parallel --out $(QUICKSTART)/report.html
 
-# tests/multiprocess has time limits and processes of its own, so it runs by itself
 test: .venv/ready-to-develop
-	$(BIN)/pytest -n 2 --dist loadfile --ignore tests/multiprocess
-	$(BIN)/pytest tests/multiprocess
+	$(BIN)/pytest -n 2 --dist loadfile -m "not real"
+
+# they have time limits and processes of their own, so they run one by one
+test-real: .venv/ready-to-develop
+	$(BIN)/pytest -m real tests/multiprocess
 
 check: .venv/ready-to-develop
 	$(BIN)/ruff check

@@ -13,5 +13,11 @@ settings.register_profile("lowcomm", deadline=None, derandomize="CI" in os.envir
 settings.load_profile("lowcomm")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "multiprocess" in item.path.parts:
+            item.add_marker(pytest.mark.real)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-golden", action="store_true", help="keep today's numbers in tests/golden")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowcomm.algorithms.exchanges import Sending
 from lowcomm.reduce import Reducer
-from lowcomm.tensors import valueless, zeros
+from lowcomm.tensors import mul_, valueless, zeros
 
 
 def anchor_of(params: Sequence[Tensor]) -> list[Tensor]:
@@ -33,9 +33,9 @@ def delta(anchor: Sequence[Tensor], params: Sequence[Tensor], factor: float, num
     anchor, params = [anchor[i] for i in numbers], [params[i] for i in numbers]
     if factor == 0 or valueless(anchor):  # nothing may come from a replica that is lost, NaN neither
         return zeros(anchor)
-    moved = []
-    for a, p in zip(anchor, params, strict=True):
-        # what this replica was loaded with, not the anchor: no step taken must mean no delta
-        loaded = a.to(p.dtype).to(a.dtype, copy=True)
-        moved.append(loaded.sub_(p).mul_(factor))
+    # what this replica was loaded with, not the anchor: no step taken must mean no delta
+    loaded = [a.to(p.dtype).to(a.dtype) for a, p in zip(anchor, params, strict=True)]
+    moved = list(torch._foreach_sub(loaded, params))
+    if factor != 1:
+        mul_(moved, factor)
     return moved
