@@ -37,7 +37,8 @@ COMPRESSORS = [cls.__name__ for cls in players(Compressor, "compress")]
 
 @pytest.mark.parametrize(("algorithm", "compressor"), zip(cycle(METHODS), COMPRESSORS, strict=False))
 def test_every_method_and_compressor_runs_and_two_simulations_are_bitwise_equal(algorithm, compressor, flags, tmp_path):
-    method = ["--algorithm", algorithm, "--algorithm.reducer.compressor", compressor, "--num_steps", "10"]
+    part = "--algorithm.then" if algorithm in ("After", "Then") else "--algorithm"
+    method = ["--algorithm", algorithm, f"{part}.reducer.compressor", compressor, "--num_steps", "10"]
     method += FLAGS.get(algorithm, [])
     cluster = ["--cluster", "Home", "--cluster.num_hosts", "3", "--cluster.compute", "LogNormal"]
     for name in ("one", "two"):

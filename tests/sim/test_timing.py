@@ -27,7 +27,7 @@ ALGORITHMS = [[name.__name__] for name in players(Algorithm, "algorithms")] + [
         *("--algorithm.reducer.compressor", "Cast", "--optimizer.path", "lowcomm.optim.qhadopt.QHADOPT"),
         *("--optimizer.args", "{lr: 1.0e-3}"),
     ],
-    ["SPARTA", "--algorithm.fraction", "0.2", "--algorithm.delay", "3", "--algorithm.then", "DiLoCo"],
+    ["Then", "--algorithm.first.fraction", "0.2", "--algorithm.first.delay", "3"],
     ["StreamingDiLoCo", "--algorithm.every", "4", "--algorithm.blocks_per_fragment", "1", "--algorithm.delay", "2"],
     [
         *("DiLoCo", "--algorithm.overlap", "true", "--algorithm.every", "4", "--clip_norm", "null"),
@@ -107,12 +107,8 @@ def test_slots_are_those_of_a_real_engine_and_the_learning_rate_moves():
     engine, other = TimingEngine(shapes), TimingEngine(shapes)
     assert list(engine.slots()) == ["param"]
     ready: list[int] = []
-    wanted: list[int] = []
-    assert engine.backward(None, lambda i, x: ready.append(i), wanted.append).is_meta
-    assert ready == list(reversed(range(len(engine.slots()["param"]))))
-    # the embedding, the last norm and the head are no blocks
-    assert [engine.names()[i].split(".")[-2] for i in wanted[:3]] == ["embed_tokens", "norm", "lm_head"]
-    assert sorted(wanted) == sorted(ready) and wanted[3:] == sorted(wanted[3:])
+    assert engine.backward(None, lambda i, x: ready.append(i)).is_meta
+    assert sorted(ready) == list(range(len(engine.slots()["param"])))
     assert list(engine.slots()) == ["param", "grad"]
     lrs = [engine.lr()]
     for _ in range(3):
@@ -137,7 +133,7 @@ def test_the_published_compute_utilisation_in_a_few_cells():
     data_parallel, diloco, streaming, delayed, four_bits = MATCHING
     assert cell("1B", data_parallel, 0.50).is_met() and cell("10B", data_parallel, 0.99).points_off == 0
     assert cell("1B", diloco, 0.99).is_met() and not cell("1B", AFTER_UPDATE, 0.99).is_met()
-    assert cell("10B", streaming, 0.99).points_off == 1
+    assert cell("10B", streaming, 0.95).is_met() and cell("10B", streaming, 0.99).points_off == 2
     assert cell("1B", delayed, 0.80).points_off == 0 and cell("1B", four_bits, 0.50).points_off == 0
 
 
@@ -150,11 +146,10 @@ def test_compute_utilisation_by_hand():
     assert utilisation(COLUMNS["1B"], data_parallel, 160.0) == pytest.approx(1 / (2 - within_steps), rel=1e-6)
     assert utilisation(COLUMNS["1B"], diloco, 160.0) == pytest.approx(100 / (101 - within_steps), rel=1e-6)
     # at 25 Gbit/s a layer of 10B takes 1/6 of a step, less than backward needs from one layer of a fragment to its
-    # next; so what is waited for is the last one: of fragment j of 16, the one that has j/48 of backward behind it and
-    # as much of the next forward before it
-    waited_steps = sum(max(0, 1 / 6 - (2 / 3 + 1 / 3) * j / 48) for j in range(16))
+    # next; so what is waited for is the last one: of fragment j of 16, the one that has j/48 of backward behind it
+    waited_steps = sum(max(0, 1 / 6 - 2 / 3 * j / 48) for j in range(16))
     assert utilisation(COLUMNS["10B"], streaming, 25.0) == pytest.approx(100 / (100 + waited_steps), rel=1e-6)
     # at 8 Gbit/s a fragment of 1B takes 2.5 steps from when its first layer is final, and a delay hides one step more;
-    # its last layer comes last, and j layers of the next forward come before that
-    waited_steps = sum(2.5 - 1 - 2 / 3 * (16 + j) / 24 - 1 / 3 * j / 24 for j in range(8))
+    # its last layer comes last
+    waited_steps = sum(2.5 - 1 - 2 / 3 * (16 + j) / 24 for j in range(8))
     assert utilisation(COLUMNS["1B"], delayed, 8.0) == pytest.approx(100 / (100 + waited_steps), rel=1e-6)
