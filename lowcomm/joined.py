@@ -72,5 +72,4 @@ class JoinedComm(Comm):
         return self._inner.sub(members)
 
     def now(self) -> float:
-        """See `Comm.now`."""
         return self._inner.now()

@@ -33,7 +33,7 @@ class Pairwise(Comm):
         self._inner = inner
 
     def issue(self, call: Call) -> Work[Any]:
-        """See `Comm.issue`; a receive must name its source, as somebody outside of the group could come first."""
+        """A receive must name its source, as somebody outside of the group could come first."""
         x, peer = call.x, call.peer
         if call.kind == "all_sum":
             return _Then(self._swaps([x] * len(self.members)), _added)
@@ -58,7 +58,6 @@ class Pairwise(Comm):
         return Pairwise(self._inner, members)
 
     def now(self) -> float:
-        """See `Comm.now`."""
         return self._inner.now()
 
     def _swaps(self, xs: Sequence[Tensor]) -> list[Work[Tensor]]:

@@ -58,7 +58,6 @@ class Across(Comm):
         self._ranks = dict(zip(replicas, inner.members, strict=True))
 
     def issue(self, call: Call) -> Work[Any]:
-        """The inner one's, among ranks."""
         peer = None if call.peer is None else self._ranks[call.peer]
         return _Numbered(self._inner.issue(call._replace(peer=peer)), call.kind, self._ranks)
 
@@ -76,7 +75,6 @@ class Across(Comm):
             raise Late(f"{int(num_failed)} other ranks of replica {self.rank} did not come to the end of an exchange")
 
     def now(self) -> float:
-        """See `Comm.now`."""
         return self._inner.now()
 
 
@@ -87,7 +85,6 @@ class _Numbered:
         self._work, self._kind, self._ranks = work, kind, ranks
 
     def wait(self) -> Any:
-        """The inner one's."""
         replicas = {rank: replica for replica, rank in self._ranks.items()}
         try:
             result = self._work.wait()

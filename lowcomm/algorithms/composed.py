@@ -63,20 +63,16 @@ class After(Algorithm[AfterState]):
         return AfterState(self.first.init(engine, comm, t), self.then.init(engine, comm, t), t)
 
     def sends_in_backward(self) -> bool:
-        """Where one of them does."""
         return self.first.sends_in_backward() or self.then.sends_in_backward()
 
     def keeps_equal(self) -> bool:
-        """Where both do."""
         return self.then.keeps_equal()
 
     def during_backward(self, t: int, engine: Engine, state: AfterState, comm: Comm) -> Ready | None:
-        """That of whose time it is."""
         method, its = self._at(t, state)
         return method.during_backward(t, engine, its, comm)
 
     def before_update(self, t: int, engine: Engine, state: AfterState, comm: Comm) -> None:
-        """That of whose time it is."""
         method, its = self._at(t, state)
         method.before_update(t, engine, its, comm)
 
@@ -89,41 +85,33 @@ class After(Algorithm[AfterState]):
             state.then = self.then.init(engine, comm, t)
 
     def settle(self, state: AfterState) -> None:
-        """Both."""
         self.first.settle(state.first)
         self.then.settle(state.then)
 
     def drain(self, t: int, engine: Engine, state: AfterState, comm: Comm) -> None:
-        """That of whose time it is."""
         method, its = self._at(t, state)
         method.drain(t, engine, its, comm)
 
     def complete(self, t: int, engine: Engine, state: AfterState, comm: Comm) -> None:
-        """That of whose time it is."""
         method, its = self._at(t, state)
         method.complete(t, engine, its, comm)
 
     def finish(self, t: int, engine: Engine, state: AfterState, comm: Comm) -> None:
-        """That of whose time it is."""
         method, its = self._at(t, state)
         method.finish(t, engine, its, comm)
 
     def forgo(self, state: AfterState) -> None:
-        """Both."""
         self.first.forgo(state.first)
         self.then.forgo(state.then)
 
     def enter(self, engine: Engine, state: AfterState, comm: Comm) -> None:
-        """Both."""
         self.first.enter(engine, state.first, comm)
         self.then.enter(engine, state.then, comm)
 
     def num_rounds(self, state: AfterState) -> int:
-        """Of both."""
         return self.first.num_rounds(state.first) + self.then.num_rounds(state.then)
 
     def consensus(self, engine: Engine, state: AfterState) -> list[Tensor]:
-        """That of whose time it is."""
         method, its = self._at(state.t, state)
         return method.consensus(engine, its)
 
@@ -160,7 +148,6 @@ class Then(Algorithm[ThenState]):
             raise ValueError(f"Then(first={self.first}): only the second may send in backward; set overlap to False")
 
     def init(self, engine: Engine, comm: Comm, t: int = 0) -> ThenState:
-        """Both begin."""
         return ThenState(self.first.init(engine, comm, t), self.then.init(engine, comm, t), t)
 
     def sends_in_backward(self) -> bool:
@@ -168,26 +155,21 @@ class Then(Algorithm[ThenState]):
         return self.then.sends_in_backward()
 
     def during_backward(self, t: int, engine: Engine, state: ThenState, comm: Comm) -> Ready | None:
-        """The second's."""
         return self.then.during_backward(t, engine, state.then, comm)
 
     def before_update(self, t: int, engine: Engine, state: ThenState, comm: Comm) -> None:
-        """Both, in turn."""
         self.first.before_update(t, engine, state.first, comm)
         self.then.before_update(t, engine, state.then, comm)
 
     def after_update(self, t: int, engine: Engine, state: ThenState, comm: Comm) -> None:
-        """Both, in turn."""
         self._once(t, state, lambda: self.first.after_update(t, engine, state.first, comm))
         self.then.after_update(t, engine, state.then, comm)
 
     def settle(self, state: ThenState) -> None:
-        """Both."""
         self.first.settle(state.first)
         self.then.settle(state.then)
 
     def drain(self, t: int, engine: Engine, state: ThenState, comm: Comm) -> None:
-        """Both, in turn."""
         self.first.drain(t, engine, state.first, comm)
         self.then.drain(t, engine, state.then, comm)
 
@@ -202,21 +184,17 @@ class Then(Algorithm[ThenState]):
         self.then.finish(t, engine, state.then, comm)
 
     def forgo(self, state: ThenState) -> None:
-        """Both."""
         self.first.forgo(state.first)
         self.then.forgo(state.then)
 
     def enter(self, engine: Engine, state: ThenState, comm: Comm) -> None:
-        """Both."""
         self.first.enter(engine, state.first, comm)
         self.then.enter(engine, state.then, comm)
 
     def num_rounds(self, state: ThenState) -> int:
-        """Of both."""
         return self.first.num_rounds(state.first) + self.then.num_rounds(state.then)
 
     def consensus(self, engine: Engine, state: ThenState) -> list[Tensor]:
-        """The second's."""
         return self.then.consensus(engine, state.then)
 
     def _once(self, t: int, state: ThenState, call: Callable[[], None]) -> None:

@@ -87,8 +87,7 @@ class Rounds(Algorithm[S], ABC):
         """Use the means of an exchange, which arrived at step ``t``. It sends nothing and cannot fail."""
 
     @abstractmethod
-    def stands(self, engine: Engine, state: S) -> list[Tensor]:
-        """See `Algorithm.consensus`."""
+    def stands(self, engine: Engine, state: S) -> list[Tensor]: ...
 
     def departed(self, t: int, engine: Engine, state: S, sent: Exchange, has_arrived: bool) -> None:
         """What happens at once when an exchange has set out, after all commits; by default nothing.
@@ -245,7 +244,6 @@ class Rounds(Algorithm[S], ABC):
         return state.round
 
     def consensus(self, engine: Engine, state: S) -> list[Tensor]:
-        """See `Algorithm.consensus`."""
         return self.stands(engine, state)
 
     def _step(self, t: int, engine: Engine, state: S, comm: Comm) -> None:

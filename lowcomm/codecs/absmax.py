@@ -42,7 +42,6 @@ class Absmax(ScaledCodec):
 
     @property
     def reach(self) -> float:
-        """See `ScaledCodec.reach`."""
         return self._limit
 
     def block_contraction(self, width: int) -> float:
@@ -62,21 +61,18 @@ class Absmax(ScaledCodec):
         return 1 - max((sqrt(1 + share) - 1) / 2, ROUNDING)
 
     def to_codes(self, scaled: Tensor, draws: Tensor | None, tables: Tables) -> Tensor:
-        """See `ScaledCodec.to_codes`."""
         limit = self._limit
         codes = scaled if draws is None else round_at_random(scaled, draws)
         codes = codes.clamp_(-limit, limit)
         return round_to_bytes(codes if self.bits == 8 else codes.add_(limit))  # 8 bits are read back as int8
 
     def decode_blocks(self, header: Tensor, packed: Tensor, out: Tensor, tables: Tables) -> Factors:
-        """See `BlockCodec.decode_blocks`."""
         if self.bits == 8:
             return packed.view(torch.int8), header
         return super().decode_blocks(header, packed, out, tables)
 
     @property
     def levels(self) -> tuple[float, ...]:
-        """See `BlockCodec.levels`."""
         return tuple(range(-self._limit, self._limit + 1))
 
     @property

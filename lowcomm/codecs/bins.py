@@ -37,7 +37,6 @@ class Bins(BlockCodec):
         self.layout()
 
     def layout(self) -> Layout:
-        """See `BlockCodec.layout`."""
         return Layout(self.block, 2, torch.float32, 4)
 
     def block_contraction(self, width: int) -> float:
@@ -55,7 +54,6 @@ class Bins(BlockCodec):
         return min(1.0, kept * (1 - inner) + (inner / border) ** 2) * (1 - 1e-4)
 
     def encode_blocks(self, x: Tensor, draws: Tensor | None, tables: Tables) -> tuple[Tensor, Tensor]:
-        """See `BlockCodec.encode_blocks`."""
         low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
         largest = torch.maximum(high, -low)
         scaled = x / largest.masked_fill(largest == 0, 1.0)  # so that no sum or square leaves float32's range
@@ -74,5 +72,4 @@ class Bins(BlockCodec):
         return torch.cat(means, 1).clamp_(low, high), codes
 
     def decode_blocks(self, header: Tensor, packed: Tensor, out: Tensor, tables: Tables) -> Factors:
-        """See `BlockCodec.decode_blocks`."""
         return look_up(header, packed, out), 1.0

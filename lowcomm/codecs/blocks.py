@@ -122,7 +122,6 @@ class BlockCodec(Codec, ABC):
         return self.block_contraction(min(self.layout().block, max(num, 1)))
 
     def encode(self, x: Tensor, random: torch.Generator | None = None) -> Tensor:
-        """See `Codec.encode`."""
         payload = torch.empty(x.shape[0], self.num_bytes(x.shape[1]), dtype=torch.uint8, device=x.device)
         if x.is_meta or x.numel() == 0:
             return payload
@@ -147,7 +146,6 @@ class BlockCodec(Codec, ABC):
         return payload
 
     def decode(self, payload: Tensor, num: int) -> Tensor:
-        """See `Codec.decode`."""
         x = torch.empty(payload.shape[0], num, device=payload.device)
         if payload.is_meta or x.numel() == 0:
             return x

@@ -24,11 +24,9 @@ class Float32(Codec):
         return 1.0
 
     def encode(self, x: Tensor, random: torch.Generator | None = None) -> Tensor:
-        """See `Codec.encode`."""
         return as_bytes(x.to(torch.float32, copy=True))
 
     def decode(self, payload: Tensor, num: int) -> Tensor:
-        """See `Codec.decode`."""
         return from_bytes(payload, torch.float32)
 
 

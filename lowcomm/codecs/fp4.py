@@ -30,5 +30,4 @@ class FP4(LevelCodec):
 
     @property
     def reach(self) -> float:
-        """See `ScaledCodec.reach`."""
         return 7.0 if self.scale == "e8m0" else 6.0

@@ -49,13 +49,11 @@ class FP8(ScaledCodec):
         return contraction_of_nearest(finite, width, self.reach, self.scale)
 
     def to_codes(self, scaled: Tensor, draws: Tensor | None, tables: Tables) -> Tensor:
-        """See `ScaledCodec.to_codes`."""
         if not torch.compiler.is_compiling():  # where it is, GPUs' casts limit
             scaled.clamp_(-self.reach, self.reach)
         return scaled.to(DTYPES[self.kind]).view(torch.uint8)
 
     def decode_blocks(self, header: Tensor, packed: Tensor, out: Tensor, tables: Tables) -> Factors:
-        """See `BlockCodec.decode_blocks`."""
         # On CPUs several times as fast as a cast: the bits stand in a float16 as they do here, those of e5m2 with the
         # same exponent, those of e4m3 with one that is 8 less. Neither code holds infinities or NaNs.
         half = packed.view(torch.int8).to(torch.int16)

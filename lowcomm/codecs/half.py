@@ -38,13 +38,11 @@ class Half(Codec):
         return 1 - (torch.finfo(self._dtype).eps / 2) ** 2
 
     def encode(self, x: Tensor, random: torch.Generator | None = None) -> Tensor:
-        """See `Codec.encode`."""
         largest = torch.finfo(self._dtype).max
         x = x.float() if x.itemsize < 4 else x  # another format of 16 bits cannot hold the bound
         return as_bytes(x.clamp(-largest, largest).to(self._dtype))
 
     def decode(self, payload: Tensor, num: int) -> Tensor:
-        """See `Codec.decode`."""
         return from_bytes(payload, self._dtype).to(torch.float32)
 
     @property

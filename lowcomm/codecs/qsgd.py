@@ -36,7 +36,6 @@ class QSGD(BlockCodec):
         self.layout()
 
     def layout(self) -> Layout:
-        """See `BlockCodec.layout`."""
         bits = next(bits for bits in (2, 4, 8) if 2**bits > 2 * self.num_levels)
         return Layout(self.block, bits, torch.float32)
 
@@ -54,7 +53,6 @@ class QSGD(BlockCodec):
         return 1 - max(self.variance(width), ROUNDING)
 
     def encode_blocks(self, x: Tensor, draws: Tensor | None, tables: Tables) -> tuple[Tensor, Tensor]:
-        """See `BlockCodec.encode_blocks`."""
         assert draws is not None
         s = self.num_levels
         largest = x.abs().amax(1, keepdim=True)
@@ -65,5 +63,4 @@ class QSGD(BlockCodec):
 
     @property
     def levels(self) -> tuple[float, ...]:
-        """See `BlockCodec.levels`."""
         return tuple(level / self.num_levels for level in range(-self.num_levels, self.num_levels + 1))

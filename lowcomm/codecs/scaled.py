@@ -31,7 +31,6 @@ class ScaledCodec(BlockCodec, ABC):
         self.layout()
 
     def layout(self) -> Layout:
-        """See `BlockCodec.layout`."""
         return Layout(self.block, self.bits, SCALE_TYPES[self.scale])
 
     @property
@@ -44,7 +43,6 @@ class ScaledCodec(BlockCodec, ABC):
         """Codes, uint8, of scaled values, which may be used up."""
 
     def encode_blocks(self, x: Tensor, draws: Tensor | None, tables: Tables) -> tuple[Tensor, Tensor]:
-        """See `BlockCodec.encode_blocks`."""
         header, step = scale_to_format(largest(x, self.bits) / self.reach, self.scale)
         return header, self.to_codes(x / step.masked_fill_(step == 0, 1.0), draws, tables)
 
@@ -63,7 +61,6 @@ class LevelCodec(ScaledCodec, ABC):
         return *super().tables(), cells_of_levels(self.levels, self.reach)
 
     def to_codes(self, scaled: Tensor, draws: Tensor | None, tables: Tables) -> Tensor:
-        """See `ScaledCodec.to_codes`."""
         last = len(tables[2]) - 1
         cells = scaled.add_(self.reach).mul_(last / (2 * self.reach)).to(torch.int32).clamp_(0, last)
         return tables[2].index_select(0, cells.view(-1)).view(cells.shape)

@@ -32,7 +32,6 @@ class Sign(BlockCodec):
         self.layout()
 
     def layout(self) -> Layout:
-        """See `BlockCodec.layout`."""
         return Layout(self.block, 1, torch.float32)
 
     def block_contraction(self, width: int) -> float:
@@ -40,6 +39,5 @@ class Sign(BlockCodec):
         return (1 - 1e-6) / width
 
     def encode_blocks(self, x: Tensor, draws: Tensor | None, tables: Tables) -> tuple[Tensor, Tensor]:
-        """See `BlockCodec.encode_blocks`."""
         size = x.abs().mul_(1 / x.shape[1])  # divided before they are added, for sums beyond float32
         return total(size, 1), x >= 0

@@ -37,7 +37,6 @@ class SignMagnitude(BlockCodec):
         self.layout()
 
     def layout(self) -> Layout:
-        """See `BlockCodec.layout`."""
         return Layout(self.block, 2, torch.bfloat16, 2)
 
     def block_contraction(self, width: int) -> float:
@@ -48,7 +47,6 @@ class SignMagnitude(BlockCodec):
         return (1 - 2**-16) / width
 
     def encode_blocks(self, x: Tensor, draws: Tensor | None, tables: Tables) -> tuple[Tensor, Tensor]:
-        """See `BlockCodec.encode_blocks`."""
         size = x.abs()
         largest = size.amax(1, keepdim=True)
         size /= largest.masked_fill(largest == 0, 1.0)  # at most 1, so that no sum leaves float32's range
@@ -63,7 +61,6 @@ class SignMagnitude(BlockCodec):
         return means.clamp_(max=torch.finfo(torch.bfloat16).max).to(torch.bfloat16), codes
 
     def decode_blocks(self, header: Tensor, packed: Tensor, out: Tensor, tables: Tables) -> Factors:
-        """See `BlockCodec.decode_blocks`."""
         return look_up(torch.cat([header, -header], 1), packed, out), 1.0
 
 

@@ -62,7 +62,6 @@ class Call(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Of ``x``."""
         return self.x.numel() * self.x.element_size()
 
 

@@ -107,7 +107,7 @@ class DistributedComm(Comm):
         group: dist.ProcessGroup | None = None,
         world: _World | None = None,
     ) -> None:
-        """See `over` for a ``group``; without a ``world``, in which messages have a time-out, nobody regroups."""
+        """``world`` is needed to regroup and for message time-outs; `over` says what a ``group`` is."""
         if not dist.is_initialized():
             raise ValueError("torch.distributed is not initialised; call lowcomm.comm.distributed.connect() first")
         self._world = world or _World(tuple(range(dist.get_world_size())))
@@ -123,7 +123,7 @@ class DistributedComm(Comm):
         self._subs: dict[tuple[int, ...], DistributedComm] = {}
 
     def issue(self, call: Call) -> Work[Any]:
-        """See `Comm.issue`. A message that cannot be started is an error for who waits for it."""
+        """A message that cannot be started fails when it is waited for."""
         x, peer = call.x.detach(), None if call.peer is None else self._world.number(call.peer)
         if call.kind == "all_sum":
             y, device = x.to(self._wire, copy=True).contiguous(), x.device
@@ -162,7 +162,7 @@ class DistributedComm(Comm):
         return self._subs[key]
 
     def regroup(self, lost: PeerLost | Late) -> Comm:
-        """See `Comm.regroup`: those who come within the grace make a new process group; gloo only.
+        """Those who come within the grace make a new process group; gloo only.
 
         The old one goes at once, with all connections: whoever waits in it for this rank hears of the loss too.
 

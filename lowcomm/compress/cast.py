@@ -74,11 +74,9 @@ class Cast(Compressor[None]):
         return sent.view(-1)[:num].view(shape), mean, state
 
     def num_messages(self) -> int:
-        """See `Compressor.num_messages`."""
         return 2
 
     def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> float:
-        """See `Compressor.sent_bytes`."""
         coded = _coded_bytes(prod(shape), num_members)
         if outgrows(coded, prod(shape), num_members):
             return Identity().sent_bytes(shape, element_bytes, num_members)

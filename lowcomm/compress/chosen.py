@@ -89,15 +89,12 @@ class Chosen(Compressor[ChosenState], ABC):
         return spread(sent) if wants_sent else mean, mean, ChosenState(state.round + 1, inner)
 
     def num_messages(self) -> int:
-        """See `Compressor.num_messages`."""
         return self.values.num_messages()
 
     def divides_by_all(self) -> bool:
-        """As ``values``."""
         return self.values.divides_by_all()
 
     def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> float:
-        """See `Compressor.sent_bytes`."""
         return self.values.sent_bytes([self.num_kept(prod(shape))], element_bytes, num_members)
 
     def contraction(self, shape: Sequence[int], num_members: int) -> Contraction:

@@ -112,11 +112,9 @@ class CountSketch(Compressor[int]):
         return _placed(mine, kept, x), _placed(ours, kept, x), state + 1
 
     def num_messages(self) -> int:
-        """See `Compressor.num_messages`."""
         return 2 if self.exact else 1
 
     def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> float:
-        """See `Compressor.sent_bytes`."""
         num_values = min(self._num_sent(prod(shape)), prod(shape))
         return Identity().sent_bytes((num_values,), element_bytes, num_members)
 

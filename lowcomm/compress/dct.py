@@ -74,7 +74,6 @@ class DCT(Compressor[Any]):
     def mean(
         self, x: Tensor, state: Any, comm: Comm, wants_sent: bool = True
     ) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, Any]]:
-        """What ``inner`` needs."""
         steps, shape = self.inner.mean(self.transform(x), state, comm, wants_sent), x.shape
         del x
         sent, mean, state = yield from steps
@@ -82,23 +81,18 @@ class DCT(Compressor[Any]):
         return self.inverse(sent, shape) if wants_sent else mean, mean, state
 
     def num_messages(self) -> int:
-        """See `Compressor.num_messages`."""
         return self.inner.num_messages()
 
     def divides_by_all(self) -> bool:
-        """As ``inner``."""
         return self.inner.divides_by_all()
 
     def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> float:
-        """See `Compressor.sent_bytes`."""
         return self.inner.sent_bytes([prod(shape)], element_bytes, num_members)
 
     def contraction(self, shape: Sequence[int], num_members: int) -> Contraction:
-        """That of ``inner``."""
         return self.inner.contraction([prod(shape)], num_members)
 
     def resync(self, state: Any, comm: Comm) -> Generator[Work[Any], Any, Any]:
-        """That of ``inner``."""
         return (yield from self.inner.resync(state, comm))
 
     def transform(self, x: Tensor) -> Tensor:

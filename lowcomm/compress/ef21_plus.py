@@ -88,7 +88,7 @@ class EF21Plus(Compressor[EF21PlusState]):
         return _round(torch.where(is_whole, heard, known + heard), comm)
 
     def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> int:
-        """See `Compressor.sent_bytes`; vectors so short that flag and code would be no smaller go as they are."""
+        """Vectors so short that flag and code would be no smaller go as they are."""
         num = prod(shape)
         size = element_bytes * num if self._goes_whole(num) else _FLAG_BYTES + self._code.num_bytes(num)
         return (num_members - 1) * size

@@ -65,11 +65,9 @@ class Gathered(Compressor[int]):
         return mean if mine is None else self.decode(mine, num).to(dtype).view(shape), mean, state + 1
 
     def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> int:
-        """See `Compressor.sent_bytes`."""
         return (num_members - 1) * self.num_bytes(prod(shape))
 
     def contraction(self, shape: Sequence[int], num_members: int) -> Contraction:
-        """That of the code."""
         return coded(no_longer(self.codec, prod(shape)), prod(shape))
 
     def num_bytes(self, num: int) -> int:

@@ -64,7 +64,6 @@ class Hierarchical(Compressor[HierarchicalState]):
             )
 
     def init(self, like: Tensor) -> HierarchicalState:
-        """Both at their start."""
         return HierarchicalState(self.inner.init(like), self.outer.init(like.new_zeros(self._slice(like.numel()))))
 
     def mean(
@@ -98,15 +97,13 @@ class Hierarchical(Compressor[HierarchicalState]):
         return rows.view(-1)[:num].view(shape), mean, states
 
     def divides_by_all(self) -> bool:
-        """If both do."""
         return self.inner.divides_by_all() and self.outer.divides_by_all()
 
     def num_messages(self) -> int:
-        """See `Compressor.num_messages`."""
         return self.inner.num_messages() + self.outer.num_messages() + 1
 
     def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> float:
-        """See `Compressor.sent_bytes`; that is over fast and slow links together, see `slow_bytes`."""
+        """That is over fast and slow links together, see `slow_bytes`."""
         num = prod(shape)
         within = self.inner.sent_bytes(shape, element_bytes, self.island)
         if self.island == num_members or num == 0:

@@ -33,7 +33,6 @@ class Identity(Compressor[None]):
         return mean if sent is None else sent, mean, state
 
     def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> float:
-        """See `Compressor.sent_bytes`."""
         return 2 * (num_members - 1) / num_members * prod(shape) * element_bytes
 
     def contraction(self, shape: Sequence[int], num_members: int) -> Contraction:

@@ -123,11 +123,10 @@ class PowerSGD(Compressor[PowerSGDState]):
         return mean if self.error == "global" else sent.view(shape), mean, state
 
     def num_messages(self) -> int:
-        """See `Compressor.num_messages`."""
         return self._num_factors
 
     def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> float:
-        """See `Compressor.sent_bytes`; with ``alternate`` that is the average of two rounds in a row."""
+        """With ``alternate`` that is the average of two rounds in a row."""
         sides = self._sides(shape[1:])
         values: float = prod(shape)
         if sides is not None:

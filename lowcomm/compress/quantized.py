@@ -55,11 +55,9 @@ class Quantized(Compressor[int]):
         return sent, mean, state + 1
 
     def num_messages(self) -> int:
-        """See `Compressor.num_messages`."""
         return 2
 
     def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> float:
-        """See `Compressor.sent_bytes`."""
         if self._goes_whole(prod(shape), num_members):
             return Identity().sent_bytes(shape, element_bytes, num_members)
         return two_shot_bytes(prod(shape), self.codec, num_members)

@@ -76,7 +76,6 @@ class Sketch(Compressor[int]):
         return self._expand(sketch, signs, rows, x) if wants_sent else mean, mean, state + 1
 
     def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> float:
-        """See `Compressor.sent_bytes`."""
         num_blocks, _, num_kept = self._cut(prod(shape))
         num_values = min(num_blocks * num_kept, prod(shape))
         return Identity().sent_bytes((num_values,), element_bytes, num_members)

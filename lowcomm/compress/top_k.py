@@ -121,11 +121,9 @@ class TopK(Compressor[int]):
         return mean if sent is None else sent.view(shape), mean, state + 1
 
     def divides_by_all(self) -> bool:
-        """See `Compressor.divides_by_all`."""
         return self.divide_by == "all"
 
     def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> int:
-        """See `Compressor.sent_bytes`."""
         return (num_members - 1) * self.num_bytes(prod(shape))
 
     def contraction(self, shape: Sequence[int], num_members: int) -> Contraction:

@@ -22,45 +22,34 @@ class Around(Engine, ABC):
         self._inner = inner
 
     @abstractmethod
-    def backward(self, batch: Any, ready: Ready | None = None) -> Tensor:
-        """See `Engine.backward`."""
+    def backward(self, batch: Any, ready: Ready | None = None) -> Tensor: ...
 
     def update(self) -> None:
-        """The inner engine's, as all that follow."""
         self._inner.update()
 
     def update_part(self, numbers: Sequence[int]) -> None:
-        """See `Engine.update_part`."""
         self._inner.update_part(numbers)
 
     def needs_all_gradients(self) -> str | None:
-        """See `Engine.needs_all_gradients`."""
         return self._inner.needs_all_gradients()
 
     def evaluate(self, batch: Any) -> Tensor:
-        """See `Engine.evaluate`."""
         return self._inner.evaluate(batch)
 
     def slots(self) -> Mapping[str, list[Tensor]]:
-        """See `Engine.slots`."""
         return self._inner.slots()
 
     def gradients(self, numbers: Sequence[int]) -> list[Tensor]:
-        """See `Engine.gradients`."""
         return self._inner.gradients(numbers)
 
     def names(self) -> list[str]:
-        """See `Engine.names`."""
         return self._inner.names()
 
     def lr(self) -> float:
-        """See `Engine.lr`."""
         return self._inner.lr()
 
     def state_dict(self) -> dict[str, Any]:
-        """See `Engine.state_dict`."""
         return self._inner.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See `Engine.load_state_dict`."""
         self._inner.load_state_dict(state)

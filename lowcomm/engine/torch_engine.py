@@ -78,9 +78,8 @@ class TorchEngine(Engine):
         self._updated: set[int] = set()  # since backward began
 
     def backward(self, batch: Any, ready: Ready | None = None) -> Tensor:
-        """See `Engine.backward`.
-
-        ``batch`` is what the loss takes; with several micro-batches a tensor, or a tuple of tensors, cut along dim 0.
+        """``batch`` is what the loss takes; with several micro-batches a tensor, or a tuple of tensors, cut along dim
+        0.
 
         Raises:
             ValueError: when the batch cannot be cut into equal micro-batches, or ``ready`` is given and a parameter's
@@ -99,7 +98,6 @@ class TorchEngine(Engine):
         return sum(losses[1:], start=losses[0]) / num
 
     def update(self) -> None:
-        """See `Engine.update`."""
         assert self._parameters[0].grad is not None, "update comes after backward"
         if self._clip_norm is not None:
             nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
@@ -109,10 +107,10 @@ class TorchEngine(Engine):
         self._drop_gradients()
 
     def update_part(self, numbers: Sequence[int]) -> None:
-        """See `Engine.update_part`.
+        """Also refuses some optimizers.
 
         Raises:
-            ValueError: when the optimizer counts its steps, or what it has seen, for all parameters together.
+            ValueError: when the optimizer keeps its step count or other state for all parameters together.
         """
         assert self.needs_all_gradients() is None, "a part of an update that needs the whole"
         assert self._updated.isdisjoint(numbers), "updated twice in one step"
@@ -128,7 +126,6 @@ class TorchEngine(Engine):
             )
 
     def needs_all_gradients(self) -> str | None:
-        """See `Engine.needs_all_gradients`."""
         if self._clip_norm is not None:
             return f"clip_norm is {self._clip_norm}, and the norm of all gradients is known at its end: set it to None"
         closure = signature(self.optimizer.step).parameters.get("closure")
@@ -138,7 +135,7 @@ class TorchEngine(Engine):
         return None
 
     def evaluate(self, batch: Any) -> Tensor:
-        """See `Engine.evaluate`; the batch goes through whole, so it must fit as such."""
+        """The batch goes through whole, so it must fit as such."""
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
@@ -149,7 +146,7 @@ class TorchEngine(Engine):
                 module.training = training
 
     def slots(self) -> Mapping[str, list[Tensor]]:
-        """See `Engine.slots`; optimizer states are those tensors that every parameter has in its own shape."""
+        """Optimizer states are those tensors that every parameter has in its own shape."""
         slots = {"param": list(self._values)}
         if any(p.grad is not None for p in self._parameters):
             slots["grad"] = self._gradients()
@@ -163,7 +160,6 @@ class TorchEngine(Engine):
         return slots
 
     def gradients(self, numbers: Sequence[int]) -> list[Tensor]:
-        """See `Engine.gradients`."""
         found = []
         for i in numbers:
             parameter = self._parameters[i]
@@ -173,15 +169,14 @@ class TorchEngine(Engine):
         return found
 
     def names(self) -> list[str]:
-        """See `Engine.names`; a tied parameter has its first name."""
+        """A tied parameter has its first name."""
         return [name for name, p in self.model.named_parameters() if p.requires_grad]
 
     def lr(self) -> float:
-        """See `Engine.lr`."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     def state_dict(self) -> dict[str, Any]:
-        """See `Engine.state_dict`; gradients are no part of it.
+        """Gradients are no part of it.
 
         Tensors of the model and the optimizer are live: save or copy them before the next step.
         """
@@ -195,7 +190,7 @@ class TorchEngine(Engine):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See `Engine.load_state_dict`; the state may come from another device, but random numbers then differ.
+        """The state may come from another device, but random numbers then differ.
 
         Raises:
             ValueError: when one of the engine and the state has a schedule and the other has none.

@@ -129,17 +129,17 @@ class Ring(Schedule):
     """
 
     def all_sum(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
-        """See `Schedule.all_sum`: a reduce-scatter and an all-gather, n - 1 steps each."""
+        """A reduce-scatter and an all-gather, n - 1 steps each."""
         n = len(members)
         return [Transfer(a, b, 2 * (n - 1) * num_bytes // n, 2 * (n - 1)) for a, b in _round(members)]
 
     def all_gather(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
-        """See `Schedule.all_gather`: over each edge goes everything but what its end put in."""
+        """Over each edge goes everything but what its end put in."""
         others = len(members) - 1
         return [Transfer(a, b, others * num_bytes, others) for a, b in _round(members)]
 
     def broadcast(self, members: tuple[int, ...], num_bytes: int, source: int) -> list[Transfer]:
-        """See `Schedule.broadcast`: from the source to each."""
+        """From the source to each."""
         return _direct(source, members, num_bytes)
 
 
@@ -148,13 +148,13 @@ class Tree(Schedule):
     """Up a binary tree and down again: few latencies, but each inner rank serves three neighbours."""
 
     def all_sum(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
-        """See `Schedule.all_sum`: every edge carries the payload up and the sum down."""
+        """Every edge carries the payload up and the sum down."""
         num_latencies = 2 * _depth(len(members))
         edges = _edges(members)
         return [Transfer(a, b, num_bytes, num_latencies) for edge in edges for a, b in (edge, edge[::-1])]
 
     def all_gather(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
-        """See `Schedule.all_gather`: up goes what lies below an edge, down everything else."""
+        """Up goes what lies below an edge, down everything else."""
         num_below = [1] * len(members)  # a rank and all under it
         for i in range(len(members) - 1, 0, -1):
             num_below[(i - 1) // 2] += num_below[i]
@@ -166,7 +166,7 @@ class Tree(Schedule):
         return transfers
 
     def broadcast(self, members: tuple[int, ...], num_bytes: int, source: int) -> list[Transfer]:
-        """See `Schedule.broadcast`: down the tree whose root is the source."""
+        """Down the tree whose root is the source."""
         rooted = (source, *(rank for rank in members if rank != source))
         return [Transfer(a, b, num_bytes, _depth(len(members))) for a, b in _edges(rooted)]
 
@@ -176,16 +176,16 @@ class TwoShot(Schedule):
     """Everybody owns a piece, collects it from all and gives it to all: a sharded parameter server."""
 
     def all_sum(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
-        """See `Schedule.all_sum`: the receiver's piece before it is summed, and the sender's after."""
+        """The receiver's piece before it is summed, and the sender's after."""
         piece = _pieces(members, num_bytes)
         return [Transfer(a, b, piece[b] + piece[a], 2) for a, b in permutations(members, 2)]
 
     def all_gather(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
-        """See `Schedule.all_gather`: one shot is enough."""
+        """One shot is enough."""
         return _exchange(members, num_bytes)
 
     def broadcast(self, members: tuple[int, ...], num_bytes: int, source: int) -> list[Transfer]:
-        """See `Schedule.broadcast`: the source deals out pieces to the others, and they exchange theirs."""
+        """The source deals out pieces to the others, and they exchange theirs."""
         others = [rank for rank in members if rank != source]
         piece = _pieces(others, num_bytes)
         deal = [Transfer(source, b, piece[b], 2) for b in others]
@@ -199,25 +199,24 @@ class Star(Schedule):
     center: int
 
     def all_sum(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
-        """See `Schedule.all_sum`: in to the centre and out again."""
+        """In to the centre and out again."""
         leaves = self._leaves(members)
         return [Transfer(a, b, num_bytes, 2) for x in leaves for a, b in ((x, self.center), (self.center, x))]
 
     def all_gather(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
-        """See `Schedule.all_gather`: the centre sends everybody what the others put in."""
+        """The centre sends everybody what the others put in."""
         leaves = self._leaves(members)
         inward = [Transfer(x, self.center, num_bytes, 2) for x in leaves]
         return inward + [Transfer(self.center, x, len(leaves) * num_bytes, 2) for x in leaves]
 
     def broadcast(self, members: tuple[int, ...], num_bytes: int, source: int) -> list[Transfer]:
-        """See `Schedule.broadcast`: through the centre when it is not the source."""
+        """Through the centre when it is not the source."""
         leaves = [rank for rank in self._leaves(members) if rank != source]
         if source == self.center:
             return [Transfer(source, x, num_bytes, 1) for x in leaves]
         return [Transfer(source, self.center, num_bytes, 1), *(Transfer(self.center, x, num_bytes, 2) for x in leaves)]
 
     def check(self, members: Sequence[int]) -> None:
-        """See `Schedule.check`."""
         self._leaves(members)
 
     def _leaves(self, members: Sequence[int]) -> list[int]:
@@ -234,15 +233,13 @@ class Pairwise(Schedule):
     """Everybody sends its whole payload to everybody: one latency, most bytes."""
 
     def all_sum(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
-        """See `Schedule.all_sum`: everybody sums for itself."""
+        """Everybody sums for itself."""
         return _exchange(members, num_bytes)
 
     def all_gather(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
-        """See `Schedule.all_gather`."""
         return _exchange(members, num_bytes)
 
     def broadcast(self, members: tuple[int, ...], num_bytes: int, source: int) -> list[Transfer]:
-        """See `Schedule.broadcast`."""
         return _direct(source, members, num_bytes)
 
 
@@ -267,7 +264,7 @@ class Hierarchical(Schedule):
             raise ValueError(f"ranks {twice} are in Hierarchical's islands more than once; give each rank one island")
 
     def all_sum(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
-        """See `Schedule.all_sum`: along each chain to its gate, around the gates, and back."""
+        """Along each chain to its gate, around the gates, and back."""
         chains = self._chains(members)
         transfers = []
         for chain in chains:
@@ -277,7 +274,7 @@ class Hierarchical(Schedule):
         return transfers + Ring().transfers("all_sum", gates, num_bytes)
 
     def all_gather(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
-        """See `Schedule.all_gather`: towards the gate goes what lies behind, the other way everything else."""
+        """Towards the gate goes what lies behind, the other way everything else."""
         chains, total = self._chains(members), len(members) * num_bytes
         transfers = []
         for chain in chains:
@@ -292,7 +289,7 @@ class Hierarchical(Schedule):
         return transfers
 
     def broadcast(self, members: tuple[int, ...], num_bytes: int, source: int) -> list[Transfer]:
-        """See `Schedule.broadcast`: from the source to the other gates, and along the chains."""
+        """From the source to the other gates, and along the chains."""
         chains = self._chains((source, *(rank for rank in members if rank != source)))
         transfers = _direct(source, [chain[0] for chain in chains], num_bytes)
         for chain in chains:
@@ -300,7 +297,6 @@ class Hierarchical(Schedule):
         return transfers
 
     def check(self, members: Sequence[int]) -> None:
-        """See `Schedule.check`."""
         self._chains(members)
 
     def _chains(self, members: Sequence[int]) -> list[tuple[int, ...]]:

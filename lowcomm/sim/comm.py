@@ -182,7 +182,7 @@ class SimComm(Comm):
         self._world, self._view = world, view
 
     def issue(self, call: Call) -> Work[Any]:
-        """See `Comm.issue`; sums are added in members' order, and swaps start when both have called."""
+        """Sums are added in members' order, and swaps start when both have called."""
         if call.kind == "send":
             assert call.peer is not None
             mailbox = self._world._mailbox(self._view, call.peer)
@@ -201,7 +201,6 @@ class SimComm(Comm):
         return _Pending(partial(exchange.wait, self.rank), finish[call.kind])
 
     def sub(self, members: Sequence[int]) -> Comm:
-        """See `Comm.sub`."""
         if not set(members) <= self._view.position.keys():
             raise ValueError(f"members {tuple(members)} are not all among {named(self.members)}")
         return self._world.comm(self.rank, members)

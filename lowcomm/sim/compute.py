@@ -45,7 +45,6 @@ class Around(ComputeModel, ABC):
     model: ComputeModel
 
     def needs_calibration(self) -> bool:
-        """Whether the model does."""
         return self.model.needs_calibration()
 
     def calibrated(self, step_s: float) -> ComputeModel:
@@ -53,7 +52,6 @@ class Around(ComputeModel, ABC):
         return replace(self, model=self.model.calibrated(step_s))
 
     def streams(self) -> Sequence[tuple[str, int]]:
-        """The model's."""
         return self.model.streams()
 
 
@@ -98,7 +96,6 @@ class Diurnal(ComputeModel):
             raise ValueError(f"swing is {self.swing}; it must lie in [0, 1), for steps to take time at the trough")
 
     def seconds(self, rank: int, t: int, start: float) -> float:
-        """See the class."""
         peak_s = self.peak_s + (0.0 if self.shift_s is None else of_rank("shift_s", self.shift_s, rank))
         return self.usual_s * (1 + self.swing * math.cos(2 * math.pi * (start - peak_s) / self.period_s))
 
@@ -218,7 +215,6 @@ class Product(ComputeModel):
         return math.prod(factor.seconds(rank, t, start) for factor in self.factors)
 
     def needs_calibration(self) -> bool:
-        """Whether a factor does."""
         return any(factor.needs_calibration() for factor in self.factors)
 
     def calibrated(self, step_s: float) -> ComputeModel:
@@ -226,5 +222,4 @@ class Product(ComputeModel):
         return replace(self, factors=[factor.calibrated(step_s) for factor in self.factors])
 
     def streams(self) -> Sequence[tuple[str, int]]:
-        """Those of all factors."""
         return [stream for factor in self.factors for stream in factor.streams()]

@@ -42,7 +42,6 @@ class Drawn(ComputeModel, ABC):
         return kept[1][i]
 
     def streams(self) -> Sequence[tuple[str, int]]:
-        """Its own."""
         return ((type(self).__name__, self.seed),)
 
     def uniforms(self, rank: int, block: int) -> Tensor:
@@ -74,7 +73,6 @@ class LogNormal(Drawn):
         check_positive("sigma", self.sigma)
 
     def block_seconds(self, rank: int, block: int) -> Tensor:
-        """See `Drawn`."""
         normals = torch.special.ndtri(self.uniforms(rank, block))
         return self.mean_s * torch.exp(self.sigma * normals - self.sigma**2 / 2)
 
@@ -97,7 +95,6 @@ class ShiftedExponential(Drawn):
             raise ValueError(f"a is {self.a}; the random share must lie in (0, 1] (for no randomness take Constant)")
 
     def block_seconds(self, rank: int, block: int) -> Tensor:
-        """See `Drawn`."""
         return self.mean_s * ((1 - self.a) - self.a * torch.log(self.uniforms(rank, block)))
 
 
@@ -119,7 +116,6 @@ class Pareto(Drawn):
             raise ValueError(f"alpha is {self.alpha}; it must be above 1, below which the mean is infinite, and finite")
 
     def block_seconds(self, rank: int, block: int) -> Tensor:
-        """See `Drawn`."""
         shortest = self.mean_s * (self.alpha - 1) / self.alpha
         return shortest * self.uniforms(rank, block) ** (-1 / self.alpha)
 
@@ -145,7 +141,6 @@ class Bimodal(Drawn):
             raise ValueError(f"probability is {self.probability}; it must lie in [0, 1]")
 
     def block_seconds(self, rank: int, block: int) -> Tensor:
-        """See `Drawn`."""
         is_slow = bool(self.uniforms(rank, 0)[0] < self.probability)
         seconds = self.usual_s * (self.factor if is_slow else 1.0)
         return torch.full((_BLOCK,), seconds, dtype=torch.float64, device="cpu")
@@ -187,7 +182,6 @@ class Markov(Drawn):
         return self.slow_share / (1 - self.slow_share) / self.mean_burst
 
     def block_seconds(self, rank: int, block: int) -> Tensor:
-        """See `Drawn`."""
         start, stay = self._start_probability(), 1 - 1 / self.mean_burst
         low, high = min(start, stay), max(start, stay)
         # A step is slow when u < (stay if the last was slow, else start), so a u outside [low, high) settles its step

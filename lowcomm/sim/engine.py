@@ -34,10 +34,7 @@ class SimEngine(Around):
         self._t = 0
 
     def backward(self, batch: Any, ready: Ready | None = None) -> Tensor:
-        """See `Engine.backward`.
-
-        The arithmetic comes first, then the time; the time first if the batch is announced.
-        """
+        """The arithmetic comes first, then the time; the time first if the batch is announced."""
         self._t += 1
         if self._announce is not None:
             self._announce(batch)
@@ -63,6 +60,5 @@ class SimEngine(Around):
         return {"inner": super().state_dict(), "t": self._t}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See `Engine.load_state_dict`."""
         super().load_state_dict(state["inner"])
         self._t = state["t"]

@@ -33,7 +33,7 @@ class Gloo(Schedule):
     direct_latencies = 2
 
     def all_sum(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
-        """See `Schedule.all_sum`: a ring, each to the one before."""
+        """A ring, each to the one before."""
         n = len(members)
         num_own = max(2, -(-num_bytes // (n * MAX_MESSAGE_BYTES)))  # messages of what one rank owns
         message_bytes = -(-num_bytes // (n * num_own * ELEMENT_BYTES)) * ELEMENT_BYTES
@@ -47,13 +47,13 @@ class Gloo(Schedule):
         return [Transfer(a, members[i - 1], size, num_latencies, turns) for i, a in enumerate(members)]
 
     def all_gather(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
-        """See `Schedule.all_gather`: a ring of halves, each to the next."""
+        """A ring of halves, each to the next."""
         n = len(members)
         turns = Turns(n - 2, num_bytes // 2, both_ways=n == 2)
         return [Transfer(a, members[(i + 1) % n], (n - 1) * num_bytes, 2, turns) for i, a in enumerate(members)]
 
     def broadcast(self, members: tuple[int, ...], num_bytes: int, source: int) -> list[Transfer]:
-        """See `Schedule.broadcast`: down a binomial tree, each level after the one above."""
+        """Down a binomial tree, each level after the one above."""
         first = members.index(source)
         rooted = [*members[first:], *members[:first]]
         transfers: list[Transfer] = []

@@ -20,7 +20,6 @@ class Drawn(Fault, ABC):
     seed: int
 
     def streams(self) -> Sequence[tuple[str, int]]:
-        """Its own."""
         return ((type(self).__name__, self.seed),)
 
 
@@ -77,7 +76,6 @@ class Poisson(Fault):
         return Weibull(self.mtbf_s, self.until_s, 1.0, self.repair_s, self.seed)
 
     def streams(self) -> Sequence[tuple[str, int]]:
-        """Those of `Weibull`."""
         return self._lifetimes().streams()
 
     def events(self, regions: Sequence[str]) -> list[Event]:

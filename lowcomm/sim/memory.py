@@ -99,7 +99,6 @@ class Residence:
         }
 
     def line(self) -> str:
-        """The same for people."""
         whose = "the process" if self._device.type == "cpu" else "torch on the GPU"
         peak = f"{peak_bytes(self._device) / 1e6:,.0f} MB {whose} at most"
         return f"memory: {self.state_bytes / 1e6:,.1f} MB a replica, {peak}"

@@ -163,7 +163,7 @@ class StackedEngine(Around):
         self._announced = batch
 
     def backward(self, batch: Any, ready: Ready | None = None) -> Tensor:
-        """See `Engine.backward`; gradients come all at once, so nobody may ask for each."""
+        """Gradients come all at once, so nobody may ask for each."""
         assert ready is None, "refused by `require_stackable`"
         if self._announced is None:
             self.announce(batch)
@@ -175,7 +175,7 @@ class StackedEngine(Around):
         return loss
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See `Engine.load_state_dict`; not while a batch is announced."""
+        """Not while a batch is announced."""
         assert self._announced is None, "its gradients may be computed already"
         super().load_state_dict(state)
 

@@ -76,7 +76,7 @@ class TimingEngine(Engine):
         self._is_between = False  # backward and update
 
     def backward(self, batch: Any, ready: Ready | None = None) -> Tensor:
-        """See `Engine.backward`; gradients become final in the order of a real backward."""
+        """Gradients become final in the order of a real backward."""
         assert ready is None or self._shapes.ready, "the algorithm says that it does not send then"
         self._is_between = True
         if ready is not None:
@@ -85,7 +85,6 @@ class TimingEngine(Engine):
         return torch.empty((), device="meta")
 
     def update(self) -> None:
-        """See `Engine.update`."""
         self._is_between = False
         self._num_updates += 1
 
@@ -93,7 +92,6 @@ class TimingEngine(Engine):
         """Takes no time and changes no value."""
 
     def needs_all_gradients(self) -> str | None:
-        """See `Engine.needs_all_gradients`."""
         return self._shapes.needs_all_gradients
 
     def evaluate(self, batch: Any) -> Tensor:
@@ -101,18 +99,15 @@ class TimingEngine(Engine):
         return torch.full((), math.nan)
 
     def slots(self) -> Mapping[str, list[Tensor]]:
-        """See `Engine.slots`."""
         slots = {"param": self._shapes.params}
         if self._is_between:
             slots["grad"] = self._shapes.gradients
         return slots | (self._shapes.states if self._num_updates else self._shapes.first_states)
 
     def names(self) -> list[str]:
-        """See `Engine.names`."""
         return self._shapes.names
 
     def lr(self) -> float:
-        """See `Engine.lr`."""
         return self._shapes.lr(self._num_updates)
 
     def state_dict(self) -> dict[str, Any]:
@@ -120,7 +115,6 @@ class TimingEngine(Engine):
         return {"num_updates": self._num_updates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See `Engine.load_state_dict`."""
         self._num_updates, self._is_between = state["num_updates"], False
 
 

@@ -101,6 +101,15 @@ GLOBAL_DRAWS = ("manual_seed", "seed", "rand_like", "randn_like", "randint_like"
 DRAWS_IN_PLACE = ("random_", "normal_", "log_normal_", "uniform_", "bernoulli_", "exponential_", "geometric_")
 
 
+# docstrings that only say whose docstring to read, as "See `Engine.update`." and "The inner one's." do
+ECHO = re.compile(
+    r"(see (`[^`]+`|the class)|(as |that of |those of )?the (base|inner( \w+)?)'s|(as|that of) the (base|inner)[\w ]*"
+    r"|(as|that of|those of) `+\w+`+|(of )?both|both, in turn|where (both|one of them) do(es)?"
+    r"|that of whose time it is|the (first|second)'s)\.?",
+    re.IGNORECASE,
+)
+
+
 @dataclass(frozen=True)
 class Source:
     """A Python file: its path under the root and its text."""
@@ -285,13 +294,19 @@ def short_files(sources: Sequence[Source]) -> Iterator[str]:
 
 
 def docstrings(sources: Sequence[Source]) -> Iterator[str]:
-    """Every module, public class and public function of the package says what it is."""
+    """Modules, public classes and public functions say what they are; nothing only points elsewhere.
+
+    A method that implements, overrides or delegates one of a base class needs no docstring.
+    """
     for source in in_package(sources):
         if not ast.get_docstring(source.tree):
             yield f"{source.path}:1: the module has no docstring"
         for node in definitions(source.tree.body):
             if not node.name.startswith("_") and not ast.get_docstring(node):
                 yield source.at(node, f"{node.name} has no docstring")
+        for node in definitions(ast.walk(source.tree)):
+            if ECHO.fullmatch(ast.get_docstring(node) or ""):
+                yield source.at(node, f"the docstring of {node.name} only echoes: say something of its own, or drop it")
 
 
 def says_what_differs(sources: Sequence[Source]) -> Iterator[str]:
