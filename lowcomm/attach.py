@@ -1,7 +1,7 @@
-"""lowcomm around a training loop of your own: two lines.
+"""Adds lowcomm to a training loop of your own, in two lines.
 
-sync = lowcomm.attach(model, optimizer, DiLoCo(every=100), comm)
-...                       # per step: loss.backward(); optimizer.step(); sync.step()
+sync = lowcomm.attach(model, optimizer, DiLoCo(every=100), comm) ...                       # per step: loss.backward();
+optimizer.step(); sync.step()
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lowcomm.state import restore, state_tree
 
 
 class Sync:
-    """What keeps a model in step with its replicas; made by `attach`.
+    """Synchronises a model with its replicas; made by `attach`.
 
     Attributes:
         t: inner steps so far.
@@ -54,7 +54,7 @@ class Sync:
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """What the optimizer is to be given instead of ``args``, itself the first of them, and ``kwargs``."""
+        """Arguments for the optimizer in place of ``args``, which begin with the optimizer itself, and ``kwargs``."""
         rest = dict(kwargs)
         closure = rest.pop("closure", args[1] if len(args) > 1 else None)
         if closure is None:
@@ -72,7 +72,7 @@ class Sync:
         self._talk(partial(self._algorithm.before_update, self.t + 1, self._engine, self._state))
 
     def step(self) -> None:
-        """After each optimizer step: talks when the algorithm says so."""
+        """Call after each optimizer step; communicates when the algorithm does."""
         self.t += 1
         self._talk(partial(self._algorithm.after_update, self.t, self._engine, self._state))
 
@@ -81,22 +81,22 @@ class Sync:
 
     @property
     def members(self) -> tuple[int, ...]:
-        """Who trains together now."""
+        """The ranks that train now."""
         return self._members.comm.members
 
     def finish(self) -> None:
-        """After the last step: the same parameters on all replicas; the optimizer is free again."""
+        """Call after the last step: synchronises the replicas and removes the hook from the optimizer."""
         self._talk(partial(self._algorithm.complete, self.t, self._engine, self._state))
         self._talk(partial(self._algorithm.finish, self.t, self._engine, self._state))
         self._hook.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a restart needs beside the model's and the optimizer's own; all replicas save after the same step."""
+        """State to save beside the model's and the optimizer's. All replicas save after the same step."""
         self._algorithm.settle(self._state)
         return {"t": self.t, "algorithm": state_tree(self._state)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there; load this replica's model and optimizer too."""
+        """Restore `state_dict`; load this replica's model and optimizer too."""
         self.t = state["t"]
         restore(self._state, state["algorithm"], self._device)
 
@@ -108,19 +108,19 @@ def attach(
     comm: Comm,
     on_loss: Literal["stop", "go_on"] = "stop",
 ) -> Sync:
-    """Train ``model`` together with the replicas that ``comm`` reaches.
+    """Train ``model`` together with the other members of ``comm``.
 
-    All replicas start from the parameters and buffers of the first member, which this call sends. Gradients that are
-    scaled or clipped must be so before ``optimizer.step()``; with `DataParallel` they are averaged after that. Of a
-    closure it is the gradients of each call: an optimizer that calls it more often on one replica than on another, as
-    LBFGS does, suits algorithms that average no gradients.
+    All replicas start from the first member's parameters and buffers, which this call broadcasts. Unscale and clip
+    gradients before ``optimizer.step()``; `DataParallel` averages them inside it. With a closure, gradients are
+    averaged at each call. Optimizers that call it a varying number of times, such as LBFGS, need an algorithm that
+    averages no gradients.
 
-    A gradient scaler may skip an update on one replica alone only where no gradients are averaged: with `DataParallel`,
-    `SAVIC`, `DeMo` and `After` one of them the replicas would wait for each other in vain.
+    A gradient scaler may skip an update on one replica alone only if no gradients are averaged. With `DataParallel`,
+    `SAVIC`, `DeMo`, or `After` with one of them, the replicas would deadlock.
 
     Args:
-        on_loss: when a replica is lost: "stop" raises `PeerLost` or `Late`; with "go_on" those who are left go on, and
-            what was under way with it goes again or is given up.
+        on_loss: when a replica is lost, "stop" raises `PeerLost` or `Late`; with "go_on" the others continue, and
+            pending exchanges are repeated or dropped.
 
     Raises:
         ValueError: when the model has nothing to train, the optimizer does not hold its parameters, or the algorithm

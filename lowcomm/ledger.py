@@ -1,6 +1,6 @@
-"""What a run counts while it trains: tokens, seconds, bytes, losses; and the lines that it makes of them.
+"""Counts tokens, seconds, bytes and losses during training, and writes them as metrics lines.
 
-Losses on the meta device have no value, and lines then have no loss.
+Losses on the meta device have no value, so their lines have no loss.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ class Diverged(Exception):
 
 @dataclass
 class Ledger:
-    """One rank's books.
+    """The metrics of one rank.
 
     Attributes:
-        write: where lines go, as dicts with the keys of `lowcomm.metrics`.
-        meter: this rank's traffic.
-        now: seconds, virtual in a simulation.
+        write: receives each line, a dict with the keys of `lowcomm.metrics`.
+        meter: counts this rank's traffic.
+        now: the clock, in seconds; virtual in a simulation.
         rank: of this process.
-        num_replicas: that train together now.
+        num_replicas: that train now.
         step_tokens: training tokens of one inner step of one replica.
         log_every: inner steps between lines.
-        token_flops: floating-point operations a training token costs; None where nobody asks.
-        peak_flops: of this device each second, in bfloat16; None where unknown.
+        token_flops: floating-point operations per training token; None: not counted.
+        peak_flops: peak bfloat16 FLOP/s of this device; None: unknown.
     """
 
     write: Callable[[dict[str, Any]], None]
@@ -73,12 +73,12 @@ class Ledger:
     _round: int = 0
 
     def start(self) -> None:
-        """The clock runs from now."""
+        """Start the clock."""
         self.meter.settle()
         self._since_s, self._waited_s = self.now(), self.meter.wait_s
 
     def step(self, t: int, loss: Tensor, lr: float, round: int, num_replicas: int) -> None:
-        """Note an inner step that so many replicas took; every `log_every` steps write a line.
+        """Count an inner step of the present replicas; write a line every `log_every` steps.
 
         Raises:
             Diverged: when a loss since the last line is not finite.
@@ -90,7 +90,7 @@ class Ledger:
             self.flush(lr, round)
 
     def flush(self, lr: float, round: int) -> None:
-        """Write what was noted since the last line, if anything; waits for the device."""
+        """Write the steps since the last line, if any. Waits for the device."""
         if not self._losses:
             return
         num_steps = len(self._losses)
@@ -113,7 +113,7 @@ class Ledger:
             self.write(self._line("round") | {"round": round, "members": self.num_replicas})
 
     def evaluation(self, loss: float, bytes_per_token: float) -> None:
-        """Write a validation loss, in nats a token and bits a byte."""
+        """Write a validation loss, in nats per token and bits per byte."""
         self.val_loss = loss
         bits = bits_per_byte(loss, bytes_per_token)
         self.write(self._line("eval") | {"round": self._round, "val_loss": loss, "val_bits_per_byte": bits})
@@ -141,7 +141,7 @@ class Ledger:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time inside (evaluation, checkpoints) counts for the run but not for training speed."""
+        """Exclude the time within (evaluation, checkpoints) from the training speed, but not from the run's time."""
         self._pass_time(training=True)
         try:
             yield
@@ -149,7 +149,7 @@ class Ledger:
             self._pass_time(training=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run goes on from."""
+        """The counts, for a resumed run."""
         assert not self._losses, "flush before saving"
         counts = {name: getattr(self, name) for name in _SAVED}
         return counts | {"meter": self.meter.state_dict(), "round": self._round, "loss": self._loss}
@@ -198,7 +198,7 @@ class Ledger:
 
 
 def _known(loss: float | None, val_loss: float | None = None) -> dict[str, float]:
-    """The losses that there are, as entries of a line."""
+    """The losses that have a value, as entries of a line."""
     return {name: x for name, x in (("loss", loss), ("val_loss", val_loss)) if x is not None}
 
 

@@ -1,7 +1,6 @@
-"""What stands between the parser's reading of flags and YAML and the objects: what it lets through and must not.
+"""Checks what jsonargparse accepts too easily, and finds the cause of its errors.
 
-jsonargparse takes null in every place, the last of two equal keys, and "---" as nothing; and of a file that it cannot
-use it says only that it read it twice.
+jsonargparse accepts null anywhere, takes the last of two equal keys, and reads "---" as null.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from jsonargparse import ArgumentParser, Namespace, get_loader
 
 
 def instantiate(parser: ArgumentParser, given: Namespace, kinds: Mapping[str, Any]) -> Namespace:
-    """The objects that were described; ``kinds`` are their types by name.
+    """Build the described objects; ``kinds`` are their types by name.
 
     Raises:
-        ValueError: where null stands that is no value there, or what the objects themselves refuse.
+        ValueError: for a null where None is not allowed, or whatever the objects refuse.
     """
     for name, value in vars(given).items():
         _refuse_null(kinds.get(name, Any), value, name)
@@ -28,10 +27,10 @@ def instantiate(parser: ArgumentParser, given: Namespace, kinds: Mapping[str, An
 
 
 def load_yaml(text: str) -> Any:
-    """YAML as the parser reads it, but no key stands twice, and text that is no null, such as "---", stays text.
+    """Load YAML as the parser does, but refuse duplicate keys, and keep text such as "---" as text.
 
     Raises:
-        yaml.YAMLError: when it is none, or a key stands twice; says where.
+        yaml.YAMLError: for invalid YAML or a duplicate key; says where.
     """
     _refuse_twice(yaml.compose(text, yaml.SafeLoader))
     value = get_loader("yaml")(text)
@@ -39,10 +38,10 @@ def load_yaml(text: str) -> Any:
 
 
 def reason(error: BaseException) -> str:
-    """What is wrong with the input.
+    """The message of the underlying error.
 
-    A YAML file given for a part, which the parser cannot use, it reads once more as if it were no file, and then says
-    only that the file is in a loop; what was wrong with it is the context of that error.
+    A YAML file that is invalid for its part makes jsonargparse report a "config file loop"; the real error is that
+    one's context.
     """
     seen: BaseException | None = error
     while seen is not None:
@@ -53,7 +52,7 @@ def reason(error: BaseException) -> str:
 
 
 def _refuse_null(kind: Any, given: Any, place: str) -> None:
-    """Check that null stands only where None is a value: the parser takes it everywhere, such as after ``key:``."""
+    """Raise ValueError where null is given for a type without None."""
     if given is None and kind is not Any and type(None) not in get_args(kind):
         raise ValueError(f"{place} is null; give it a value, or leave it out")
     if isinstance(given, Namespace):
@@ -70,7 +69,7 @@ def _refuse_null(kind: Any, given: Any, place: str) -> None:
 
 
 def _hints(kind: Any) -> dict[str, Any]:
-    """Types of fields; none of a class of one's own whose annotations are not to be read here."""
+    """The types of the fields; empty when a user's annotations cannot be resolved."""
     try:
         return get_type_hints(kind)
     except (NameError, TypeError):

@@ -1,4 +1,4 @@
-"""What a run would send, counted by running its algorithm on tensors without values among echoes of itself."""
+"""Predicts a run's traffic by running its algorithm on meta tensors, with `EchoComm` in place of other replicas."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Prediction:
 
     Attributes:
         num_parameters: trainable ones.
-        num_steps: inner steps that were counted: those of the run; of one of more than 2,000, those up to the last
-            round that ends within the first 2,000, or up to the first round if that ends later.
+        num_steps: inner steps counted: all, or for runs of more than 2,000 steps those up to the last round that ends
+            within 2,000, or up to the first round if that is longer.
         num_rounds: in those steps.
         round_bytes: sent in one round, on average.
         step_bytes: sent for each inner step, on average.
@@ -36,7 +36,7 @@ class Prediction:
 
 
 def predict(run: Run, num_replicas: int, vocab_size: int) -> Prediction:
-    """Count the bytes that each of so many replicas would send."""
+    """Count the bytes that each of ``num_replicas`` replicas sends."""
     num_steps = run.steps(num_replicas)
     model = without_values(run, vocab_size)
     engine = build_engine(run, model, num_steps)
@@ -65,7 +65,7 @@ def predict(run: Run, num_replicas: int, vocab_size: int) -> Prediction:
 
 
 def _first_update(run: Run, engine: Engine) -> None:
-    """One step without values, after which the optimizer has its states."""
+    """Take one step on meta tensors, so that the optimizer has its states."""
     try:
         engine.update()
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Dataclass states as nests of plain containers, and back into objects that already stand.
+"""Turns dataclass states into nested plain containers, and restores them in place.
 
 Every part of a run keeps what changes in a dataclass of tensors, numbers, lists and further dataclasses. `state_tree`
 takes one apart for a checkpoint or a joiner; `restore` puts the values back without replacing tensors that others hold.
@@ -21,9 +21,9 @@ _SCALARS = (bool, int, float, str)
 
 
 def state_tree(value: Any) -> Any:
-    """``value`` with every dataclass in it as a dict of its fields and its class's name; tensors are live, not copied.
+    """``value`` with each dataclass as a dict of its fields and its class name. Tensors are live, not copied.
 
-    It is what `lowcomm.checkpoint.Checkpoints.save` takes, when the leaves are.
+    `lowcomm.checkpoint.Checkpoints.save` takes the result if it can save the leaves.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: state_tree(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -37,11 +37,11 @@ def state_tree(value: Any) -> Any:
 
 
 def restore(state: T, tree: Any, device: torch.device | str = "cpu") -> T:
-    """Put the values of ``tree`` (see `state_tree`) into ``state``, in place where it can be changed, and return it.
+    """Load ``tree``, made by `state_tree`, into ``state``, in place where possible; return the result.
 
-    A tensor is copied into the one that stands in its place. A list of another length, a dict's new keys and what was
-    None are built anew, their tensors on ``device`` and their dataclasses found by name among those in ``state`` and
-    in its type annotations. After an error ``state`` is half restored.
+    Tensors are copied into the existing ones. Lists of another length, new dict keys and values that were None are
+    built anew, with tensors on ``device``; their dataclasses are looked up by name in ``state`` and its annotations.
+    After an error ``state`` is partly restored.
 
     Raises:
         ValueError: when the two differ in a class, its fields, or the shape or dtype of a tensor; says where.
@@ -51,18 +51,18 @@ def restore(state: T, tree: Any, device: torch.device | str = "cpu") -> T:
 
 @dataclass(frozen=True)
 class _Restoring:
-    """What one call of `restore` knows everywhere.
+    """The context of one call of `restore`.
 
     Attributes:
         classes: dataclasses by name.
-        device: of tensors that are built anew.
+        device: of newly built tensors.
     """
 
     classes: dict[str, type]
     device: torch.device | str
 
     def into(self, old: Any, new: Any, where: str) -> Any:
-        """``new`` as a value for the place of ``old``, which is ``old`` itself where it can be changed."""
+        """Load ``new`` into ``old``; returns ``old`` if it can be changed in place."""
         if isinstance(old, Tensor) and isinstance(new, Tensor):
             if (old.shape, old.dtype) != (new.shape, new.dtype):
                 raise ValueError(
@@ -129,12 +129,12 @@ class _Restoring:
 
 
 def _saved_name(tree: Any) -> str:
-    """The type of what `state_tree` made ``tree`` from."""
+    """The name of the class that ``tree`` was made from."""
     return str(tree.get(_CLASS, "dict")) if isinstance(tree, dict) else type(tree).__name__
 
 
 def _classes(value: Any, found: dict[str, type]) -> dict[str, type]:
-    """Every dataclass in ``value`` (objects, classes and annotations), its fields and their annotations, by name."""
+    """All dataclasses in ``value`` (objects, classes, annotations) and in their fields, by name."""
     cls = value if isinstance(value, type) else type(value)
     if dataclasses.is_dataclass(cls) and cls.__name__ not in found:
         found[cls.__name__] = cls

@@ -1,4 +1,4 @@
-"""The anchor that replicas share, and what each has moved away from it."""
+"""The shared anchor, and the replicas' differences to it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def anchor_of(params: Sequence[Tensor]) -> list[Tensor]:
 def deltas(
     reducer: Reducer, anchor: list[Tensor], params: list[Tensor], factor: float = 1.0, slot: str = "deltas"
 ) -> list[Sending]:
-    """The average of what all parameters have moved; the factor comes back as memo."""
+    """A `Sending` of the deltas of all parameters; the factor is its memo."""
     return [Sending(slot, reducer, anchor, partial(delta, anchor, params, factor), range(len(anchor)), memo=factor)]
 
 
 def delta(anchor: Sequence[Tensor], params: Sequence[Tensor], factor: float, numbers: Sequence[int]) -> list[Tensor]:
-    """What the parameters with these numbers have moved, times a factor, in the anchor's dtype."""
+    """The deltas of the parameters with these indices, times a factor, in the anchor's dtype."""
     anchor, params = [anchor[i] for i in numbers], [params[i] for i in numbers]
     if factor == 0 or valueless(anchor):  # nothing may come from a replica that is lost, NaN neither
         return zeros(anchor)

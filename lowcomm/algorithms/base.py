@@ -1,4 +1,4 @@
-"""When replicas talk, and what about."""
+"""The interface of a method: when replicas communicate, and what."""
 
 from __future__ import annotations
 
@@ -14,85 +14,84 @@ S = TypeVar("S")
 
 
 class Algorithm(ABC, Generic[S]):
-    """A frozen description of a method; what changes during a run lives in its state ``S``.
+    """A frozen description of a method; what changes during a run is in its state ``S``.
 
-    `step` is one step of the training loop. Its `before_update` and `after_update`, and `backward` where it calls what
-    `during_backward` returned, are the only places that talk. Most methods are `lowcomm.algorithms.rounds.Rounds`,
-    which writes all of this once; others put methods together (`lowcomm.algorithms.composed`).
+    `step` is one step of the training loop. Only `before_update`, `after_update` and the callback of `during_backward`
+    communicate. Most methods are `lowcomm.algorithms.rounds.Rounds`; `lowcomm.algorithms.composed` combines methods.
 
-    Each call is a transaction: when it raises `PeerLost`, `Late` or `NonFinite`, parameters and state are as they were,
-    but for what was under way. Call `forgo`, then the same method again, with a Comm of those who are left.
+    Each call is a transaction: when it raises `PeerLost`, `Late` or `NonFinite`, parameters and state are unchanged
+    except for pending exchanges. Then call `forgo`, and the same method again with a Comm of the remaining members.
     """
 
     @abstractmethod
     def init(self, engine: Engine, comm: Comm, t: int = 0) -> S:
-        """The state after step ``t``, where every replica holds the same parameters and optimizer. Nothing is sent.
+        """The state after step ``t``, when all replicas hold the same parameters and optimizer state. Sends nothing.
 
         Raises:
             ValueError: when the method cannot run with this many members.
         """
 
     def sends_in_backward(self) -> bool:
-        """Whether `during_backward` returns something at some steps; by default at none."""
+        """Whether `during_backward` returns a callback at some steps. By default never."""
         return False
 
     def keeps_equal(self) -> bool:
-        """Whether replicas hold equal parameters and optimizer states after every step; by default not."""
+        """Whether replicas have equal parameters and optimizer states after every step. By default not."""
         return False
 
     def may_skip(self) -> bool:
-        """Whether a replica may take a round alone that others took together; by default not: it would part for good.
+        """Whether a replica may repeat alone a round that others finished before a loss.
 
-        Where replicas stay apart anyway, those who are behind after a loss do.
+        By default not: it would diverge for good. It may where replicas differ anyway.
         """
         return False
 
     def during_backward(self, t: int, engine: Engine, state: S, comm: Comm) -> Ready | None:
-        """What backward of step ``t`` tells each gradient to as soon as it is final; by default nobody.
+        """A callback for each gradient that becomes final in backward of step ``t``. By default None.
 
-        What it returns may take the update of the parameters it was told of (`Engine.update_part`) and start to send.
-        It does not wait, and raises nothing: `before_update` or `after_update` of the step do.
+        It may update the parameters it is called for (`Engine.update_part`) and start to send. It neither waits nor
+        raises; `before_update` or `after_update` of the step do.
         """
         del t, engine, state, comm
         return None
 
     def before_update(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
-        """Between backward and the inner update of step ``t``: may replace the gradients. By default nothing."""
+        """Runs between backward and the inner update of step ``t``; may replace the gradients. By default nothing."""
         del t, engine, state, comm
 
     @abstractmethod
     def after_update(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
-        """After the inner update of step ``t``, counted from 1."""
+        """Runs after the inner update of step ``t``, counted from 1."""
 
     @abstractmethod
     def settle(self, state: S) -> None:
-        """Wait for what is under way and keep in ``state`` what it brought, so that ``state`` can be saved.
+        """Wait for pending exchanges and keep their results in ``state``, so that it can be saved.
 
-        All ranks call it after the same step; it changes no result.
+        All ranks call it after the same step. It does not change the results of training.
         """
 
     @abstractmethod
     def drain(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
-        """After step ``t``: wait for what is under way and take it in, though it may not be due yet."""
+        """After step ``t``: wait for pending exchanges and apply them, also those not due yet."""
 
     @abstractmethod
     def complete(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
-        """At the end of a run of ``t`` steps: drain, and take the rest of a round; a second time, nothing."""
+        """At the end of a run of ``t`` steps: drain and do the rest of a round. A second call does nothing."""
 
     @abstractmethod
     def finish(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
-        """Complete, and leave the same parameters everywhere.
+        """Complete, and give all replicas the same parameters.
 
-        Methods whose replicas stay apart may be asked to leave each its own.
+        Methods whose replicas differ may have an option to leave them so.
         """
 
     @abstractmethod
     def forgo(self, state: S) -> None:
-        """Give up what is under way: somebody is lost. What it would have brought may come with a later round."""
+        """Drop pending exchanges after a loss. A later round may send their content again."""
 
     @abstractmethod
     def enter(self, engine: Engine, state: S, comm: Comm) -> None:
-        """Go on among other members, after `forgo`: what reducers share is made anew. All members call it."""
+        """Continue with other members, after `forgo`: rebuild the state that reducers share. All members call it."""
 
     @abstractmethod
     def num_rounds(self, state: S) -> int:
@@ -100,16 +99,15 @@ class Algorithm(ABC, Generic[S]):
 
     @abstractmethod
     def consensus(self, engine: Engine, state: S) -> list[Tensor]:
-        """The parameters that stand for the run, equal on all replicas: what to evaluate and to publish.
+        """The parameters to evaluate and publish, equal on all replicas.
 
-        Where replicas stay apart (gossip), each gives its own, and an evaluation is the mean of their losses, each on
-        its share of the batches. In the order of ``engine.slots()["param"]``; may be live tensors, so copy before the
-        next step.
+        Where replicas differ (gossip), each returns its own, and an evaluation averages their losses, each on its share
+        of the batches. In the order of ``engine.slots()["param"]``. They may be live: copy them before the next step.
         """
 
 
 def step(algorithm: Algorithm[Any], t: int, engine: Engine, state: Any, comm: Comm, batch: Any) -> Tensor:
-    """Step ``t`` of one replica, counted from 1; its loss, as of `Engine.backward`."""
+    """Take step ``t``, from 1, of one replica and return its loss, as `Engine.backward` does."""
     loss = engine.backward(batch, algorithm.during_backward(t, engine, state, comm))
     algorithm.before_update(t, engine, state, comm)
     engine.update()

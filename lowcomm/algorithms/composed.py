@@ -1,4 +1,4 @@
-"""Methods put together: one after the other, or one within the other.
+"""Combinations of two methods: one after the other, or both at every step.
 
 After(n, DataParallel(), DiLoCo()):   n steps of data parallel, then DiLoCo (post-local SGD, arXiv:1808.07217)
 Then(SPARTA(), DiLoCo()):             at each step what SPARTA does, then what DiLoCo does
@@ -23,8 +23,8 @@ from lowcomm.engine.base import Engine, Ready
 @dataclass
 class AfterState:
     """Attributes:
-    first: the state of the method that comes first.
-    then: that of the other, as it begins until its time has come.
+    first: the state of the first method.
+    then: the state of the second, initialised again at the switch.
     t: steps so far.
     """
 
@@ -35,12 +35,12 @@ class AfterState:
 
 @dataclass(frozen=True)
 class After(Algorithm[AfterState]):
-    """One method for some steps, then another to the end.
+    """One method for `num_steps` steps, then another.
 
-    The second begins with the parameters and optimizer states that the first leaves, and counts its rounds from there.
+    The second continues with the first's parameters and optimizer states, and counts rounds from there.
 
     Attributes:
-        num_steps: of the first.
+        num_steps: steps of the first.
         first: a method that keeps replicas equal at every step: data parallel, or DeMo.
         then: any method.
     """
@@ -59,7 +59,7 @@ class After(Algorithm[AfterState]):
             )
 
     def init(self, engine: Engine, comm: Comm, t: int = 0) -> AfterState:
-        """Both begin; the second again when its time has come."""
+        """Initialise both; the second again at the switch."""
         return AfterState(self.first.init(engine, comm, t), self.then.init(engine, comm, t), t)
 
     def sends_in_backward(self) -> bool:
@@ -77,7 +77,7 @@ class After(Algorithm[AfterState]):
         method.before_update(t, engine, its, comm)
 
     def after_update(self, t: int, engine: Engine, state: AfterState, comm: Comm) -> None:
-        """That of whose time it is; after the last step of the first, the other begins."""
+        """Call the current method; initialise the second after the first's last step."""
         method, its = self._at(t, state)
         method.after_update(t, engine, its, comm)
         state.t = t
@@ -123,7 +123,8 @@ class After(Algorithm[AfterState]):
 class ThenState:
     """Attributes:
     first, then: the states of the two methods.
-    first_t: the step up to which the first is done: it is not done twice where the other is taken again.
+    first_t: the last step whose `after_update` the first has done, so that a retry of the second does not repeat
+        it.
     """
 
     first: Any
@@ -133,11 +134,11 @@ class ThenState:
 
 @dataclass(frozen=True)
 class Then(Algorithm[ThenState]):
-    """Two methods at once: at each step the second works on what the first leaves, and it ends the run in its way.
+    """Two methods at every step: the second works on the result of the first, and ends the run.
 
     Attributes:
         first: such as SPARTA, which keeps replicas close.
-        then: such as DiLoCo, whose deltas are then measured on parameters that the first has moved.
+        then: such as DiLoCo, whose deltas then include the changes made by the first.
     """
 
     first: Algorithm = SPARTA()
@@ -151,7 +152,7 @@ class Then(Algorithm[ThenState]):
         return ThenState(self.first.init(engine, comm, t), self.then.init(engine, comm, t), t)
 
     def sends_in_backward(self) -> bool:
-        """Where the second does; what it sends there was not treated by the first in that step."""
+        """Only the second may; what it sends in backward has not been changed by the first in that step."""
         return self.then.sends_in_backward()
 
     def during_backward(self, t: int, engine: Engine, state: ThenState, comm: Comm) -> Ready | None:
@@ -174,12 +175,12 @@ class Then(Algorithm[ThenState]):
         self.then.drain(t, engine, state.then, comm)
 
     def complete(self, t: int, engine: Engine, state: ThenState, comm: Comm) -> None:
-        """What the first has under way is taken in; the second completes its round."""
+        """Drain the first, complete the second."""
         self.first.drain(t, engine, state.first, comm)
         self.then.complete(t, engine, state.then, comm)
 
     def finish(self, t: int, engine: Engine, state: ThenState, comm: Comm) -> None:
-        """Complete; the second ends the run."""
+        """Drain the first, finish the second."""
         self.first.drain(t, engine, state.first, comm)
         self.then.finish(t, engine, state.then, comm)
 

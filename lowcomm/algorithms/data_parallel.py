@@ -1,4 +1,4 @@
-"""Data parallel: average the gradients at every step. The baseline that talks most.
+"""Data parallel: average the gradients at every step, the baseline with the most traffic.
 
     every step:   g_i <- sum_j w_j g_j;   then the same inner update everywhere
 
@@ -23,15 +23,15 @@ from lowcomm.tensors import copy_, mul_
 
 @dataclass(frozen=True)
 class DataParallel(GradientRounds):
-    """One round a step: the mean gradient, then the same inner update everywhere.
+    """Average gradients at every step, then take the same inner update on every replica.
 
     Traffic of a round: one all-reduce of the gradients, 2 (n - 1) / n x their bytes for each of n replicas.
 
     Attributes:
         reducer: how gradients are averaged.
-        overlap: send gradients while backward computes others. Parameters are grouped from the last to the first, by
-            the reducer's `bucket_bytes`; a group sets out once it and all groups before it are final, so the order is
-            that of the parameters on every rank. A compressor's second and later messages follow after backward.
+        overlap: send gradients during backward, in groups of the reducer's `bucket_bytes` from the last parameter to
+            the first. A group is sent once it and all groups before it are final, so all ranks send in one order. A
+            compressor's later messages follow after backward.
         weights: how much each replica counts, in rank order. None: equally.
     """
 
@@ -44,13 +44,11 @@ class DataParallel(GradientRounds):
         check_participation(self.reducer, self.weights, None)
 
     def begin(self, engine: Engine, comm: Comm) -> GradientsState:
-        """Nothing averaged yet."""
         check_number("weights", self.weights, comm.members)
         kept = {"gradients": self.keep(engine.slots()["param"])}
         return GradientsState(kept=kept, replicas=counted(comm.members, self.weights))
 
     def round(self, t: int, engine: Engine, state: GradientsState, comm: Comm) -> list[Sending]:
-        """The gradients."""
         params, share = engine.slots()["param"], factor(t, comm, state.replicas, self.weights, None)
 
         def values(places: Sequence[int]) -> list[Tensor]:

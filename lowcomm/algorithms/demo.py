@@ -1,17 +1,16 @@
-"""DeMo: every replica keeps its momentum and sends the waves of it that are large (Peng et al. 2024, arXiv:2411.19870).
+"""DeMo: each replica keeps its momentum and sends its largest DCT coefficients (Peng et al. 2024, arXiv:2411.19870).
 
     every step, with gradient g_i and learning rate lr:
         m_i <- decay m_i + lr g_i;   q_i = the largest cosine coefficients of m_i;   m_i <- m_i - q_i
         x <- (1 - lr weight_decay) x - lr sign(combined q)
 
-Momentum from which what was sent is taken away is error feedback with a decay around a compressor, applied to lr g: m
-is the error of `EF14`, and q what `DCT(TopK())` sends of it. The step is plain SGD's on the sign, in which coupled
-weight decay is decoupled: x - lr (sign + w x) = (1 - lr w) x - lr sign.
+This is error feedback with a decay on lr g: m is the error of `EF14`, and q what `DCT(TopK())` sends of it. The step is
+plain SGD on the sign, for which coupled weight decay is decoupled: x - lr (sign + w x) = (1 - lr w) x - lr sign.
 
-Differs from the paper in: m is in float32 or better; tiles need not divide a matrix, some are shorter by one instead;
-where sides are no multiples of 64, the 32 largest are those of 4,096 coefficients in a row of tiles, and so in vectors,
-of which the paper keeps 32 of at most 64; places are coded in 9 bits each, values in bfloat16, and what that rounds
-stays in m; ranks are decoded one after the other, so that sums do not depend on timing.
+Differs from the paper in: m is in float32 or better. Tiles need not divide a matrix: some are shorter by one. Where
+sides are not multiples of 64, and in vectors, the 32 largest are taken of each 4,096 coefficients in tile order (of
+vectors the paper keeps 32 of at most 64). Indices take 9 bits each and values are bfloat16; their rounding error stays
+in m. Ranks are decoded in order, so sums do not depend on timing.
 """
 
 from __future__ import annotations
@@ -37,20 +36,18 @@ from lowcomm.tensors import copy_
 
 @dataclass(frozen=True)
 class DeMo(GradientRounds):
-    """Decoupled momentum: a small message at every step, and a step by its sign.
+    """Decoupled momentum: a small message at every step, then an update by its sign.
 
     Traffic of a round: a message from each of n replicas to the n - 1 others; by default of 100 bytes for each 4,096
-    parameters, 32 values of 16 bits and 32 places of 9: 1.22 % of a gradient in bfloat16.
+    parameters, 32 values of 16 bits and 32 indices of 9: 1.22 % of a bfloat16 gradient.
 
-    The inner optimizer must be plain ``torch.optim.SGD(lr, weight_decay=...)``: another that keeps a state of any
-    parameter is refused as soon as it has one, at the latest after the first step. So is clipping, which would shrink
-    the signs.
+    The inner optimizer must be plain ``torch.optim.SGD(lr, weight_decay=...)``. One with per-parameter state is
+    refused, at the latest after the first step; so is clipping, which would shrink the signs.
 
     Attributes:
-        reducer: how lr x gradient is combined; its sign replaces the gradient. DeMo is a compressor that leaves most
-            and a feedback that remembers it; the `decay` of the feedback is that of the momentum. `TopK(divide_by=
-            "present")` averages each coefficient over those that sent it, as the authors' program does. With
-            Reducer() it is signSGD on the mean gradient.
+        reducer: how lr x gradient is combined; the sign of the result replaces the gradient. The feedback's `decay` is
+            that of the momentum. `TopK(divide_by="present")` averages each coefficient over the ranks that sent it, as
+            the authors' program does. Reducer() gives signSGD on the mean gradient.
     """
 
     reducer: Reducer = Reducer(
@@ -58,11 +55,10 @@ class DeMo(GradientRounds):
     )
 
     def begin(self, engine: Engine, comm: Comm) -> GradientsState:
-        """No momentum: what a replica's reducer keeps is its m, of which no two are alike.
+        """The momentum starts at zero; it is the reducer's error, and differs between replicas.
 
         Raises:
-            ValueError: when the engine clips gradients or takes steps that need them all, or when the inner optimizer
-                keeps a state already.
+            ValueError: when the engine's update needs all gradients (clipping), or the inner optimizer has state.
         """
         if (reason := engine.needs_all_gradients()) is not None:
             raise ValueError(f"DeMo takes a step of size lr by the sign of each value, but {reason}")
@@ -78,14 +74,14 @@ class DeMo(GradientRounds):
         return [Sending("momentum", self.reducer, [_wide(x) for x in engine.slots()["param"]], values)]
 
     def commit(self, t: int, engine: Engine, state: GradientsState, sent: Exchange, means: list[Tensor]) -> None:
-        """Put the sign of what was combined in the place of the gradients."""
+        """Replace the gradients by the sign of the result."""
         copy_(engine.slots()["grad"], torch._foreach_sign(means))
 
     def after_update(self, t: int, engine: Engine, state: GradientsState, comm: Comm) -> None:
-        """Nothing is sent here.
+        """Check the optimizer; sends nothing.
 
         Raises:
-            ValueError: at the first step, when the inner optimizer turns out to keep a state.
+            ValueError: at the first step, when the inner optimizer keeps state.
         """
         if t == 1:
             _require_no_state(engine)
@@ -106,7 +102,7 @@ def _require_no_state(engine: Engine) -> None:
 
 
 def _kept(saved: Any) -> set[str]:
-    """The names of what optimizers keep of any parameter, wherever in ``saved`` there is one in torch's format."""
+    """Names of the per-parameter optimizer states found anywhere in ``saved``."""
     if not isinstance(saved, Mapping):
         return set()
     if {"state", "param_groups"} <= saved.keys():

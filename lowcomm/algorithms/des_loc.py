@@ -5,20 +5,19 @@ Alg. 1).
     every `periods["param"]`:     x_i <- Outer(mean_j x_j)
     every `periods[name]`:        s_i[name] <- mean_j s_j[name]
 
-A state that forgets slowly may be averaged rarely. Parameters take the rounds of DiLoCo; outer SGD(1) averages them.
-With equal periods it is Local Adam; with a period for "param" alone it is Local SGD. Periods count from the step after
-which the method begins; with `After`, data parallel keeps parameters and states equal up to it.
+A state that changes slowly may be averaged rarely. Parameters are synced as in DiLoCo; outer SGD(1) averages them.
+Equal periods give Local Adam; a period for "param" alone gives Local SGD. Periods count from the step at which the
+method begins, which `After` may delay.
 
-What travels of a state: under an exact reducer the state itself, which needs no memory. Under any other the difference
-to its last average, for what a compressor leaves out then keeps the value of that average; the state itself would lose
-it, and a second moment near 0 makes a step as long as 1 / eps. There is no last average at first, so that round goes
-uncompressed; after data parallel its last state is one. Rounding may still carry an average below 0, where no
-second moment can be: a mean of numbers none of which is negative is therefore cut off at 0, and each rank says for each
-tensor whether it has a negative one.
+An exact reducer sends the state itself, which needs no memory. Any other sends the difference to the last average:
+values that the compressor drops then keep that average, whereas a dropped second moment of 0 would make a step as long
+as 1 / eps. The first round has no last average and goes uncompressed, except after data parallel, whose last state
+serves. Rounding may make an average negative. So the mean of a tensor that is nonnegative on all ranks is clamped at 0;
+each rank sends a flag per tensor.
 
-Differs from the paper in: a state is averaged after a step's update, not before it, as in the authors' code: after such
-a step it is equal on all replicas. States are found by name; the authors' code sorts them and counts. Averages are kept
-in float32 or better.
+Differs from the paper in: a state is averaged after a step's update, not before it as in the authors' code, so it is
+then equal on all replicas. States are found by name; the authors' code sorts and counts them. Averages are in float32
+or better.
 """
 
 from __future__ import annotations
@@ -52,11 +51,11 @@ _FIRST = "first "
 @dataclass
 class DESLOCState(RoundsState):
     """Attributes:
-    anchor: parameters as they were last averaged, float32 or better; equal on all replicas.
+    anchor: the last average of the parameters, float32 or better; equal on all replicas.
     outer: state of the outer optimizer; equal on all replicas.
-    averages: optimizer states by name as they were last averaged, float32 or better; equal on all replicas. None of
-        one that never was, or where the reducer is exact.
-    has_negative: by name, whether any replica has a negative value in each tensor; only within a round.
+    averages: last averages of optimizer states by name, float32 or better; equal on all replicas. Absent before the
+        first and with an exact reducer.
+    has_negative: by name, whether each tensor has a negative value on any replica; only within a round.
     params_t: the step of the last average of the parameters.
     """
 
@@ -76,11 +75,11 @@ class DESLOC(Rounds[DESLOCState]):
     each of n replicas. Lossy rounds of a state add 4 bytes in place of a parameter for each tensor.
 
     Attributes:
-        periods: inner steps between averages: of "param", and of each optimizer state by its name in torch, such as
-            "exp_avg". A state without a period stays with its replica. By default those of Adam at 3 and 6 times the
-            parameters' period, as the paper advises for its second moment that forgets slowly.
-        outer: how the parameters follow their mean delta: SGD(1) averages, Nesterov is DES-LOC-Nesterov.
-        reducer: how differences to the last average are averaged, each of its own.
+        periods: inner steps between averages of "param" and of optimizer states by their torch name, such as "exp_avg".
+            A state without a period stays local. The default averages Adam's moments at 3 and 6 times the parameters'
+            period, the slower second moment less often, as the paper advises.
+        outer: how the anchor follows the mean delta: SGD(1) averages, Nesterov gives DES-LOC-Nesterov.
+        reducer: how differences to the last average are averaged; each slot has its own state.
     """
 
     periods: dict[str, int] = field(default_factory=lambda: {"param": 32, "exp_avg": 96, "exp_avg_sq": 192})
@@ -107,7 +106,7 @@ class DESLOC(Rounds[DESLOCState]):
         return self.periods["param"]
 
     def init(self, engine: Engine, comm: Comm, t: int = 0) -> DESLOCState:
-        """After other steps that kept optimizer states equal, these are their last averages."""
+        """If the states exist and are equal already, they are the first averages."""
         state = super().init(engine, comm, t)
         state.params_t = t
         if t > 0:
@@ -118,7 +117,7 @@ class DESLOC(Rounds[DESLOCState]):
         return state
 
     def begin(self, engine: Engine, comm: Comm) -> DESLOCState:
-        """The anchor of the parameters; optimizer states are there only after the first update."""
+        """Copy the parameters to the anchor; optimizer states exist only after the first update."""
         anchor = anchor_of(engine.slots()["param"])
         return DESLOCState(anchor, self.outer.init(anchor), kept={"param": self.keep(anchor)})
 
@@ -127,21 +126,21 @@ class DESLOC(Rounds[DESLOCState]):
         return bool(self._due(t, state))
 
     def after_update(self, t: int, engine: Engine, state: DESLOCState, comm: Comm) -> None:
-        """Average what is due; all that is due is under way at once.
+        """Average all that is due, concurrently.
 
         Raises:
-            ValueError: after the first step, when the optimizer lacks a state that has a period.
+            ValueError: after the first step, if the optimizer lacks a state in `periods`.
         """
         if t == 1:
             self._check_names(engine.slots())
         super().after_update(t, engine, state, comm)
 
     def reducer_of(self, slot: str) -> Reducer:
-        """Signs travel as they are."""
+        """Sign flags are summed exactly."""
         return Reducer() if slot.startswith(_SIGNS) else self.reducer
 
     def round(self, t: int, engine: Engine, state: DESLOCState, comm: Comm) -> list[Sending]:
-        """What is due: deltas of the parameters, and optimizer states or their differences to the last average."""
+        """What is due: parameter deltas, and optimizer states or their differences to the last average."""
         slots, sendings = engine.slots(), []
         for name in self._due(t, state):
             if name == "param":
@@ -158,7 +157,7 @@ class DESLOC(Rounds[DESLOCState]):
         return sendings
 
     def commit(self, t: int, engine: Engine, state: DESLOCState, sent: Exchange, means: list[Tensor]) -> None:
-        """Load the new average: of parameters by an outer step."""
+        """Load the averages; the parameters take an outer step."""
         if sent.slot == "param":
             self.outer.apply(state.anchor, means, state.outer)
             copy_(engine.slots()["param"], state.anchor)
@@ -179,18 +178,17 @@ class DESLOC(Rounds[DESLOCState]):
             copy_(engine.slots()[sent.slot], average)
 
     def rest(self, t: int, engine: Engine, state: DESLOCState, comm: Comm) -> list[Sending] | None:
-        """A partial last round of the parameters; optimizer states are not needed any more."""
+        """A partial last round of the parameters; optimizer states are no longer needed."""
         return self._parameters(engine, state) if t > state.params_t else None
 
     def stands(self, engine: Engine, state: DESLOCState) -> list[Tensor]:
-        """The parameters' anchor."""
         return state.anchor
 
     def _parameters(self, engine: Engine, state: DESLOCState) -> list[Sending]:
         return deltas(self.reducer, state.anchor, engine.slots()["param"], 1.0, "param")
 
     def _due(self, t: int, state: DESLOCState) -> list[str]:
-        """What is averaged after step ``t``, in one order on all replicas."""
+        """The names averaged after step ``t``, in the same order on all replicas."""
         return sorted(name for name, every in self.periods.items() if (t - state.begun_t) % every == 0)
 
     def _is_exact(self) -> bool:

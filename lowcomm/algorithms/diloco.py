@@ -5,9 +5,9 @@
 
 Inner optimizer state stays with its replica: never averaged, never reset (section 6.1).
 
-Differs from the paper in: the anchor is kept in float32 or better, and delta is measured from the value a replica was
-loaded with, so that bfloat16 replicas do not drag the anchor onto the bfloat16 grid; a partial last round is synced at
-the end of a run; in place of separate pretraining, steps of data parallel may come first (`After`).
+Differs from the paper in: the anchor is in float32 or better, and delta is measured from the value a replica was loaded
+with, so bfloat16 replicas do not round the anchor. A partial last round is synced. Data parallel may come first
+(`After`) in place of separate pretraining.
 """
 
 from __future__ import annotations
@@ -56,17 +56,17 @@ class DiLoCo(Rounds[DiLoCoState]):
     parameter for each of n replicas; that over `every` for each step.
 
     Attributes:
-        every: inner steps a round, H. The paper uses 500; loss rises slowly with it (+2.9 % perplexity at 1,000). A
-            `QSR` lets rounds grow as the learning rate falls; how long one is is settled as it begins.
-        outer: how the anchor follows the mean delta.
+        every: inner steps a round, H. The paper uses 500; loss rises slowly with it (+2.9 % perplexity at 1,000). With
+            a `QSR` rounds grow as the learning rate falls; a round's length is fixed at its start.
+        outer: the outer optimizer.
         reducer: how deltas are averaged.
-        weights: how much each replica counts, in rank order, scaled to sum 1 (the paper's non-iid rule takes the
-            sizes of their data). None: equally.
+        weights: how much each replica counts, in rank order, scaled to sum 1 (the paper's non-iid rule takes the sizes
+            of their data). None: equally.
         dropped: simulate lost deltas.
-        overlap: in the last inner step of a round, update parameters while backward computes the gradients of others,
-            and send their deltas at once: in groups from the last parameter to the first, by the reducer's
-            `bucket_bytes`. Gradients cannot be clipped by their norm then. A compressor's second and later messages
-            follow after backward. A partial last round is sent after its last step.
+        overlap: in the last inner step of a round, update parameters during backward and send their deltas at once, in
+            groups of the reducer's `bucket_bytes` from the last parameter to the first. Excludes clipping by the
+            gradient norm. A compressor's later messages follow after backward, and a partial last round after its last
+            step.
     """
 
     every: int | QSR = 100
@@ -82,23 +82,21 @@ class DiLoCo(Rounds[DiLoCoState]):
         check_participation(self.reducer, self.weights, self.dropped)
 
     def begin(self, engine: Engine, comm: Comm) -> DiLoCoState:
-        """The anchor is a copy of the parameters."""
         check_number("weights", self.weights, comm.members)
         anchor, replicas = anchor_of(engine.slots()["param"]), counted(comm.members, self.weights, self.dropped)
         return DiLoCoState(anchor, self.outer.init(anchor), kept={"deltas": self.keep(anchor)}, replicas=replicas)
 
     def round(self, t: int, engine: Engine, state: DiLoCoState, comm: Comm) -> list[Sending]:
-        """Deltas, unless those of all replicas are lost; at the end of a run none is."""
+        """The deltas, unless all replicas' are dropped; the end of a run drops none."""
         dropped = self.dropped if self.is_due(t, state) else None
         mine = factor(state.round + 1, comm, state.replicas, self.weights, dropped)
         return [] if mine is None else deltas(self.reducer, state.anchor, engine.slots()["param"], mine)
 
     def commit(self, t: int, engine: Engine, state: DiLoCoState, sent: Exchange, means: list[Tensor]) -> None:
-        """The outer step; who was heard starts from the new anchor."""
+        """Take the outer step; replicas that took part load the new anchor."""
         self.outer.apply(state.anchor, means, state.outer)
         if sent.memo > 0:
             copy_(engine.slots()["param"], state.anchor)
 
     def stands(self, engine: Engine, state: DiLoCoState) -> list[Tensor]:
-        """The anchor."""
         return state.anchor

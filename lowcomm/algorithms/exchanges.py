@@ -1,4 +1,4 @@
-"""What methods send, and what is on its way: averages over replicas that set out at one step and are due at another."""
+"""Averages over replicas: what is sent (`Sending`), and its state until it is due (`Exchange`)."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class Sending:
     """Something to average over replicas.
 
     Attributes:
-        slot: which of the method's averages it is; what its reducer keeps goes from one to the next of its name.
+        slot: names the average within the method; the reducer's state is kept per slot.
         reducer: how it is averaged.
         like: shapes and dtypes of the values; without ``values``, the values themselves.
-        values: makes them when they set out, some at a time and each once: fresh tensors, which nobody else holds.
-        numbers: the parameter that each value is of, so that it may set out while backward goes on; None: of none.
+        values: computes the values at the given places when they are sent, each once; fresh tensors.
+        numbers: the parameter index of each value, so that it may be sent during backward; None: not per parameter.
         delay: steps until the means are needed; 0: now.
-        pace: steps over which messages that follow on each other are spread, equal on all ranks; None: ``delay``.
-        memo: what the method wants back with the means: tensors, numbers, lists of them.
-        average: in place of the reducer's mean over all members; of ``like``.
-        has_prelude: something else must be exchanged first, which is waited for one step later.
+        pace: steps over which successive messages are spread, equal on all ranks; None: ``delay``.
+        memo: returned to the method with the means: tensors, numbers, lists of them.
+        average: averages ``like``, in place of the reducer's mean over all members.
+        has_prelude: whether the first message may be a preliminary exchange, waited for one step later.
     """
 
     slot: str
@@ -48,15 +48,15 @@ class Sending:
     has_prelude: bool = False
 
     def cut(self, overlap: bool) -> list[list[int]]:
-        """Places that travel together, in the order in which they set out: with ``overlap`` from the last parameter to
-        the first in groups of the reducer's ``bucket_bytes``, otherwise all at once.
+        """The places that are sent together, in order: with ``overlap`` groups of the reducer's ``bucket_bytes`` from
+        the last parameter to the first, otherwise one group.
         """
         if not overlap or self.numbers is None:
             return [list(range(len(self.like)))]
         return cut_backwards(self.like, self.reducer.bucket_bytes)
 
     def start(self, places: Sequence[int], kept: ReducerState, comm: Comm) -> UnderWay:
-        """Send these values off."""
+        """Start averaging the values at these places."""
         like, values = [self.like[i] for i in places], self.values
         if self.average is not None:
             return UnderWay(self.average(like, kept, comm))
@@ -64,7 +64,7 @@ class Sending:
         return UnderWay(self.reducer.mean(like, kept, comm, made))
 
     def exchange(self, t: int) -> Exchange:
-        """The record of it, when it sets out at step ``t``, before any part has."""
+        """The `Exchange` for step ``t``, still without parts."""
         pace = self.delay if self.pace is None else self.pace
         ages = [1] if self.has_prelude and self.delay else []
         num_messages = 1 if self.delay == 0 and self.pace is None else self.reducer.compressor.num_messages()
@@ -73,7 +73,7 @@ class Sending:
 
 
 def cut_backwards(like: Sequence[Tensor], bucket_bytes: int) -> list[list[int]]:
-    """Groups of at most so many bytes, from the last place to the first."""
+    """Groups of at most ``bucket_bytes``, from the last place to the first."""
     last = len(like) - 1
     groups = [[last - i for i in group] for group in buckets(like[::-1], bucket_bytes)]
     return sorted(groups, key=min, reverse=True)  # by who is complete first, where dtypes differ
@@ -81,12 +81,12 @@ def cut_backwards(like: Sequence[Tensor], bucket_bytes: int) -> list[list[int]]:
 
 @dataclass
 class UnderWay:
-    """An average that has set out.
+    """A started average.
 
     Attributes:
-        task: the exchange; None once it has been settled.
-        means: what came of it, once it has.
-        reducer: what averaging keeps, likewise.
+        task: the pending computation; None once settled.
+        means: the result, once settled.
+        reducer: the reducer's new state, once settled.
     """
 
     task: Any
@@ -94,9 +94,9 @@ class UnderWay:
     reducer: ReducerState | None = None
 
     def advance(self) -> None:
-        """Wait for one message of each bucket and send those that follow; without any left, nothing.
+        """Wait for one message of each bucket and send the next ones. Does nothing when none are left.
 
-        All ranks must call it at the same place among their other messages.
+        All ranks must call it at the same point in their message order.
         """
         while self.task is not None and self.task.pending is not None:
             self.task.advance()
@@ -104,28 +104,28 @@ class UnderWay:
                 return
 
     def settle(self) -> None:
-        """Wait for it, and hold plain tensors that a checkpoint can take."""
+        """Wait for the result, and keep it as plain tensors for checkpoints."""
         if self.task is not None:
             self.means, self.reducer = self.task.result()
             self.task = None
 
     def is_between_messages(self) -> bool:
-        """Whether all that could be sent without waiting has been."""
+        """Whether nothing more can be sent without waiting."""
         return self.task is None or self.task.pending is ALL_SENT
 
 
 @dataclass(eq=False)
 class Exchange:
-    """A `Sending` that is on its way.
+    """A `Sending` that has been sent.
 
     Attributes:
         slot, memo, has_prelude: the Sending's.
-        sent_t: the step at which it set out.
+        sent_t: the step at which it was sent.
         due_t: the step at which this replica needs it.
-        ages: steps after ``sent_t`` at which messages follow that depend on earlier ones; two, if it stands twice.
-        groups: places that travel together, of those that have set out.
+        ages: steps after ``sent_t`` at which later messages are sent; a repeated age sends two.
+        groups: places that were sent together.
         parts: the average of each group.
-        failure: what stopped it within backward.
+        failure: the error that stopped it during backward.
     """
 
     slot: str
@@ -139,12 +139,12 @@ class Exchange:
     failure: Any = None
 
     def add(self, group: list[int], part: UnderWay) -> None:
-        """Another group has set out."""
+        """Record a group that was sent."""
         self.groups.append(group)
         self.parts.append(part)
 
     def advance(self, t: int) -> None:
-        """Send what follows at step ``t``."""
+        """Send the messages due at step ``t``."""
         for k, age in enumerate(self.ages):
             if t == self.sent_t + age:
                 for part in self.parts:
@@ -152,14 +152,14 @@ class Exchange:
                         part.advance()
 
     def settle(self) -> None:
-        """Wait for it; raises what stopped it."""
+        """Wait for all parts; raises `failure`."""
         if self.failure is not None:
             raise self.failure
         for part in self.parts:
             part.settle()
 
     def means(self) -> list[Tensor]:
-        """What came, in the order of places."""
+        """The means in the order of places."""
         found: dict[int, Tensor] = {}
         for group, part in zip(self.groups, self.parts, strict=True):
             assert part.means is not None, "settle first"
@@ -167,7 +167,7 @@ class Exchange:
         return [found[i] for i in range(len(found))]
 
     def kept(self) -> list[ReducerState]:
-        """What the reducer keeps of each group."""
+        """The reducer's state of each group."""
         kept = [part.reducer for part in self.parts]
         return [state for state in kept if state is not None]
 
@@ -177,10 +177,11 @@ Turn = tuple[Sequence[int], Callable[[], None]]
 
 
 def in_turn(turns: Sequence[Turn], failed: Callable[[Exception], None]) -> Callable[[int], None]:
-    """What is told the number of each parameter once, as soon as it is final, and takes each turn when it has come.
+    """A callback for final parameters that starts the turns in order.
 
-    Parameters of no turn are none of its business, though it may be told of them. After a peer is lost no turn is
-    taken any more, and ``failed`` hears of it: backward goes on.
+    Call it once with the index of each parameter whose gradient is final. A turn starts when its parameters and those
+    of all earlier turns are final. Parameters of no turn are ignored. `PeerLost` or `Late` goes to ``failed`` and
+    cancels the remaining turns, so that backward continues.
     """
     turn_of = {i: k for k, (numbers, _) in enumerate(turns) for i in numbers}
     missing = [len(numbers) for numbers, _ in turns]

@@ -1,15 +1,15 @@
-"""How the parameters of a model are cut into fragments that are synced on their own (Streaming DiLoCo,
-arXiv:2501.18512, section 2.2), and when each has its turn.
+"""Cuts the parameters of a model into fragments that are synced separately (Streaming DiLoCo, arXiv:2501.18512, section
+2.2), and schedules them.
 
-A block is what the first number in a parameter's dotted name says: "layers.3.attention.weight" is of block 3. With L
-blocks, `num` of them in a fragment and P = ceil(L / num) fragments of blocks, fragment p holds
+The first number in a parameter's dotted name is its block: "layers.3.attention.weight" is in block 3. With L blocks,
+`num` per fragment and P = ceil(L / num) fragments, fragment p holds
 
     strided:     blocks p, p + P, p + 2 P ...
     sequential:  blocks p num to (p + 1) num - 1
 
-and parameters without a number, such as embeddings, head and final norm, are one more fragment, the last.
+Parameters without a number, such as embeddings, head and final norm, form one more fragment, the last.
 
-Differs from the paper in: nothing that it states; it shows the embeddings as a fragment of their own in a figure only.
+Differs from the paper in: nothing that it states; the embeddings' own fragment is only in a figure.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Pattern = Literal["strided", "sequential"]
 
 
 def cut(names: Sequence[str], blocks_per_fragment: int | None, pattern: Pattern) -> list[list[int]]:
-    """The numbers (places in ``names``) of each fragment's parameters, ascending; each number stands in one fragment.
+    """The parameter indices (in ``names``) of each fragment, ascending; each parameter is in one fragment.
 
-    ``blocks_per_fragment`` None makes one fragment of all, as does a model without blocks.
+    ``blocks_per_fragment`` None, or a model without blocks, gives one fragment.
     """
     blocks: dict[int, list[int]] = {}
     others: list[int] = []
@@ -40,5 +40,5 @@ def cut(names: Sequence[str], blocks_per_fragment: int | None, pattern: Pattern)
 
 
 def offsets(num_fragments: int, every: int) -> list[int]:
-    """The step within a round at which each fragment has its turn, evenly spread: the first at 0."""
+    """The step within a round at which each fragment is sent, evenly spaced from 0."""
     return [p * every // num_fragments for p in range(num_fragments)]

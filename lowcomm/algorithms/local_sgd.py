@@ -3,11 +3,11 @@ arXiv:1602.05629).
 
     every `every` inner steps:   local_i <- sum_j w_j local_j
 
-It is DiLoCo with outer SGD(lr=1): the anchor, less the mean of what the replicas moved away from it, is their mean.
-With `After`, which begins in data parallel, it is post-local SGD (Lin et al. 2018, arXiv:1808.07217).
+It is DiLoCo with outer SGD(lr=1): the anchor minus the mean delta is the replicas' mean. With `After` it is post-local
+SGD (Lin et al. 2018, arXiv:1808.07217).
 
-Differs from the paper in: works with any inner optimizer, whose state stays local; what is sent is the difference to
-the last average, so that a lossy reducer never rounds the parameters themselves.
+Differs from the paper in: any inner optimizer, whose state stays local. Differences to the last average are sent, so a
+lossy reducer never rounds the parameters.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class LocalSGD(Rounds[LocalSGDState]):
     Traffic of a round: as DiLoCo.
 
     Attributes:
-        every: inner steps a round; 1 with inner SGD is data parallel. A `QSR` lets rounds grow as the learning rate
+        every: inner steps a round; 1 with inner SGD is data parallel. With a `QSR` rounds grow as the learning rate
             falls.
         reducer: how differences to the last average are averaged.
         weights: how much each replica counts, in rank order; FedAvg takes the sizes of their data. None: equally.
@@ -70,23 +70,21 @@ class LocalSGD(Rounds[LocalSGDState]):
         check_participation(self.reducer, self.weights, self.dropped)
 
     def begin(self, engine: Engine, comm: Comm) -> LocalSGDState:
-        """The last average is the first parameters."""
         check_number("weights", self.weights, comm.members)
         anchor, replicas = anchor_of(engine.slots()["param"]), counted(comm.members, self.weights, self.dropped)
         return LocalSGDState(anchor, kept={"deltas": self.keep(anchor)}, replicas=replicas)
 
     def round(self, t: int, engine: Engine, state: LocalSGDState, comm: Comm) -> list[Sending]:
-        """Differences to the last average, unless those of all replicas are lost; at the end of a run none is."""
+        """Differences to the last average, unless all replicas' are dropped; the end of a run drops none."""
         dropped = self.dropped if self.is_due(t, state) else None
         mine = factor(state.round + 1, comm, state.replicas, self.weights, dropped)
         return [] if mine is None else deltas(self.reducer, state.anchor, engine.slots()["param"], mine)
 
     def commit(self, t: int, engine: Engine, state: LocalSGDState, sent: Exchange, means: list[Tensor]) -> None:
-        """The new average; who was heard starts from it."""
+        """Compute the new average; replicas that took part load it."""
         add_(state.anchor, means, alpha=-1.0)
         if sent.memo > 0:
             copy_(engine.slots()["param"], state.anchor)
 
     def stands(self, engine: Engine, state: LocalSGDState) -> list[Tensor]:
-        """The last average."""
         return state.anchor

@@ -1,29 +1,29 @@
-"""SPARTA: after every step, average a few of the parameters, other ones each time (Beton et al. 2025, "Improving the
-Efficiency of Distributed Training using Sparse Parameter Averaging", https://openreview.net/forum?id=stFPf3gzq1).
+"""SPARTA: after every step, average another small part of the parameters (Beton et al. 2025, "Improving the Efficiency
+of Distributed Training using Sparse Parameter Averaging", https://openreview.net/forum?id=stFPf3gzq1).
 
     after every `every` inner steps:   theta_i[S] <- mean_j theta_j[S],   S the next part of the parameters
     `delay` steps later instead:       theta_i[S] <- theta_i[S] + mean_j sent_j - sent_i
 
-Parts are drawn from a shared seed, so no places travel. Of a parameter of n values, ceil(1 / fraction) = K parts are
+Parts follow from a shared seed, so no indices are sent. A parameter of n values has K = ceil(1 / fraction) parts:
 
     part k = {(a i + b) mod n : k m <= i < (k + 1) m},   m = ceil(n / K)
 
-with a and b drawn anew for each pass through the K parts, and a prime to n: then i -> (a i + b) mod n is a bijection of
-0 .. n - 1 (a is invertible modulo n), and m K >= n numbers in a row take every value. So a pass averages every value at
-least once, and all parts have one size; the last part begins again with the first one's numbers, where K m > n.
+with a and b drawn anew for each pass through the K parts, and a coprime to n. Then i -> (a i + b) mod n is a bijection
+of 0 .. n - 1, so a pass averages every value at least once. All parts have one size; where K m > n, the last part wraps
+around to the first one's values.
 
-Where averages are still under way after the next L = delay // every have been sent, a value that came back within L
-rounds would be corrected twice for the same disagreement. Again and again, as in a parameter of few values, that makes
-replicas part exponentially. So with L > 0, a and b are drawn once for the run, and round r, from 0, is about
+With a delay, L = delay // every later averages are sent before one arrives. A value sent again within L rounds would be
+corrected twice for the same difference; repeated, as in a parameter of few values, this makes replicas diverge
+exponentially. So with L > 0, a and b are drawn once for the run, and round r, from 0, averages
 
     {(a i + b) mod n : k m <= i < min((k + 1) m, n)},   k = r mod max(ceil(n / m), L + 1)
 
-Every value then returns after as many rounds: more than L, which its average takes, and at most K. The last of these
-parts may be short or empty; zeros fill the message.
+Every value then returns after a fixed number of rounds, more than L and at most K. The last parts may be short or empty
+and are padded with zeros.
 
-Differs from the paper in: parts cover everything in K rounds, in place of independent draws that leave (1 - p)^K of it
-out, and cost no memory; what travels is the difference to the value's last average, in float32 or better, so that a
-lossy reducer never rounds the parameters; no mask is sent; the replicas are averaged once at the end.
+Differs from the paper in: parts cover everything in K rounds, where independent draws leave out a share of (1 - p)^K.
+Differences to the last average are sent, in float32 or better, so a lossy reducer never rounds the parameters. No mask
+is sent. Replicas are averaged once at the end.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _ALL = "all"
 @dataclass
 class SPARTAState(RoundsState):
     """Attributes:
-    last: the last average of every value, at first what the replicas start from; float32 or better, equal on all.
+    last: the last average of every value, first the initial parameters; float32 or better, equal on all replicas.
     """
 
     last: list[Tensor]
@@ -61,7 +61,7 @@ class SPARTAState(RoundsState):
 
 @dataclass(frozen=True)
 class SPARTA(Rounds[SPARTAState]):
-    """Sparse averages of the parameters. Optimizer state stays with its replica.
+    """Sparse parameter averaging. Optimizer state stays local.
 
     Traffic of a round: one all-reduce of ceil(n_k / ceil(1 / fraction)) values of each parameter of n_k values in
     float32 (less with a compressor), 2 (n - 1) / n x 4 bytes a value for each of n replicas: about `fraction` of data
@@ -71,12 +71,12 @@ class SPARTA(Rounds[SPARTAState]):
         fraction: of each parameter, above 0 and at most 1; taken as 1 / ceil(1 / fraction). Published are 0.0005 to
             0.005. 1 is Local SGD.
         every: inner steps a round.
-        delay: inner steps that an average may take, during which training goes on; up to 10 are reported to cost
-            nothing. Below the steps of a pass. No value is sent again before its average has come: with `delay` at
-            least `every`, all passes have one order, and each parameter passes of its own, of at most K rounds.
-        seed: of the parts; equal on all replicas.
-        reducer: how differences to the last average are averaged. Its feedback must be NoFeedback: a memory belongs to
-            the values of one part and the next round has another.
+        delay: inner steps from sending an average to applying it; up to 10 are reported to cost nothing. It must be
+            shorter than a pass. From `every` on, all passes have one order, so that no value is sent again before its
+            average arrives; each parameter then has passes of its own, of at most K rounds.
+        seed: of the parts; must be equal on all replicas.
+        reducer: how differences to the last average are averaged. Its feedback must be NoFeedback: its memory would
+            belong to another part than the next round's.
     """
 
     fraction: float = 0.005
@@ -103,16 +103,16 @@ class SPARTA(Rounds[SPARTAState]):
 
     @property
     def num_parts(self) -> int:
-        """Rounds of a pass, after which every value has been averaged: K."""
+        """Rounds of a pass over all values: K."""
         return math.ceil(1 / self.fraction)
 
     @property
     def num_late(self) -> int:
-        """How many later averages are sent before one is taken in: L, below K."""
+        """Later averages that are sent before one is applied: L, below K."""
         return self.delay // self.every
 
     def begin(self, engine: Engine, comm: Comm) -> SPARTAState:
-        """The last averages are the first parameters."""
+        """The last averages start as the initial parameters."""
         last = anchor_of(engine.slots()["param"])
         part = [a.new_empty(part_size(a.numel(), self.num_parts)) for a in last]
         return SPARTAState(last, kept={str(i): self.keep(part) for i in range(self.num_late + 1)})
@@ -130,7 +130,7 @@ class SPARTA(Rounds[SPARTAState]):
         return [Sending(slot, self.reducer, part, delay=self.delay, memo=[own, last])]
 
     def commit(self, t: int, engine: Engine, state: SPARTAState, sent: Exchange, means: list[Tensor]) -> None:
-        """Put the averages of a part in their places, and on them what was trained since they were sent."""
+        """Apply the averages of a part, keeping the local steps since they were sent."""
         params = engine.slots()["param"]
         if sent.slot == _ALL:
             torch._foreach_sub_(state.last, means)
@@ -146,20 +146,20 @@ class SPARTA(Rounds[SPARTAState]):
             _put(p, i, since.add_(average).to(p.dtype))
 
     def rest(self, t: int, engine: Engine, state: SPARTAState, comm: Comm) -> list[Sending] | None:
-        """All parameters, unless the last part was all of them and has been averaged."""
+        """All parameters, unless the last part was all of them and is already averaged."""
         if self.num_parts == 1 and state.synced_t == t and not self.delay:
             return None
         moved = partial(delta, state.last, engine.slots()["param"], 1.0)
         return [Sending(_ALL, self.reducer, state.last, moved)]
 
     def stands(self, engine: Engine, state: SPARTAState) -> list[Tensor]:
-        """This replica's live parameters, which differ a little from the others' until the run ends: an evaluation is
-        the mean of the replicas' losses.
+        """This replica's live parameters. Replicas differ slightly until the run ends; an evaluation averages their
+        losses.
         """
         return engine.slots()["param"]
 
     def _number(self, t: int, state: SPARTAState) -> int:
-        """Which average it is that sets out at step ``t``, from 1."""
+        """The number, from 1, of the average that is sent at step ``t``."""
         return (t - state.begun_t) // self.every
 
     def _places(self, params: Sequence[Tensor], t: int, state: SPARTAState) -> list[Tensor]:
@@ -167,15 +167,15 @@ class SPARTA(Rounds[SPARTAState]):
 
 
 def part_size(num: int, num_parts: int) -> int:
-    """How many of ``num`` values a part has, at most with `num_late`: m."""
+    """The size m of a part of ``num`` values; with `num_late`, parts may be smaller."""
     return -(-num // num_parts)
 
 
 def places(params: Sequence[Tensor], num_parts: int, number: int, seed: int, num_late: int = 0) -> list[Tensor]:
-    """The places (int64, distinct) of each parameter that the average of this number (from 1) is about.
+    """The indices (int64, distinct) of each parameter in the average of this number, from 1.
 
-    In the order in which the parameter's values are read, on its device; equal wherever shapes and seed are. None is
-    among those of the ``num_late`` averages before, which must be fewer than the parts.
+    They index the flattened parameter, on its device, and depend only on shapes and seed. They are disjoint from those
+    of the ``num_late`` averages before, which must be fewer than the parts.
     """
     assert num_late < num_parts, "a value cannot be left alone for longer than a pass"
     passes, part = divmod(number - 1, num_parts)
@@ -193,7 +193,7 @@ def places(params: Sequence[Tensor], num_parts: int, number: int, seed: int, num
 
 
 def _progression(num: int, begin: int, size: int, a: int, b: int, device: torch.device) -> Tensor:
-    """(a i + b) mod num for ``size`` numbers i from ``begin``, with the next a that is prime to num."""
+    """(a i + b) mod num for ``size`` numbers i from ``begin``, with the next a that is coprime to num."""
     if size == 0:
         return torch.empty(0, dtype=torch.int64, device=device)
     a = a % num + 1

@@ -1,25 +1,25 @@
-"""Streaming DiLoCo: DiLoCo in fragments that take turns, whose averages travel while training goes on (Douillard et al.
-2025, arXiv:2501.18512, Algorithm 2).
+"""Streaming DiLoCo: DiLoCo in fragments that are synced in turn, overlapping communication with training (Douillard et
+al. 2025, arXiv:2501.18512, Algorithm 2).
 
 After inner step t, for each fragment p of the parameters, with its own anchor, outer state and offset t_p:
 
-    send,  when t - t_p is a multiple of H:          delta_i = anchor - local_i(t), on its way to the mean over i
+    send,  when t - t_p is a multiple of H:          delta_i = anchor - local_i(t), averaged over i
     apply, `delay` inner steps after it was sent:    anchor  <- outer(anchor, mean_i delta_i)
                                                      local_i <- blend local_i(t) + (1 - blend) anchor
 
-The delta is measured from the anchor, so what blending leaves of a replica's own steps is sent with the next one. What
-it does not leave is lost: with `blend` 0 the `delay` steps between sending and applying.
+The delta is measured from the anchor, so the local steps that blending keeps are sent with the next delta. What it does
+not keep is lost: with `blend` 0, the `delay` steps between sending and applying.
 
-With `delay` = H a delta is taken before what arrived in the same moment is applied. With `blend` 0 that is the update
-which is one outer step late (arXiv:2502.12996; DiLoCoX, arXiv:2506.21263):
+With `delay` = H a delta is taken before the average that arrives at the same step is applied. With `blend` 0 this is
+the update delayed by one outer step (arXiv:2502.12996; DiLoCoX, arXiv:2506.21263):
 
     Theta_i(t) = outer(Theta(t - H), mean_j delta_j(t - H)),    delta_j(t) = Theta(t - H) - local_j(t),    delta(0) = 0
 
-When first sent, nothing is there to apply, but the anchor is loaded as in every later round.
+At the first sending there is no average to apply, but the anchor is loaded as in later rounds.
 
-Differs from the paper in: lines 7 and 11 of its algorithm name a replica's own earlier parameters, with which replicas
-would part for good; here, as in its prose, it is the last synced fragment. `delay` may be H, which the paper excludes.
-At the end of a run what is under way is applied and partial rounds are synced.
+Differs from the paper in: lines 7 and 11 of its algorithm use a replica's own earlier parameters, with which replicas
+would diverge; here, as in its text, it is the last synced fragment. `delay` may be H, which the paper excludes. At the
+end of a run pending averages are applied and partial rounds synced.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ from lowcomm.reduce import Reducer
 
 @dataclass
 class Fragment:
-    """What is kept of one fragment.
+    """The state of one fragment.
 
     Attributes:
-        numbers: which parameters it holds.
+        numbers: indices of its parameters.
         outer: state of the outer optimizer; equal on all replicas.
         sent_t: the inner step of the last delta; None before the first.
         round: averages applied so far.
@@ -64,8 +64,8 @@ class Fragment:
 @dataclass
 class StreamingDiLoCoState(RoundsState):
     """Attributes:
-    anchor: each parameter as its fragment's last round left it, float32 or better; the same sequence on all replicas.
-    fragments: what is kept of each.
+    anchor: the parameters after their fragment's last round, float32 or better; the same sequence on all replicas.
+    fragments: the state of each.
     """
 
     anchor: list[Tensor]
@@ -74,32 +74,30 @@ class StreamingDiLoCoState(RoundsState):
 
 @dataclass(frozen=True)
 class StreamingDiLoCo(Rounds[StreamingDiLoCoState]):
-    """DiLoCo whose traffic is spread over a round and overlaps training.
+    """DiLoCo with its traffic spread over the round and overlapped with training.
 
-    Traffic of a round: that of DiLoCo, in as many parts as there are fragments: with `Gathered` and a code of b bits a
-    value (n - 1) b / 8 bytes a parameter for each of n replicas; that over `every` for each step. A part has `delay`
-    inner steps to arrive before anybody waits.
+    Traffic of a round: as DiLoCo, in one part per fragment. With `Gathered` and a code of b bits a value, (n - 1) b / 8
+    bytes a parameter for each of n replicas. A part has `delay` inner steps to arrive.
 
-    Where a compressor sends k messages in a row, the j-th sets out ceil((j - 1) delay / k) steps after the first.
+    If a compressor sends k messages in sequence, the j-th is sent ceil((j - 1) delay / k) steps after the first.
 
-    With `overlap` a fragment has part of a backward more: a layer's deltas set out once they are known.
+    With `overlap` a fragment also has part of a backward pass: a layer's deltas are sent as soon as they are final.
 
     Attributes:
         every: inner steps between two syncs of a fragment, H.
-        delay: inner steps from sending a delta to applying the mean, from 0, which waits for it, to `every`. The paper
-            has 1, and up to 5 costs little.
-        delays: one for each replica, in rank order, in the place of `delay`. All send at the same steps.
-        blend: how much of a replica's own parameters stays when an average is applied, from 0 to 1, which takes none.
+        delay: inner steps from sending a delta to applying the mean, from 0 (blocking) to `every`. The paper uses 1; up
+            to 5 costs little.
+        delays: one `delay` for each replica, in rank order. All send at the same steps.
+        blend: share of the local parameters kept when an average is applied, from 0 to 1, which ignores the average.
         blocks_per_fragment: transformer blocks in a fragment; None syncs all parameters at once.
         pattern: "strided" spreads a fragment's blocks over the depth, "sequential" takes neighbours.
-        first_round_guard: every fragment trains `every` steps before its first sync, as in the paper; otherwise the
-            first syncs come after shorter rounds, at the offsets.
-        outer: how the anchor follows the mean delta; each fragment has its own state.
-        reducer: how deltas are averaged. The paper sends E3M0 to all, which is Reducer(Gathered(E3M0())).
-        overlap: in the inner step after which a fragment is sent, update its parameters while backward computes the
-            gradients of others, and send their deltas at once: in groups from the last parameter to the first, by the
-            reducer's `bucket_bytes`. Gradients cannot be clipped by their norm then. What is sent at the end of a run
-            does not overlap.
+        first_round_guard: train `every` steps before a fragment's first sync, as in the paper; otherwise first syncs
+            come at the offsets, after shorter rounds.
+        outer: the outer optimizer; each fragment has its own state.
+        reducer: how deltas are averaged. The paper's is Reducer(Gathered(E3M0())).
+        overlap: in the step that sends a fragment, update its parameters during backward and send their deltas at once,
+            in groups of the reducer's `bucket_bytes` from the last parameter to the first. Excludes clipping by the
+            gradient norm. The end of a run does not overlap.
     """
 
     every: int = 100
@@ -151,7 +149,7 @@ class StreamingDiLoCo(Rounds[StreamingDiLoCoState]):
         return StreamingDiLoCoState(anchor, fragments, kept=kept, replicas=counted(comm.members, self.delays))
 
     def is_due(self, t: int, state: StreamingDiLoCoState) -> bool:
-        """Whether some fragment is sent after step ``t``."""
+        """Whether a fragment is sent after step ``t``."""
         return bool(self._due(t, state))
 
     def round(self, t: int, engine: Engine, state: StreamingDiLoCoState, comm: Comm) -> list[Sending]:
@@ -159,25 +157,25 @@ class StreamingDiLoCo(Rounds[StreamingDiLoCoState]):
         return [self._sending(k, engine, state, comm) for k in self._due(t, state)]
 
     def commit(self, t: int, engine: Engine, state: StreamingDiLoCoState, sent: Exchange, means: list[Tensor]) -> None:
-        """Move the fragment's anchor, and the replica towards it."""
+        """Step the fragment's anchor, then blend it into the local parameters."""
         fragment = state.fragments[int(sent.slot)]
         self.outer.apply([state.anchor[i] for i in fragment.numbers], means, fragment.outer)
         self._blend(fragment, engine, state)
         fragment.round += 1
 
     def departed(self, t: int, engine: Engine, state: StreamingDiLoCoState, sent: Exchange, has_arrived: bool) -> None:
-        """With a delay of a whole round, load the anchor as it is where nothing came: the delta has been taken."""
+        """With `delay` = `every`, load the unchanged anchor if no average arrived, as the delta has been taken."""
         fragment = state.fragments[int(sent.slot)]
         fragment.sent_t = t
         if sent.due_t - sent.sent_t == self.every and not has_arrived:
             self._blend(fragment, engine, state)
 
     def drains_first(self, state: StreamingDiLoCoState, comm: Comm) -> bool:
-        """But with a delay of a whole round: then deltas are taken before what is under way is applied, as ever."""
+        """Not with `delay` = `every`: deltas are then taken before pending averages are applied, as in every round."""
         return self._delay(state, comm) < self.every
 
     def rest(self, t: int, engine: Engine, state: StreamingDiLoCoState, comm: Comm) -> list[Sending] | None:
-        """The deltas of fragments of which some replica holds steps that none has covered: the same on all ranks."""
+        """Deltas of the fragments for which some replica has unsent steps; the same on all ranks."""
         delays = self._delays()
         rest = []
         for k, fragment in enumerate(state.fragments):
@@ -189,7 +187,7 @@ class StreamingDiLoCo(Rounds[StreamingDiLoCoState]):
         return rest
 
     def num_rounds(self, state: StreamingDiLoCoState) -> int:
-        """Averages that have been applied, those of all fragments together."""
+        """Averages applied so far, over all fragments."""
         return sum(fragment.round for fragment in state.fragments)
 
     def stands(self, engine: Engine, state: StreamingDiLoCoState) -> list[Tensor]:
@@ -197,7 +195,7 @@ class StreamingDiLoCo(Rounds[StreamingDiLoCoState]):
         return state.anchor
 
     def _due(self, t: int, state: StreamingDiLoCoState) -> list[int]:
-        """The fragments that are sent after inner step ``t``."""
+        """The fragments sent after inner step ``t``."""
         first = self.every if self.first_round_guard else 0
         ages = [t - state.begun_t - offset for offset in offsets(len(state.fragments), self.every)]
         return [k for k, age in enumerate(ages) if age % self.every == 0 and age >= first]
@@ -211,7 +209,7 @@ class StreamingDiLoCo(Rounds[StreamingDiLoCoState]):
         return Sending(str(k), self.reducer, anchor, moved, numbers, delay, pace=min(self._delays()))
 
     def _blend(self, fragment: Fragment, engine: Engine, state: StreamingDiLoCoState) -> None:
-        """Move the replica towards the fragment's anchor."""
+        """Blend the anchor into the replica's fragment."""
         params = engine.slots()["param"]
         for a, p in ((state.anchor[i], params[i]) for i in fragment.numbers):
             # to what a replica is loaded with, so that one that stands there already stays
@@ -219,9 +217,9 @@ class StreamingDiLoCo(Rounds[StreamingDiLoCoState]):
             p.copy_(torch.lerp(p.to(a.dtype), loaded, 1 - self.blend))
 
     def _delays(self) -> list[int]:
-        """All that occur among the replicas."""
+        """The delays of all replicas."""
         return [self.delay] if self.delays is None else self.delays
 
     def _delay(self, state: StreamingDiLoCoState, comm: Comm) -> int:
-        """This replica's."""
+        """The delay of this replica."""
         return self.delay if self.delays is None else self.delays[state.replicas.index(comm.rank)]
