@@ -40,7 +40,7 @@ class Algorithm(ABC, Generic[S]):
         return False
 
     def may_skip(self) -> bool:
-        """Whether a replica may repeat alone a round that others finished before a loss.
+        """Whether a replica may take alone a round that others finished before a loss.
 
         By default not: it would diverge for good. It may where replicas differ anyway.
         """

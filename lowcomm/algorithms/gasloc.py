@@ -1,7 +1,6 @@
-"""GASLoC: gossip on what an outer step proposes, with momentum that speeds it up (arXiv:2606.11081).
+"""GASLoC: gossip on the result of a local outer step, accelerated by momentum (arXiv:2606.11081).
 
-Each replica i keeps the point x_i that it was loaded with. Every `every` inner steps, with a bar for the mean over its
-group of that round:
+Each replica i keeps its anchor x_i. Every `every` inner steps, with a bar for the mean over its group of that round:
 
     y_i = x_i + lr (local_i - x_i);   x_i <- y_i - gossip (y_i - y_bar) + momentum (y_i - y_i of the last round)
 
@@ -9,9 +8,9 @@ with y_i = x_i before the first round. The mean over all replicas follows DiLoCo
 whatever the groups: for the mean, ``y - y of the last round`` is -lr times torch's momentum buffer. Without momentum
 and with one group of all, every replica does.
 
-Differs from the paper in: its equations are followed, which we know from others' accounts; its graph of one peer each
-is groups of two here, and larger groups stand for its two peers; gossip is checked against the bound of
-`lowcomm.algorithms.gossip.largest_pull`; x and y are float32 or better; the default numbers are ours.
+Differs from the paper in: its equations are known to us from others' accounts. Its graph of one peer is groups of two
+here, and its two peers are larger groups. gossip is checked against the bound of
+`lowcomm.algorithms.gossip.largest_pull`. x and y are float32 or better. The default numbers are ours.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ from lowcomm.tensors import copy_
 @dataclass
 class GASLoCState(RoundsState):
     """Attributes:
-    anchor: x, what this replica was loaded with, float32 or better.
-    proposed: y of the last round, likewise; before the first, x.
+    anchor: x of this replica, float32 or better.
+    proposed: y of the last round, float32 or better; before the first, x.
     """
 
     anchor: list[Tensor]
@@ -47,7 +46,7 @@ class GASLoCState(RoundsState):
 
 @dataclass(frozen=True)
 class GASLoC(Rounds[GASLoCState]):
-    """Local steps, an outer step of one's own, and a step towards the mean of a random group.
+    """Local steps, a local outer step, and a step towards the mean of a random group.
 
     Traffic of a round, for N parameters and groups of n: (n - 1) x 4 N bytes. At the end, one all-reduce of 4 N bytes,
     unless `finalize` says otherwise.
@@ -55,14 +54,14 @@ class GASLoC(Rounds[GASLoCState]):
     Attributes:
         every: inner steps a round.
         lr: outer learning rate, eta in the paper.
-        momentum: on what is proposed, gamma in the paper; below 1.
-        gossip: how far to go to the group's mean, alpha in the paper: 1 goes all the way. The momentum and the group's
-            size bound it.
-        group_size: replicas that average together in a round; what is left over is a smaller group, or one replica
-            alone. None: all of them, the complete graph.
+        momentum: on y, gamma in the paper; below 1.
+        gossip: step towards the group's mean, alpha in the paper; 1 goes all the way. Its bound depends on momentum and
+            group size.
+        group_size: replicas per group; the remainder forms a smaller group, or one replica is alone. None: all, the
+            complete graph.
         reducer: how y is averaged over a group.
-        finalize: what a run leaves behind: the "average" of all replicas on each, the first replica's on all ("pick"),
-            or each its own ("ensemble").
+        finalize: final parameters: the "average" of all replicas, the first replica's ("pick"), or each replica's own
+            ("ensemble").
         seed: of the groups.
     """
 
@@ -92,40 +91,40 @@ class GASLoC(Rounds[GASLoCState]):
         check_pull(self.gossip, self.momentum, self.group_size, f"GASLoC(gossip={self.gossip:g})", remedy)
 
     def begin(self, engine: Engine, comm: Comm) -> GASLoCState:
-        """Both points are copies of the parameters, which all replicas share."""
+        """Both x and y start as the parameters."""
         params = engine.slots()["param"]
         anchor = anchor_of(params)
         return GASLoCState(anchor, anchor_of(params), kept={"proposed": self.keep(anchor)})
 
     def round(self, t: int, engine: Engine, state: GASLoCState, comm: Comm) -> list[Sending]:
-        """What this replica proposes, to its group."""
+        """y of this replica, to its group."""
         moved = delta(state.anchor, engine.slots()["param"], -1.0, range(len(state.anchor)))
         proposed = list(torch._foreach_add(state.anchor, moved, alpha=self.lr))
         among = partial(group_mean, self.reducer, size=self.group_size, seed=self.seed, round=state.round + 1)
         return [Sending("proposed", self.reducer, proposed, memo=proposed, average=among)]
 
     def commit(self, t: int, engine: Engine, state: GASLoCState, sent: Exchange, means: list[Tensor]) -> None:
-        """Towards the group's mean, and on with the momentum."""
+        """Apply `mixed`, and load the result."""
         state.anchor = mixed(sent.memo, means, state.proposed, self.gossip, self.momentum)
         state.proposed = sent.memo
         copy_(engine.slots()["param"], state.anchor)
 
     def may_skip(self) -> bool:
-        """Alone a replica steps by itself."""
+        """A replica alone steps by itself."""
         return True
 
     def close(self, engine: Engine, state: GASLoCState, comm: Comm) -> None:
-        """What `finalize` says, which all replicas' parameters become."""
+        """Apply `finalize`."""
         state.anchor = finalized(state.anchor, self.finalize, comm)
 
     def stands(self, engine: Engine, state: GASLoCState) -> list[Tensor]:
-        """This replica's anchor; replicas stay apart, and their losses rather than their parameters are averaged."""
+        """This replica's anchor. Replicas differ, so an evaluation averages their losses."""
         return state.anchor
 
 
 def mixed(
     proposed: list[Tensor], mean: list[Tensor], last: list[Tensor], gossip: float, momentum: float
 ) -> list[Tensor]:
-    """Where a replica goes on: from what it proposed towards its group's mean, and on as it moved since the last."""
+    """The new x: y pulled towards its group's mean, plus momentum times the change of y."""
     moved = torch._foreach_sub(proposed, last)
     return list(torch._foreach_add(torch._foreach_lerp(proposed, mean, gossip), moved, alpha=momentum))

@@ -1,7 +1,7 @@
-"""What methods share whose replicas talk in small groups that change every round.
+"""Shared parts of methods whose replicas average in small groups that change every round.
 
-Who talks to whom follows from a seed and the round, so nobody has to be asked. Within a group everything travels by
-swaps of two (`lowcomm.pairwise`).
+Groups follow from a seed and the round, without communication. Within a group everything is exchanged in pairs
+(`lowcomm.pairwise`).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Finalize = Literal["average", "pick", "ensemble"]
 
 
 def groups(members: Sequence[int], size: int | None, seed: int, round: int) -> list[tuple[int, ...]]:
-    """A fresh partition of the members for each round, the same on all of them.
+    """A random partition of the members for this round, the same on all of them.
 
-    They are shuffled; with G the number of full groups, the k-th of the first G x size joins group k mod G, and the
-    fewer than ``size`` that are left are a group of their own. With pairs and an odd number, the last is alone.
+    Members are shuffled. With G full groups, the k-th of the first G x size joins group k mod G; the fewer than
+    ``size`` that remain form one more group.
 
     Args:
         size: of a group; None or more than there are: one group of all.
@@ -47,10 +47,9 @@ def group_mean(
 ) -> Task[tuple[list[Tensor], ReducerState]]:
     """Start averaging ``xs`` over this rank's group of a round; result as of `Reducer.mean`.
 
-    ``xs`` must not change before the result is there. Who is alone keeps its own values as they are, and nothing is
-    rounded. When the group is another than in the round before, what its members must share is made anew first
-    (`Reducer.resync`): for nothing where a reducer shares nothing, and for a whole uncompressed average with EF21 and
-    its kin. The task pauses at `ALL_SENT` after that, too, when the average itself sets out.
+    ``xs`` must not change until then. A rank alone keeps its values, unrounded. When the group has changed,
+    `Reducer.resync` first rebuilds its shared state: free for reducers that share nothing, a whole uncompressed average
+    for EF21 and its variants. After that the average is sent, and the task pauses at `ALL_SENT`.
     """
 
     def of_round(number: int) -> tuple[int, ...]:
@@ -74,27 +73,29 @@ def _mean(
 
 
 def local(anchor: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
-    """Each anchor and what its parameter has moved since it was loaded: the parameter itself, if it is as fine."""
+    """The parameters at the precision of the anchor: anchor plus the change since loading, or the parameters themselves
+    if as precise.
+    """
     return [p.detach().to(a.dtype) + (a - a.to(p.dtype).to(a.dtype)) for a, p in zip(anchor, params, strict=True)]
 
 
 def largest_pull(momentum: float, size: float, num_replicas: float = inf) -> float:
-    """Below which pull towards the mean of a random group replicas contract in mean square.
+    """The bound on the pull towards a random group's mean below which replicas contract in mean square.
 
     With ``d <- momentum d + pull (group mean - x);  x <- x + d`` and groups of ``size`` drawn anew each round, the
     second moments of x and d about their means over replicas decay exactly when
 
         0 < pull < 2 (1 - momentum^2) / (1 + momentum - 2 momentum kappa),   kappa = (1 - 1 / size) / (1 - 1 / N)
 
-    for N replicas. By default N is infinite, which is the narrowest: 2 (1 - momentum^2) for pairs. One group of all has
-    kappa = 1 whatever N, as an infinite ``size`` does: 2 (1 + momentum).
+    for N replicas. The default, infinite N, gives the smallest bound: 2 (1 - momentum^2) for pairs. One group of all,
+    or an infinite ``size``, has kappa = 1: 2 (1 + momentum).
     """
     kappa = (1 - 1 / size) / (1 - 1 / num_replicas)
     return 2 * (1 - momentum**2) / (1 + momentum - 2 * momentum * kappa)
 
 
 def check_pull(pull: float, momentum: float, size: int | None, named: str, remedy: str) -> None:
-    """Refuse a pull under which replicas drift apart.
+    """Refuse a pull with which replicas diverge.
 
     Args:
         size: of a group; None: one group of all.
@@ -114,17 +115,17 @@ def check_pull(pull: float, momentum: float, size: int | None, named: str, remed
 
 
 def check_finalize(finalize: str) -> None:
-    """Refuse what is no `Finalize`.
+    """Check that it is a `Finalize`.
 
     Raises:
-        ValueError: naming what is.
+        ValueError: naming the choices.
     """
     if finalize not in ("average", "pick", "ensemble"):
         raise ValueError(f"finalize is {finalize!r}; choose 'average', 'pick' or 'ensemble'")
 
 
 def finalized(tensors: Sequence[Tensor], finalize: Finalize, comm: Comm) -> list[Tensor]:
-    """What becomes of replicas' tensors at the end of a run: fresh ones, but for an ensemble these themselves."""
+    """The tensors at the end of a run: fresh ones, but ``ensemble`` returns the same."""
     if finalize == "ensemble":
         return list(tensors)
     if finalize == "pick":
@@ -135,9 +136,9 @@ def finalized(tensors: Sequence[Tensor], finalize: Finalize, comm: Comm) -> list
 
 
 def disagreement(tensors: Sequence[Tensor], comm: Comm) -> Tensor:
-    """How far the members' tensors are apart: each number's distance to its mean over members, root mean square.
+    """Root mean square distance of the members' tensors to their mean over members.
 
-    A 0-d float64 tensor, equal on all members; it costs an all-reduce of all tensors in float64.
+    A 0-d float64 tensor, equal on all members; costs an all-reduce of all tensors in float64.
     """
     copies = [x.detach().double() for x in tensors]
     sums = [comm.all_sum(x) for x in copies]

@@ -1,17 +1,18 @@
-"""NoLoCo: DiLoCo without an all-reduce; replicas average with one random partner a round (arXiv:2506.10911).
+"""NoLoCo: DiLoCo without an all-reduce; each replica averages with one random partner per round (arXiv:2506.10911).
 
-Each replica i keeps slow weights phi_i and an outer momentum d_i of its own. Every `every` inner steps, with bars for
-means over its group of that round and delta_i = theta_i - phi_i for what its inner steps did:
+Each replica i keeps its own slow weights phi_i and outer momentum d_i. Every `every` inner steps, with bars for means
+over its group of that round and delta_i = theta_i - phi_i:
 
     d_i <- alpha d_i + beta delta_bar + gamma (phi_bar - phi_i);   phi_i <- phi_i + d_i;   theta_i <- phi_i
 
-The mean over all replicas follows DiLoCo with heavy-ball momentum whatever the groups; gamma pulls replicas together.
-With gamma = beta it is ``d_i <- alpha d_i + beta (theta_bar - phi_i)``, for which one tensor travels in place of two.
+Whatever the groups, the mean over all replicas follows DiLoCo with heavy-ball momentum; gamma pulls replicas together.
+With gamma = beta it is ``d_i <- alpha d_i + beta (theta_bar - phi_i)``, which sends one tensor instead of two.
 
-Differs from the paper in: the sign of its equation 2, with which the method diverges, is that of its code; gamma is
-checked against the exact bound of `lowcomm.algorithms.gossip.largest_pull`, as the paper's interval holds values that
-diverge and leaves out ones that contract; phi and d are float32 or better; replicas start equal, in place of from an
-average of independent first weights; numbers that groups do not divide, a partial last round and an average at the end.
+Differs from the paper in: its equation 2 diverges with the printed sign; here it has that of its code. gamma is checked
+against the exact bound of `lowcomm.algorithms.gossip.largest_pull`, as the paper's interval includes values that
+diverge and excludes ones that contract. phi and d are float32 or better. Replicas start equal, not from an average of
+independent initial weights. Group sizes need not divide the number of replicas; a partial last round and a final
+average are added.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ from lowcomm.tensors import add_, copy_, mul_, zeros
 class NoLoCoState(RoundsState):
     """Attributes:
     anchor: phi, this replica's slow weights, float32 or better.
-    momentum: d, likewise.
-    mean_anchor: that of this round's group, once it has come; None where nobody needs it, as all anchors are equal or
-        thetas travel in place of deltas.
+    momentum: d, float32 or better.
+    mean_anchor: phi_bar of this round's group, once received; None if not needed: anchors are equal, or thetas are
+        sent.
     is_apart: whether anchors may differ.
     """
 
@@ -55,25 +56,24 @@ class NoLoCoState(RoundsState):
 class NoLoCo(Rounds[NoLoCoState]):
     """Local steps, and outer steps on the mean of a random group.
 
-    Traffic of a round, for N parameters and groups of n: (n - 1) x 4 N bytes with `gamma` None, twice that with a
-    number, half of which, the anchors', goes while inner steps do, message by message: what new partners must share
-    first is waited for after the first of them, and k messages in a row set out evenly over the round. Those after the
-    last full round go in vain, unless a partial one follows. At the end, one all-reduce of 4 N bytes, unless `finalize`
-    says otherwise.
+    Traffic of a round, for N parameters and groups of n: (n - 1) x 4 N bytes with `gamma` None. A number doubles that:
+    anchors are sent too, during the next round's inner steps. If a compressor sends k messages in sequence, they are
+    spread over the round; a preliminary exchange with new partners is waited for after its first step. The anchors sent
+    after the last full round are wasted, unless a partial round follows. At the end, one all-reduce of 4 N bytes,
+    unless `finalize` says otherwise.
 
     Attributes:
         every: inner steps a round. The paper has 50, and 100 for its DiLoCo.
         alpha: outer momentum, the share of d that survives a round.
         beta: outer learning rate.
-        gamma: how strongly a replica is pulled to its group's mean anchor, below a bound that alpha and the group's
-            size set. None: as strongly as beta, by sending theta alone. A number, beta too, sends deltas, and anchors
-            ahead of time.
-        group_size: replicas that average together in a round; what is left over is a smaller group, or one replica
-            alone, which steps by itself. None: all of them, which is DiLoCo with heavy-ball momentum.
-        reducer: how theta, or with a number for `gamma` the delta, is averaged over a group.
-        anchors: how anchors are, which travel with a number for `gamma` only.
-        finalize: what a run leaves behind: the "average" of all anchors on every replica, the first replica's on all
-            ("pick"), or each its own ("ensemble").
+        gamma: pull towards the group's mean anchor; its bound depends on alpha and the group size. None: beta, by
+            sending theta alone. A number, even beta's, sends deltas, and anchors ahead of time.
+        group_size: replicas per group; the remainder forms a smaller group, or one replica steps by itself. None: all,
+            which is DiLoCo with heavy-ball momentum.
+        reducer: how theta, or the delta if `gamma` is a number, is averaged over a group.
+        anchors: how anchors are averaged, if `gamma` is a number.
+        finalize: final parameters: the "average" of all anchors, the first replica's ("pick"), or each replica's own
+            ("ensemble").
         seed: of the groups.
     """
 
@@ -110,17 +110,17 @@ class NoLoCo(Rounds[NoLoCoState]):
             check_pull(self.gamma, self.alpha, self.group_size, named, "choose it within, or lower alpha")
 
     def begin(self, engine: Engine, comm: Comm) -> NoLoCoState:
-        """Every anchor is a copy of the parameters, which all replicas share."""
+        """The anchor is a copy of the parameters."""
         anchor = anchor_of(engine.slots()["param"])
         kept = {slot: self.keep(anchor, slot) for slot in ("moved", "anchors")}
         return NoLoCoState(anchor, zeros(anchor), kept=kept)
 
     def reducer_of(self, slot: str) -> Reducer:
-        """Anchors have one of their own."""
+        """Anchors have their own reducer."""
         return self.anchors if slot == "anchors" else self.reducer
 
     def round(self, t: int, engine: Engine, state: NoLoCoState, comm: Comm) -> list[Sending]:
-        """Thetas, or deltas, and anchors if they are apart and did not travel ahead."""
+        """Thetas or deltas, and anchors if they differ and were not sent ahead."""
         params, round = engine.slots()["param"], state.round + 1
         is_coming = state.mean_anchor is not None or any(sent.slot == "anchors" for sent in state.under_way)
         is_missing = state.is_apart and self._has_groups(comm) and not is_coming
@@ -133,7 +133,7 @@ class NoLoCo(Rounds[NoLoCoState]):
         return [*ahead, Sending("moved", self.reducer, moved, average=among)]
 
     def commit(self, t: int, engine: Engine, state: NoLoCoState, sent: Exchange, means: list[Tensor]) -> None:
-        """An outer step of this replica's own, on what its group has moved and on how far it is from the group."""
+        """Take this replica's outer step, from its group's mean and its distance to it."""
         if sent.slot == "anchors":
             state.mean_anchor = means
             return
@@ -148,23 +148,23 @@ class NoLoCo(Rounds[NoLoCoState]):
         copy_(engine.slots()["param"], state.anchor)
 
     def after_update(self, t: int, engine: Engine, state: NoLoCoState, comm: Comm) -> None:
-        """A round when it is due, after which the anchors set out to the group of the next one."""
+        """Do a round when due, then send the anchors to the group of the next round."""
         is_due = self.is_due(t, state)
         super().after_update(t, engine, state, comm)
         if is_due and self._has_groups(comm):
             self.exchange(t, engine, state, comm, [self._anchors(state, state.round + 1, self.every)])
 
     def enter(self, engine: Engine, state: NoLoCoState, comm: Comm) -> None:
-        """Groups are others now, and so are their mean anchors."""
+        """The groups change, so their mean anchors are void."""
         super().enter(engine, state, comm)
         state.mean_anchor = None
 
     def may_skip(self) -> bool:
-        """Alone a replica steps by itself."""
+        """A replica alone steps by itself."""
         return True
 
     def close(self, engine: Engine, state: NoLoCoState, comm: Comm) -> None:
-        """What `finalize` says, which all replicas' parameters become."""
+        """Apply `finalize`."""
         anchor = finalized(state.anchor, self.finalize, comm)
         if self.finalize != "ensemble":
             # all anchors are equal again, and nobody needs their mean: what partners share begins anew, too
@@ -172,11 +172,11 @@ class NoLoCo(Rounds[NoLoCoState]):
         state.anchor = anchor
 
     def stands(self, engine: Engine, state: NoLoCoState) -> list[Tensor]:
-        """This replica's anchor; replicas stay apart, and their losses rather than their parameters are averaged."""
+        """This replica's anchor. Replicas differ, so an evaluation averages their losses."""
         return state.anchor
 
     def _has_groups(self, comm: Comm) -> bool:
-        """Whether anchors travel: they are asked for and may differ."""
+        """Whether anchors must be sent: `gamma` is a number and groups are smaller than the whole."""
         return self.gamma is not None and self.group_size is not None and self.group_size < len(comm.members)
 
     def _anchors(self, state: NoLoCoState, round: int, delay: int) -> Sending:
@@ -193,7 +193,7 @@ def outer_step(
     alpha: float,
     pulls: Sequence[tuple[float, list[Tensor]]],
 ) -> None:
-    """In place: the momentum becomes alpha times itself and the sum of factor times pull; the anchor moves by it."""
+    """In place: momentum <- alpha momentum + sum of factor x pull; anchor <- anchor + momentum."""
     mul_(momentum, alpha)
     for factor, pull in pulls:
         add_(momentum, pull, alpha=factor)

@@ -1,4 +1,4 @@
-"""How much each replica counts in a round, and the rounds it misses."""
+"""Weights of replicas in a round, and rounds that drop replicas."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ from lowcomm.tensors import rng
 
 @dataclass(frozen=True)
 class DroppedRounds:
-    """Dropped communication (DiLoCo, arXiv:2311.08105, section 3): at each round every replica's delta is lost with
-    some probability, independently. That replica goes on from its own parameters; its next delta is measured from the
+    """Dropped communication (DiLoCo, arXiv:2311.08105, section 3): each round, each replica's delta is lost
+    independently with some probability. That replica keeps its own parameters; its next delta is measured from the
     current anchor and so covers both rounds.
 
-    The draw depends on seed and round only, so every replica knows who is missing. A round that nobody reaches is
-    skipped.
+    The draw depends on seed and round only, so all replicas know who is missing. A round without any delta is skipped.
 
     Attributes:
         probability: of losing one replica's delta in one round, at least 0 and below 1.
-        divide_by: "survivors" averages over those that arrived; "all" counts the missing as zero, which shortens the
-            step. The paper does not say which it uses.
+        divide_by: "survivors" averages over the deltas that arrived; "all" counts missing ones as zero. The paper does
+            not say which it uses.
         seed: of the draw.
     """
 
@@ -42,13 +41,13 @@ class DroppedRounds:
             raise ValueError(f"DroppedRounds(divide_by={self.divide_by!r}): choose 'survivors' or 'all'")
 
     def arrived(self, round: int, num_replicas: int) -> list[bool]:
-        """Whether each replica's delta arrives in this round (from 1)."""
+        """Whether each replica's delta arrives in this round, from 1."""
         draws = torch.rand(num_replicas, generator=rng(self.seed, "dropped", round), dtype=torch.float64)
         return (draws >= self.probability).tolist()
 
 
 def check_weights(weights: Sequence[float] | None) -> None:
-    """Refuse weights that cannot be shares, or lack one of the members.
+    """Check that there is a valid weight for each member.
 
     Raises:
         ValueError: for a weight that is not positive and finite.
@@ -60,7 +59,7 @@ def check_weights(weights: Sequence[float] | None) -> None:
 
 
 def check_number(name: str, options: Sequence[object] | None, members: Sequence[int]) -> None:
-    """Refuse a list of something for each replica that has too many or too few.
+    """Check that a list has one entry for each replica.
 
     Raises:
         ValueError: naming both numbers.
@@ -70,11 +69,11 @@ def check_number(name: str, options: Sequence[object] | None, members: Sequence[
 
 
 def check_participation(reducer: Reducer, weights: Sequence[float] | None, dropped: DroppedRounds | None) -> None:
-    """Refuse reducers in which a replica's share is not what its factor says.
+    """Refuse reducers that do not weight a replica by its factor.
 
     Raises:
-        ValueError: for a mean over those that sent a place, of whom nobody knows how much they count; and for lost
-            rounds with a feedback, whose memory would be sent although its replica is lost.
+        ValueError: for a mean over the ranks that sent a place, whose weights are unknown; and for dropped rounds with
+            a feedback, whose memory would be sent although its replica is dropped.
     """
     if (weights is not None or dropped is not None) and not reducer.compressor.divides_by_all():
         raise ValueError(
@@ -88,7 +87,7 @@ def check_participation(reducer: Reducer, weights: Sequence[float] | None, dropp
 
 
 def counted(members: Sequence[int], *options: object) -> list[int]:
-    """The replicas that ``options`` are about, weights or lost rounds: the first members, or nobody without any."""
+    """The first members, to which weights or dropped rounds refer; empty without such options."""
     return list(members) if any(option is not None for option in options) else []
 
 
@@ -99,9 +98,9 @@ def factor(
     weights: Sequence[float] | None,
     dropped: DroppedRounds | None,
 ) -> float | None:
-    """What a replica multiplies its delta by before the plain mean, to make it the weighted mean over arrivals.
+    """This replica's factor on its delta, so that the plain mean becomes the weighted mean over arrivals.
 
-    A factor of 1 everywhere is the plain mean; 0: this replica's delta is lost; None: nobody's arrives.
+    0: this replica's delta is dropped; None: all are.
 
     Args:
         comm: of those who still take part.

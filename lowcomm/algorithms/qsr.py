@@ -5,9 +5,9 @@
 Power 2 is QSR; 1 and 3 are the linear and the cubic rule that the paper compares it with; a plain number of steps is
 the constant one.
 
-Differs from the paper in: during warm-up, rounds have the length that follows from ``peak_lr``, or ``base`` steps when
-none is given (the authors' code takes a number of its own, ``init_h``); a rate of 0 lets the round last to the end of
-the run, where the authors' code divides by it; alpha 0, their code's silent switch to a constant length, is refused.
+Differs from the paper in: during warm-up, the length follows from ``peak_lr``, or is ``base`` without one (the authors'
+code has an option ``init_h``). At a rate of 0 the round lasts to the end of the run; the authors' code divides by it.
+alpha 0, their switch to a constant length, is refused.
 """
 
 from __future__ import annotations
@@ -21,16 +21,15 @@ _FOREVER = 2**53
 
 @dataclass(frozen=True)
 class QSR:
-    """How many inner steps a round has, from the learning rate at its start.
+    """The inner steps of a round as a function of the learning rate at its start.
 
     Attributes:
-        base: the least, H_base.
-        alpha: how long rounds are: n steps at the rate alpha / n^(1 / power). The default is the paper's for ViT-B
-            with AdamW at a peak rate of 0.008.
+        base: the minimum, H_base.
+        alpha: scale of the length: n steps at the rate alpha / n^(1 / power). The default is the paper's for ViT-B with
+            AdamW at a peak rate of 0.008.
         power: 2 is QSR.
-        num_warmup_steps: rounds that begin before this inner step do not go by the rate, which is still rising.
-        peak_lr: the rate at the end of warm-up, whose length those rounds have; None gives them ``base`` steps, which
-            is the same as long as (alpha / peak_lr)^power is below base + 1.
+        num_warmup_steps: rounds that begin before this inner step ignore the rate, which is still rising.
+        peak_lr: the rate at the end of warm-up, which sets the length of those rounds; None gives them ``base`` steps.
     """
 
     base: int = 4
@@ -73,7 +72,7 @@ class QSR:
 
 
 def check_every(every: int | QSR) -> None:
-    """Refuse a period without a step.
+    """Check that the period is at least 1.
 
     Raises:
         ValueError: for a number below 1.

@@ -1,8 +1,7 @@
-"""One lifecycle for methods that average something: when, what is under way, partial last rounds, counters, losses.
+"""The lifecycle shared by methods that average at rounds: timing, pending exchanges, partial last rounds, losses.
 
-A method says what it sends (`Rounds.round`), what it does with the answer (`commit`), and what stands for the run
-(`stands`). Here is the rest. Each exchange is *talk, then commit*: everything that can fail comes before anything
-changes.
+A method defines what it sends (`Rounds.round`), how it uses the means (`commit`), and what is evaluated (`stands`).
+Each exchange is *talk, then commit*: everything that can fail comes before any change.
 """
 
 from __future__ import annotations
@@ -26,18 +25,18 @@ from lowcomm.tensors import copy_
 
 @dataclass(kw_only=True)
 class RoundsState(ABC):  # noqa: B024  # what states are made from, and none itself
-    """What every method keeps; its own state has this as base.
+    """The state that every method keeps; a method's own state inherits from it.
 
     Attributes:
-        kept: what reducers keep between rounds, by slot, for each group of values that travels together.
-        under_way: averages that are not due yet, the oldest first.
-        leaving: those that have begun to set out within this step's backward.
-        replicas: the members at the start, where the method has a list of something for each; otherwise none.
+        kept: reducer states by slot, one for each group of values sent together.
+        under_way: pending exchanges, oldest first.
+        leaving: exchanges being sent during this step's backward.
+        replicas: the initial members, if the method has per-replica options; otherwise empty.
         round: rounds so far.
         begun_t: the step after which the method began.
         synced_t: the step of the last round.
         ends_t: the step at which the present round ends.
-        completed_t: the step at which it was completed last; None before.
+        completed_t: the step of the last `complete`; None before.
     """
 
     kept: dict[str, list[ReducerState]] = field(default_factory=dict)
@@ -58,8 +57,8 @@ class Rounds(Algorithm[S], ABC):
     """A method of rounds.
 
     Attributes:
-        overlap: send values of parameters (`Sending.numbers`) while backward computes others: within the step at whose
-            end they are due, in groups by the reducer's ``bucket_bytes``, after their update has been taken.
+        overlap: send values with `Sending.numbers` during backward of the step at which they are due, after their
+            parameters' update, in groups of the reducer's ``bucket_bytes``.
         averages: "param": rounds come after the inner update; "grad": before it.
     """
 
@@ -72,53 +71,50 @@ class Rounds(Algorithm[S], ABC):
     @property
     @abstractmethod
     def every(self) -> int | QSR:
-        """Inner steps a round: a field of most methods."""
+        """Inner steps of a round; a field of most methods."""
 
     @abstractmethod
     def begin(self, engine: Engine, comm: Comm) -> S:
-        """Its own state, where every replica holds the same parameters. Nothing is sent."""
+        """The method's own state, when all replicas hold the same parameters. Sends nothing."""
 
     @abstractmethod
     def round(self, t: int, engine: Engine, state: S, comm: Comm) -> list[Sending]:
-        """What is averaged in the round that ends with step ``t``. Changes nothing, and may be asked twice."""
+        """What is averaged in the round that ends with step ``t``. Changes nothing and may be called twice."""
 
     @abstractmethod
     def commit(self, t: int, engine: Engine, state: S, sent: Exchange, means: list[Tensor]) -> None:
-        """Use the means of an exchange, which arrived at step ``t``. It sends nothing and cannot fail."""
+        """Use the means of an exchange that arrived at step ``t``. Sends nothing and cannot fail."""
 
     @abstractmethod
     def stands(self, engine: Engine, state: S) -> list[Tensor]: ...
 
     def departed(self, t: int, engine: Engine, state: S, sent: Exchange, has_arrived: bool) -> None:
-        """What happens at once when an exchange has set out, after all commits; by default nothing.
+        """Runs when an exchange has been sent, after all commits. By default nothing.
 
         Args:
-            has_arrived: whether the exchange of its slot before it arrived at the same step.
+            has_arrived: whether the slot's previous exchange arrived at the same step.
         """
         del t, engine, state, sent, has_arrived
 
     def abandoned(self, state: S, lost: Exchange) -> None:
-        """What becomes of an exchange that is given up; by default it leaves nothing behind."""
+        """Runs for each exchange that is dropped. By default nothing."""
         del state, lost
 
     def rest(self, t: int, engine: Engine, state: S, comm: Comm) -> list[Sending] | None:
-        """What is averaged at the end of a run of ``t`` steps; None: there is nothing left to do.
-
-        By default the round that has begun.
-        """
+        """What is averaged at the end of a run of ``t`` steps; None: nothing. By default the partial round."""
         return self.round(t, engine, state, comm) if t > state.synced_t else None
 
     def drains_first(self, state: S, comm: Comm) -> bool:
-        """Whether what is under way at the end of a run is taken in before the rest is sent, rather than after."""
+        """Whether pending exchanges are applied before, not after, the rest is sent at the end of a run."""
         del state, comm
         return True
 
     def close(self, engine: Engine, state: S, comm: Comm) -> None:
-        """The last word of a run; by default nothing. As all talk, it changes nothing before it has its answer."""
+        """The last exchange of a run. By default nothing. It changes nothing before its exchange has succeeded."""
         del engine, state, comm
 
     def reducer_of(self, slot: str) -> Reducer:
-        """How what is in ``slot`` is averaged."""
+        """The reducer of ``slot``."""
         del slot
         return cast(Reducer, getattr(self, "reducer"))  # noqa: B009  # a field of most methods, and of no base
 
@@ -129,10 +125,10 @@ class Rounds(Algorithm[S], ABC):
     # What it gets.
 
     def init(self, engine: Engine, comm: Comm, t: int = 0) -> S:
-        """The method's `begin`, and the length of the first round.
+        """Call `begin` and set the length of the first round.
 
         Raises:
-            ValueError: as `begin`, and when parameters cannot be updated while backward goes on.
+            ValueError: as `begin`, and with `overlap` when parameters cannot be updated during backward.
         """
         reason = engine.needs_all_gradients() if self.overlap and self.averages == "param" else None
         if reason is not None:
@@ -146,17 +142,16 @@ class Rounds(Algorithm[S], ABC):
         return state
 
     def keep(self, like: Sequence[Tensor], slot: str = "") -> list[ReducerState]:
-        """What the reducer of ``slot`` keeps at first, for values of parameters shaped like ``like``."""
+        """Initial reducer states of ``slot``, for values shaped like the parameters ``like``."""
         reducer, like = self.reducer_of(slot), list(like)
         sending = Sending(slot, reducer, like, numbers=range(len(like)))
         return [reducer.init([like[i] for i in group]) for group in sending.cut(self.overlap)]
 
     def sends_in_backward(self) -> bool:
-        """With `overlap`."""
         return self.overlap
 
     def during_backward(self, t: int, engine: Engine, state: S, comm: Comm) -> Ready | None:
-        """With `overlap`, start each group's average as soon as its turn has come, the same order on all ranks."""
+        """With `overlap`, start each group's average in order, the same on all ranks."""
         if not (self.overlap and self.is_due(t, state)):
             return None
         turns: list[Turn] = []
@@ -187,26 +182,23 @@ class Rounds(Algorithm[S], ABC):
         exchange.add(group, sending.start(group, state.kept[sending.slot][k], comm))
 
     def before_update(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
-        """The round of step ``t``, if it is about gradients."""
+        """Do the round of step ``t`` if it averages gradients."""
         if self.averages == "grad":
             self._step(t, engine, state, comm)
 
     def after_update(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
-        """The round that ends with step ``t``, and what is due or follows at it, unless it is about gradients."""
+        """Otherwise do the round of step ``t``, and whatever pending exchanges need at this step."""
         if self.averages == "param":
             self._step(t, engine, state, comm)
 
     def settle(self, state: S) -> None:
-        """Wait for all that is under way."""
         for exchange in state.under_way:
             exchange.settle()
 
     def drain(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
-        """Wait for all that is under way, and take it in."""
         self.exchange(t, engine, state, comm, [], is_last=True)
 
     def complete(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
-        """Drain; then the rest of a round."""
         if state.completed_t == t:
             return
         if self.drains_first(state, comm):
@@ -218,7 +210,7 @@ class Rounds(Algorithm[S], ABC):
         state.completed_t = t
 
     def finish(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
-        """Complete; then the method's last word, and load what stands for the run."""
+        """Complete, `close`, and load `stands`."""
         self.complete(t, engine, state, comm)
         self.close(engine, state, comm)
         params, standing = engine.slots()["param"], self.stands(engine, state)
@@ -226,13 +218,11 @@ class Rounds(Algorithm[S], ABC):
             copy_(params, standing)
 
     def forgo(self, state: S) -> None:
-        """Give up all that is under way."""
         for exchange in state.under_way:
             self.abandoned(state, exchange)
         state.under_way, state.leaving = [], []
 
     def enter(self, engine: Engine, state: S, comm: Comm) -> None:
-        """Make anew what reducers share."""
         assert not state.under_way, "forgo first"
         state.kept = {
             slot: [self.reducer_of(slot).resync(kept, comm).result() for kept in groups]
@@ -240,7 +230,6 @@ class Rounds(Algorithm[S], ABC):
         }
 
     def num_rounds(self, state: S) -> int:
-        """Rounds so far."""
         return state.round
 
     def consensus(self, engine: Engine, state: S) -> list[Tensor]:
@@ -256,7 +245,7 @@ class Rounds(Algorithm[S], ABC):
     def exchange(
         self, t: int, engine: Engine, state: S, comm: Comm, sendings: list[Sending], is_last: bool = False
     ) -> None:
-        """Send, wait for what is due (at last for all), then commit."""
+        """Send, wait for what is due (at the end for all), then commit."""
         due, failure = [x for x in state.under_way if is_last or x.due_t <= t], None
         sent, arrived = list[Exchange](), list[Exchange]()
         try:
@@ -276,7 +265,7 @@ class Rounds(Algorithm[S], ABC):
     def _talk(
         self, t: int, state: S, comm: Comm, sendings: list[Sending], due: list[Exchange], is_last: bool
     ) -> tuple[list[Exchange], list[Exchange]]:
-        """What has set out, and what has arrived; changes nothing but what is under way."""
+        """The exchanges that were sent and those that arrived; changes nothing but the pending ones."""
         if is_last:  # before anybody sends: ranks drain at times of their own, and messages must have one order
             for exchange in due:
                 exchange.settle()
@@ -295,7 +284,7 @@ class Rounds(Algorithm[S], ABC):
         return sent, arrived
 
     def _sent(self, t: int, sending: Sending, kept: dict[str, list[ReducerState]], state: S, comm: Comm) -> Exchange:
-        """Start what did not within backward."""
+        """Send the groups that were not sent during backward."""
         exchange = next((x for x in state.leaving if x.slot == sending.slot), None) or sending.exchange(t)
         if exchange.failure is not None:
             raise exchange.failure
@@ -309,17 +298,16 @@ class Rounds(Algorithm[S], ABC):
 
 @dataclass
 class GradientsState(RoundsState):
-    """Nothing but what every method keeps."""
+    """The state of `GradientRounds`."""
 
 
 class GradientRounds(Rounds[GradientsState], ABC):
-    """A method that averages gradients at every step, so that parameters and optimizer states stay equal."""
+    """A method that averages gradients at every step, so parameters and optimizer states stay equal."""
 
     averages = "grad"
 
     @property
     def every(self) -> int:
-        """Each step is a round."""
         return 1
 
     def stands(self, engine: Engine, state: GradientsState) -> list[Tensor]:
@@ -327,5 +315,4 @@ class GradientRounds(Rounds[GradientsState], ABC):
         return engine.slots()["param"]
 
     def keeps_equal(self) -> bool:
-        """Parameters, and optimizer states."""
         return True

@@ -1,17 +1,16 @@
-"""Local steps in one metric: a diagonal scaling that all replicas share and that changes only when they meet (SAVIC,
-Chezhegov et al. 2024, arXiv:2406.00846).
+"""Local steps with one diagonal scaling, shared by all replicas and updated only when they sync (SAVIC, Chezhegov et
+al. 2024, arXiv:2406.00846).
 
     each step:                    x_i <- x_i - lr g_i / D-hat
     every `every` steps, after:   x_i <- mean_j x_j
                                   D^2 <- beta D^2 + (1 - beta) H^2,   H = mean_j g_j of that step
                                   D-hat = max(alpha, |D|)
 
-Adam within Local SGD gives every replica a metric of its own, and the mean of their parameters belongs to none. Here
-all steps of a round are taken in the same one.
+Adam within Local SGD scales differently on every replica. Here all steps of a round have the same scaling.
 
-Differs from the paper in: of its rules for D those of Adam and RMSProp; OASIS would need Hessian-vector products of the
-loss, which an engine does not offer. D starts at zero and D-hat at what the inner optimizer was given; H is measured
-before gradients are clipped. What travels is the difference to the last mean, as in Local SGD.
+Differs from the paper in: only the rules of Adam and RMSProp for D; OASIS would need Hessian-vector products, which an
+engine does not offer. D starts at zero, D-hat at the inner optimizer's scale. H is measured before clipping.
+Differences to the last mean are sent, as in Local SGD.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ from lowcomm.tensors import add_, copy_, mul_, zeros
 class SAVICState(RoundsState):
     """Attributes:
     anchor: the last mean of the parameters, float32 or better.
-    squares: D^2 without the correction of its start at zero, float32 or better; equal on all replicas.
-    num_scalings: gradients that D^2 holds.
-    gradients: what averaging gradients keeps between rounds.
-    gradient: the mean gradient of the step that ends a round, until the round ends.
+    squares: D^2 without bias correction, float32 or better; equal on all replicas.
+    num_scalings: gradients in D^2.
+    gradients: the reducer's state for gradients.
+    gradient: the mean gradient of the last step of a round, until it is used.
     """
 
     anchor: list[Tensor]
@@ -51,19 +50,19 @@ class SAVICState(RoundsState):
 
 @dataclass(frozen=True)
 class SAVIC(Rounds[SAVICState]):
-    """Local SGD with one scaling for all. The inner optimizer is `lowcomm.optim.scaled_sgd.ScaledSGD`.
+    """Local SGD with a shared scaling. The inner optimizer must be `lowcomm.optim.scaled_sgd.ScaledSGD`.
 
-    Traffic of a round: two all-reduces of the parameters' size, their differences and a gradient; twice DiLoCo's.
+    Traffic of a round: two all-reduces of the parameters' size, for differences and a gradient; twice DiLoCo's.
 
     Attributes:
         every: inner steps a round.
-        alpha: the least D-hat, in the units of gradients. A coordinate whose H happened to be small would otherwise
-            take steps without bound until the next round; a share of the gradients' usual size is a good choice.
-        beta: share of D^2 that survives a round. With 0 the scaling is that of the last gradient alone.
-        bias_correction: divide D^2 by 1 - beta^r after r rounds, as Adam does for its start at zero (the paper's rule
-            "Adam"); False is RMSProp, whose steps are larger at first.
+        alpha: the minimum of D-hat, in units of gradients. It bounds the steps of coordinates with a small H; a
+            fraction of the usual gradient size is a good choice.
+        beta: decay of D^2 per round; 0 uses the last gradient alone.
+        bias_correction: divide D^2 by 1 - beta^r after r rounds (the paper's rule "Adam"); False is RMSProp, whose
+            first steps are larger.
         reducer: how differences to the last mean of parameters are averaged.
-        gradient_reducer: how gradients are averaged for H. What it loses of a gradient makes steps larger.
+        gradient_reducer: how gradients are averaged for H. Losing part of a gradient makes steps larger.
     """
 
     every: int = 16
@@ -86,10 +85,10 @@ class SAVIC(Rounds[SAVICState]):
             raise ValueError(f"SAVIC(beta={self.beta}): it must be at least 0 and below 1; 0.999 is Adam's")
 
     def begin(self, engine: Engine, comm: Comm) -> SAVICState:
-        """The last mean is the first parameters, and nothing is known of gradients.
+        """Start from the parameters and D = 0.
 
         Raises:
-            ValueError: when the inner optimizer has no scaling that could be set.
+            ValueError: when the inner optimizer has no slot "scale".
         """
         slots = engine.slots()
         if "scale" not in slots:
@@ -102,7 +101,7 @@ class SAVIC(Rounds[SAVICState]):
         return SAVICState(anchor, squares, self.gradient_reducer.init(squares), kept=kept)
 
     def before_update(self, t: int, engine: Engine, state: SAVICState, comm: Comm) -> None:
-        """In the last step of a round: the mean gradient. The gradients themselves stay, and so does D-hat."""
+        """In the last step of a round, average a copy of the gradients; gradients and D-hat stay."""
         if self.is_due(t, state):
             gradients = [g.to(s.dtype) for g, s in zip(engine.slots()["grad"], state.squares, strict=True)]
             state.gradient, state.gradients = self.gradient_reducer.mean(gradients, state.gradients, comm).result()
@@ -112,7 +111,7 @@ class SAVIC(Rounds[SAVICState]):
         return deltas(self.reducer, state.anchor, engine.slots()["param"])
 
     def commit(self, t: int, engine: Engine, state: SAVICState, sent: Exchange, means: list[Tensor]) -> None:
-        """The mean of the parameters and, but for a partial last round, D and D-hat from the mean gradient."""
+        """Load the mean parameters and, except in a partial last round, update D and D-hat."""
         add_(state.anchor, means, alpha=-1.0)
         copy_(engine.slots()["param"], state.anchor)
         if state.gradient is not None:
@@ -122,16 +121,15 @@ class SAVIC(Rounds[SAVICState]):
             copy_(engine.slots()["scale"], self._scaling(state))
 
     def enter(self, engine: Engine, state: SAVICState, comm: Comm) -> None:
-        """What averaging gradients shares, too."""
+        """Also resync the reducer of gradients."""
         gradients = self.gradient_reducer.resync(state.gradients, comm).result()
         super().enter(engine, state, comm)
         state.gradients = gradients
 
     def stands(self, engine: Engine, state: SAVICState) -> list[Tensor]:
-        """The last mean."""
         return state.anchor
 
     def _scaling(self, state: SAVICState) -> list[Tensor]:
-        """D-hat, a function of what is equal everywhere."""
+        """D-hat, equal on all replicas."""
         weight = 1 - self.beta**state.num_scalings if self.bias_correction else 1.0
         return [(square / weight).sqrt_().clamp_(min=self.alpha) for square in state.squares]
