@@ -1,4 +1,4 @@
-"""Averages a list of tensors over replicas: feedback around a compressor, bucket by bucket."""
+"""Averages lists of tensors over replicas, bucket by bucket, through a feedback and a compressor."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ ALL_SENT: Work[None] = Done(None)
 
 
 class NonFinite(Exception):
-    """A rank brought an infinity or NaN to a compressor that cannot carry it; raised on all ranks alike.
+    """A rank has an infinity or NaN that the compressor cannot carry; raised on all ranks.
 
     Attributes:
-        ranks: who brought one.
+        ranks: those that have one.
     """
 
     def __init__(self, ranks: Sequence[int]) -> None:
@@ -37,7 +37,7 @@ class NonFinite(Exception):
 
 @dataclass
 class BucketState:
-    """What one bucket keeps between rounds."""
+    """The state of one bucket between rounds."""
 
     compressor: Any
     feedback: Any
@@ -45,7 +45,7 @@ class BucketState:
 
 @dataclass
 class ReducerState:
-    """What a list of tensors keeps between rounds, one entry for each bucket."""
+    """The state of a list of tensors between rounds, one entry for each bucket."""
 
     buckets: list[BucketState]
 
@@ -55,11 +55,11 @@ class Reducer:
     """Averages lists of tensors over the members of a Comm.
 
     Attributes:
-        compressor: what is sent of each bucket.
-        feedback: what becomes of the rest.
-        bucket_bytes: tensors are joined in vectors of at most this size (a larger tensor stands alone), so that large
-            lists need few messages and the first is under way while the next is packed. For compressors that look at
-            shapes, tensors of one shape are stacked up to this size.
+        compressor: what of each bucket is sent.
+        feedback: what becomes of the compression error.
+        bucket_bytes: the largest size of a joined vector; a larger tensor stands alone. Buckets make few messages, and
+            one is sent while the next is packed. For compressors that depend on shapes, tensors of one shape are
+            stacked up to this size.
     """
 
     compressor: Compressor = Identity()
@@ -85,23 +85,23 @@ class Reducer:
     ) -> Task[tuple[list[Tensor], ReducerState]]:
         """Start averaging; the Task's result is the means, shaped like ``like``, and the new state.
 
-        Everything is read before this returns, and neither ``like`` nor ``state`` is modified: a round that fails costs
-        nothing. Means are equal on all ranks, bit for bit. What is sent is held no longer than it takes, so with
-        ``values`` a round needs little more memory than the means, and what a feedback keeps of values and sent.
+        All inputs are read before this returns. ``like`` and ``state`` are not modified, so a failed round changes
+        nothing. Means are bitwise equal on all ranks. With ``values``, a round needs little more memory than the means
+        and the feedback's state.
 
         Args:
-            values: what to average, made bucket by bucket; None: ``like`` itself.
+            values: computes the values bucket by bucket; None: ``like`` itself.
 
         Raises:
-            NonFinite: from the Task, on all ranks, when a rank's values are not finite and the compressor could not
-                carry that; nothing comes of the round.
+            NonFinite: from the Task, on all ranks, when a rank's values are not finite and the compressor cannot carry
+                that.
         """
         return Task(self._mean(like, state, comm, values))
 
     def resync(self, state: ReducerState, comm: Comm) -> Task[ReducerState]:
-        """The state to go on with among new members: what members share is made anew from what each has.
+        """The state for new members: what members share is rebuilt.
 
-        All members call it, those that came fresh with `init`'s state. Compressors' states are rank ``members[0]``'s.
+        All members call it; new ones pass `init`'s state. Compressors' states come from rank ``members[0]``.
         """
         return Task(self._resync(state, comm))
 
@@ -142,7 +142,7 @@ class Reducer:
     def _bucket(
         self, x: Tensor, state: BucketState, comm: Comm
     ) -> Generator[Work[Any], Any, tuple[Tensor, BucketState, Tensor | None]]:
-        """The estimate, the new state, and what must be finite for that to be good."""
+        """The estimate, the new state, and the extremes that must be finite for the state to be kept."""
         wanted, kept = self.feedback.before(x, state.feedback)
         compressor, before = self.compressor, state.compressor
         if is_dense := self.feedback.is_dense(state.feedback):
@@ -165,7 +165,7 @@ class Reducer:
         return ReducerState(buckets)
 
     def _groups(self, xs: Sequence[Tensor]) -> list[list[int]]:
-        """Which tensors share a bucket: a function of shapes, dtypes and devices only, so equal on all ranks."""
+        """The tensors of each bucket. Depends only on shapes, dtypes and devices, so it is equal on all ranks."""
         if self.compressor.elementwise:
             return buckets(xs, self.bucket_bytes)
         by_shape: dict[torch.Size, list[int]] = {}
@@ -178,7 +178,7 @@ class Reducer:
         ]
 
     def _pack(self, group: list[int], like: Sequence[Tensor], values: Values | None) -> Tensor:
-        """A copy of what is the caller's, since that may change while it is under way."""
+        """A bucket as one tensor. The caller's tensors are copied, as they may change meanwhile."""
         xs = [like[i] for i in group] if values is None else values(group)
         if values is not None and len(xs) == 1:
             return xs[0].reshape(-1) if self.compressor.elementwise else xs[0][None]
@@ -186,7 +186,7 @@ class Reducer:
 
 
 def _remembered(old: list[BucketState], results: list[tuple[Tensor, BucketState, Tensor | None]]) -> list[BucketState]:
-    """The new states of the buckets, but the old ones where the new one is no good; asks the device once."""
+    """The new bucket states, but the old ones where the new are not finite; waits for the device once."""
     ends = [x for _, _, x in results if x is not None]
     good = torch.stack(ends).isfinite().all(1).tolist() if ends else [True] * len(results)
     return [new if fine else kept for kept, (_, new, _), fine in zip(old, results, good, strict=True)]

@@ -73,9 +73,7 @@ def _mean(
 
 
 def local(anchor: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
-    """The parameters at the precision of the anchor: anchor plus the change since loading, or the parameters themselves
-    if as precise.
-    """
+    """Each anchor plus its parameter's change since loading; the parameter itself if it is as precise."""
     return [p.detach().to(a.dtype) + (a - a.to(p.dtype).to(a.dtype)) for a, p in zip(anchor, params, strict=True)]
 
 

@@ -182,12 +182,12 @@ class Rounds(Algorithm[S], ABC):
         exchange.add(group, sending.start(group, state.kept[sending.slot][k], comm))
 
     def before_update(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
-        """Do the round of step ``t`` if it averages gradients."""
+        """Do the step's round and pending exchanges here if it averages gradients."""
         if self.averages == "grad":
             self._step(t, engine, state, comm)
 
     def after_update(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
-        """Otherwise do the round of step ``t``, and whatever pending exchanges need at this step."""
+        """Do the step's round and pending exchanges here if it averages parameters."""
         if self.averages == "param":
             self._step(t, engine, state, comm)
 

@@ -1,7 +1,7 @@
-"""What a rank can say to the others. Everything that talks, talks through `Comm`.
+"""Communication between ranks, all of it through `Comm`.
 
-Calls return at once with a `Work`; the message is on its way. Nobody can ask whether it has arrived: order is a
-function of the step number, so that one program gives one result in every world.
+Calls return at once with a `Work`. Nobody can ask whether a message has arrived: the order of messages depends only on
+the step number, so a program gives the same result in every world.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class PeerLost(Exception):
-    """Raised by `Work.wait` when a rank that it waits for is gone.
+    """Raised by `Work.wait` when a rank it waits for is lost.
 
     Attributes:
         ranks: those known to be lost; empty when the transport cannot tell which.
@@ -37,7 +37,7 @@ class Late(Exception):
 
 
 class Work(Protocol[T_co]):
-    """Something under way. Wait for every one, also for what was sent: a message may leave no sooner."""
+    """A pending call. Wait for every one, also for sends: a message may not leave before."""
 
     def wait(self) -> T_co:
         """Block until it is done and return its result; raises `PeerLost` or `Late`."""
@@ -48,12 +48,12 @@ Kind = Literal["all_sum", "all_gather", "all_to_all", "broadcast", "send", "recv
 
 
 class Call(NamedTuple):
-    """What a rank asks of the wire.
+    """A call of a Comm's method.
 
     Attributes:
-        x: what it brings; of "recv" and, elsewhere than at its source, of "broadcast", what comes is shaped like it.
-        peer: the source of a "broadcast" and of a "recv" (None: whoever comes first), whom a "send" goes to, the other
-            of an "exchange".
+        x: the input; for "recv", and for "broadcast" except at its source, only the result's shape and dtype.
+        peer: the source of a "broadcast" or "recv" (None: any), the destination of a "send", the partner of an
+            "exchange".
     """
 
     kind: Kind
@@ -66,12 +66,12 @@ class Call(NamedTuple):
 
 
 class Comm(ABC):
-    """One rank's view of the ranks that it talks to.
+    """One rank's view of the ranks that it communicates with.
 
-    All exchanges are calls of one primitive, `issue`, which a world implements: its calls have been checked.
+    All methods check their arguments and call `issue`, which each world implements.
 
     Attributes:
-        rank: this process, constant for its life; ranks of all views count in one numbering.
+        rank: of this process, constant; all views use the same numbering.
         members: the sorted ranks of this view, this one included.
     """
 
@@ -80,42 +80,42 @@ class Comm(ABC):
 
     @property
     def place(self) -> int:
-        """Where this rank stands among the members, from 0; quick also among very many."""
+        """The index of this rank among the members; fast also for very many ranks."""
         return bisect_left(self.members, self.rank)
 
     @abstractmethod
     def issue(self, call: Call) -> Work[Any]:
-        """Start a call; its Work's result is that of the method of its name."""
+        """Start a call; its Work's result is that of the method of the same name."""
 
     @abstractmethod
     def sub(self, members: Sequence[int]) -> Comm:
-        """A view with fewer members, this rank among them. Nothing is built before its first use."""
+        """A view of fewer members, including this rank. Nothing is built before its first use."""
 
     @abstractmethod
     def now(self) -> float:
-        """Seconds since some fixed moment; virtual in the simulator."""
+        """Seconds since some fixed time; virtual in the simulator."""
 
     def regroup(self, lost: PeerLost | Late) -> Comm:
-        """A view of those who are left, after ``lost``; all of them call it, and what is under way here is over.
+        """A view of the remaining members after ``lost``; all of them call it. Pending calls of this view are void.
 
         By default there is none.
 
         Raises:
-            PeerLost, Late: ``lost``, where nobody can go on without who is gone.
+            PeerLost, Late: ``lost``, when continuing is impossible.
         """
         raise lost
 
     def agree(self, error: Exception | None) -> None:
-        """Raise ``error``, if there is one; where a replica is many ranks, something also when another of them has one.
+        """Raise ``error`` if not None; where a replica has many ranks, raise also if another of them has an error.
 
-        For what a replica must decide once, such as whether an exchange has come to its end.
+        For decisions that a replica makes once, such as whether an exchange succeeded.
         """
         if error is not None:
             raise error
 
     @final
     def all_sum(self, x: Tensor) -> Work[Tensor]:
-        """The sum of every member's ``x`` (one shape, a dtype of `SUMMABLE`) as a fresh tensor; ``x`` is not modified.
+        """The sum of all members' ``x`` (same shape, a dtype of `SUMMABLE`) as a fresh tensor; ``x`` is not modified.
 
         Raises:
             ValueError: for another dtype.
@@ -126,18 +126,17 @@ class Comm(ABC):
 
     @final
     def all_gather(self, x: Tensor) -> Work[Tensor]:
-        """Every member's ``x`` (one shape and dtype): rows of a fresh ``[n, *x.shape]``, in members' order."""
+        """All members' ``x`` (same shape and dtype) as rows of a fresh ``[n, *x.shape]``, in members' order."""
         return self.issue(Call("all_gather", x))
 
     @final
     def all_to_all(self, x: Tensor) -> Work[Tensor]:
-        """Row i of ``x`` goes to the i-th member; row i of the result, which is fresh, came from the i-th member.
+        """Send row i of ``x`` to the i-th member; row i of the fresh result is from the i-th member.
 
-        All members' ``x`` have one shape, ``[n, ...]``, and dtype, and so has the result. One tensor, not n of them:
-        each of very many ranks would make as many.
+        All members' ``x`` and the results have the same shape ``[n, ...]`` and dtype.
 
         Raises:
-            ValueError: when there is not one row for each member.
+            ValueError: unless there is one row for each member.
         """
         num = len(self.members)
         if x.dim() == 0 or len(x) != num:
@@ -152,23 +151,23 @@ class Comm(ABC):
 
     @final
     def send(self, x: Tensor, to: int) -> Work[None]:
-        """Send ``x`` to rank ``to``, which must `recv` it; messages between two ranks keep their order."""
+        """Send ``x`` to rank ``to``, which must `recv` it. Messages between two ranks keep their order."""
         self._check(to)
         return self.issue(Call("send", x, to))
 
     @final
     def recv(self, like: Tensor, source: int | None = None) -> Work[tuple[int, Tensor]]:
-        """The sender and a tensor shaped like ``like``, from rank ``source`` or, if None, from whoever comes first."""
+        """The sender and a tensor shaped like ``like``, from rank ``source`` or, if None, from any."""
         if source is not None:
             self._check(source)
         return self.issue(Call("recv", like, source))
 
     @final
     def exchange(self, x: Tensor, peer: int) -> Work[Tensor]:
-        """Swap with rank ``peer``, which calls it for this rank: both get the other's ``x`` (one shape and dtype).
+        """Swap ``x`` (same shape and dtype) with rank ``peer``, which calls it for this rank.
 
-        Both directions go at once, and nobody else takes part. Exchanges of two ranks are matched in order, and with
-        nothing else. With oneself it is a copy.
+        Both directions are sent at once. Exchanges of a pair match in order, and only each other. With oneself it is a
+        copy.
         """
         self._check(peer)
         if peer == self.rank:
@@ -182,7 +181,7 @@ class Comm(ABC):
 
 
 def named(ranks: Iterable[int]) -> str:
-    """Ranks in order, for people: "0, 1, 2", and only the first ones of many."""
+    """Ranks in order as text, "0, 1, 2"; only the first ones of many."""
     ordered = sorted(ranks)
     first = ", ".join(map(str, ordered[:_MANY]))
     return first if len(ordered) <= _MANY else f"{first}, ... ({len(ordered)} ranks)"
@@ -209,11 +208,11 @@ class Done(Generic[T]):
 class Task(Generic[T]):
     """A computation that pauses at each `Work` it depends on.
 
-    ``steps`` is a generator that yields every Work and is sent its result. The first Work is issued on construction;
-    `advance` finishes one and issues the next; `result` drains the rest. When to call them is fixed by step number.
+    ``steps`` is a generator that yields each Work and receives its result. Construction issues the first Work;
+    `advance` finishes one and issues the next; `result` finishes all. Call them at fixed step numbers.
 
     Attributes:
-        pending: the Work under way; None once the result is there.
+        pending: the pending Work; None once finished.
     """
 
     def __init__(self, steps: Generator[Work[Any], Any, T]) -> None:
@@ -223,25 +222,25 @@ class Task(Generic[T]):
         self.resume(None)
 
     def resume(self, value: Any) -> None:
-        """Hand in what `pending` brought and run to the next Work or to the end."""
+        """Pass in the result of `pending` and run to the next Work or the end."""
         try:
             self.pending = self._steps.send(value)
         except StopIteration as stop:
             self.pending, self._result = None, stop.value
 
     def advance(self) -> None:
-        """Wait for the Work under way, if there is one, and issue the next."""
+        """Wait for the pending Work, if any, and issue the next."""
         if self.pending is not None:
             self.resume(self.pending.wait())
 
     def steps(self) -> Generator[Work[Any], Any, T]:
-        """What is left to do, for a generator of which this is a part: ``result = yield from task.steps()``."""
+        """The remaining steps, for use within another generator: ``result = yield from task.steps()``."""
         while self.pending is not None:
             self.resume((yield self.pending))
         return self._result
 
     def result(self) -> T:
-        """Wait for all that is left and return the result; a second call returns it again."""
+        """Finish all Works and return the result; later calls return it again."""
         while self.pending is not None:
             self.advance()
         return self._result

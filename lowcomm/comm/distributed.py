@@ -1,7 +1,7 @@
-"""Comm over torch.distributed: gloo (TCP, CPU) and NCCL (GPUs), started by torchrun or what sets its variables.
+"""Comm over torch.distributed: gloo (TCP, CPU) or NCCL (GPUs), with the environment variables of torchrun.
 
-Tensors may live anywhere: what gloo sends is staged in host memory, what NCCL sends on this rank's GPU. Everything
-but sums travels as bytes, so dtypes that a backend does not know still arrive.
+Tensors may be on any device: they are staged in host memory for gloo, on this rank's GPU for NCCL. Everything but sums
+is sent as bytes, so any dtype works.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ALL_TO_ALL_TAG, _EXCHANGE_TAG = 1, 2  # `send` and `recv` use 0
 
 
 class Pending(Generic[T]):
-    """A torch Work and what to make of its result."""
+    """A torch Work, and the function that makes its result."""
 
     def __init__(self, work: Any, finish: Callable[[], T]) -> None:
         self._work = work
@@ -52,7 +52,7 @@ class Pending(Generic[T]):
 
 
 class _Broken:
-    """What a connection that is broken already gives in place of a message under way: its error, to who waits."""
+    """A Work that failed at its start; `wait` raises the error."""
 
     def __init__(self, error: RuntimeError) -> None:
         self._error = error
@@ -72,14 +72,14 @@ def _started(start: Callable[[], Any]) -> Any:
 
 @dataclass(frozen=True)
 class _World:
-    """The ranks of the default process group, and how those who are left make another.
+    """The ranks of the default process group, and the means to replace it after a loss.
 
     Attributes:
-        ranks: by torch's numbers; torch counts anew in each group, we do not.
-        store: where ranks leave each other word.
-        epoch: how many groups there were before.
+        ranks: our ranks by torch's, which torch renumbers in each group.
+        store: the key-value store shared by the ranks.
+        epoch: number of earlier groups.
         timeout: of messages.
-        grace_s: how long those who notice a loss wait for the others.
+        grace_s: how long a rank that notices a loss waits for the others.
     """
 
     ranks: tuple[int, ...]
@@ -89,15 +89,15 @@ class _World:
     grace_s: float = 0.0
 
     def number(self, rank: int) -> int:
-        """Torch's, of a rank."""
+        """Torch's number of a rank."""
         return self.ranks.index(rank) if self.epoch else rank
 
 
 class DistributedComm(Comm):
     """A view of some ranks of the default process group; see `connect`.
 
-    Sums of more than two ranks are in the backend's order, so they agree with other worlds to rounding only; gathers
-    are exact. All members call collectives of one view in the same order.
+    Sums of more than two ranks are in the backend's order, so they equal other worlds' only to rounding; gathers are
+    exact. All members must call a view's collectives in the same order.
     """
 
     def __init__(
@@ -148,11 +148,11 @@ class DistributedComm(Comm):
         return Pending(_started(lambda: dist.isend(mine, peer, group=self._ready())), lambda: _release(mine))
 
     def sub(self, members: Sequence[int]) -> Comm:
-        """A smaller view; its process group is made by its members alone, when they first use it.
+        """A smaller view. Its members create its process group at first use.
 
-        Asked again, it is the same view, as process groups stay until the end. Torch tells groups of the same ranks
-        apart by how many each rank is in already: members that are in different numbers of them never meet, and hear
-        `Late`; `lowcomm.pairwise` needs none.
+        Views are cached, as process groups are never freed. torch names groups of the same ranks by how many groups
+        each rank is in: members in different numbers of groups never meet and get `Late`. `lowcomm.pairwise` needs no
+        groups.
         """
         if not set(members) <= set(self.members):
             raise ValueError(f"members {tuple(members)} are not all among {self.members}")
@@ -162,12 +162,12 @@ class DistributedComm(Comm):
         return self._subs[key]
 
     def regroup(self, lost: PeerLost | Late) -> Comm:
-        """Those who come within the grace make a new process group; gloo only.
+        """The ranks that call it within the grace period form a new process group; gloo only.
 
-        The old one goes at once, with all connections: whoever waits in it for this rank hears of the loss too.
+        The old one is destroyed at once, so ranks that wait in it for this one notice the loss too.
 
         Raises:
-            PeerLost: also where the others went on without this rank.
+            PeerLost: also when the others continued without this rank.
         """
         world = self._world
         if world.store is None or self.backend != "gloo":
@@ -186,7 +186,7 @@ class DistributedComm(Comm):
         return time.perf_counter()
 
     def _ready(self) -> dist.ProcessGroup | None:
-        """The process group of this view; None means the default group of all ranks."""
+        """The process group of this view; None is the default group."""
         if self._group is None and len(self.members) < dist.get_world_size():
             numbers = [self._world.number(member) for member in self.members]
             self._group = dist.new_group(numbers, self._world.timeout, use_local_synchronization=True)
@@ -194,7 +194,7 @@ class DistributedComm(Comm):
         return self._group
 
     def _swap(self, mine: Tensor, theirs: Tensor, peer: int) -> _All:
-        """An exchange of bytes with another rank."""
+        """Exchange bytes with another rank."""
         group = self._ready()
         if self.backend == "gloo":
             # The receive goes first: the word that one is ready must not stand in line behind one's own message.
@@ -206,11 +206,11 @@ class DistributedComm(Comm):
         return _All(works, mine)
 
     def _deal(self, mine: Tensor, out: Tensor) -> _All:
-        """An all-to-all of rows; each rank begins with its next neighbour's.
+        """An all-to-all of rows, starting with the next neighbour.
 
-        All receives are posted before the first message leaves. gloo's own all-to-all sends first: two ranks then wait
-        for each other's word that they are ready to receive, which stands in line behind the message itself, so a
-        pair's two directions take turns, and slow links are idle for almost half of the time.
+        All receives are posted before the first send. gloo's own all-to-all sends first: each rank's word that it is
+        ready to receive then queues behind its message, so the two directions alternate and slow links idle almost half
+        of the time.
         """
         group, num, me = self._ready(), len(self.members), self.place
         out[me].copy_(mine[me])
@@ -236,7 +236,7 @@ class DistributedComm(Comm):
         return Pending(work, _typed(out, x, x.shape))
 
     def _recv(self, like: Tensor, source: int | None) -> Work[tuple[int, Tensor]]:
-        """NCCL cannot receive from whoever comes first."""
+        """Receive; NCCL cannot receive from any rank."""
         if source is None and self.backend != "gloo":
             raise ValueError("recv(source=None) needs gloo: NCCL must know the sender; name the source")
         y = torch.empty(like.numel() * like.element_size(), dtype=torch.uint8, device=self._wire)
@@ -247,44 +247,44 @@ class DistributedComm(Comm):
 
 
 class _All:
-    """Messages under way, and the buffer of those that leave."""
+    """Several pending messages, and the send buffer they need."""
 
     def __init__(self, works: list[Any], buffer: Tensor) -> None:
         self._works, self._buffer = works, buffer
 
     def wait(self) -> None:
-        """Until all have ended; a RuntimeError of torch's when one of them breaks."""
+        """Wait for all; raises torch's RuntimeError when one fails."""
         for work in self._works:
             work.wait()
 
 
 def _meet(backend: str, device: torch.device, group: dist.ProcessGroup | None) -> None:
-    """Have NCCL connect all members of a group, without which two of them could not exchange alone."""
+    """Make NCCL connect all members of a group; without that a pair cannot exchange alone."""
     if backend == "nccl":
         dist.all_reduce(torch.zeros(1, device=device), group=group)
 
 
 def _release(x: Tensor) -> None:
-    """Holds a buffer until the message has left."""
+    """Keeps a buffer until its message is sent."""
     del x
 
 
 def _typed(raw: Tensor, like: Tensor, shape: Sequence[int]) -> Callable[[], Tensor]:
-    """Gives bytes from the wire as a tensor of this shape, with dtype and device of ``like``, which it lets go."""
+    """Received bytes as a tensor of this shape, with dtype and device of ``like``, which is released."""
     dtype, device = like.dtype, like.device
     return lambda: raw.view(dtype).view(shape).to(device)
 
 
 def over(group: dist.ProcessGroup, device: torch.device) -> DistributedComm:
-    """A view of the members of a process group that exists already, over that group.
+    """A view of an existing process group.
 
-    Groups of fewer members, which it makes where they are used, have torch's own time-out.
+    Groups of fewer members, made at first use, have torch's own time-out.
     """
     return DistributedComm(dist.get_process_group_ranks(group), device, group=group)
 
 
 def under_torchrun() -> bool:
-    """Whether the variables that torchrun sets are all there."""
+    """Whether torchrun's environment variables are all set."""
     return all(name in os.environ for name in _ENVIRONMENT)
 
 
@@ -294,7 +294,7 @@ def connect(backend: str, timeout_s: float = 600.0, grace_s: float = 30.0) -> Di
     Args:
         backend: "gloo" or "nccl"; nccl takes the GPU of number LOCAL_RANK.
         timeout_s: how long a message may take before `Late`.
-        grace_s: how long those who notice a loss wait for the others, who may notice it later (`Comm.regroup`).
+        grace_s: how long a rank that notices a loss waits for the others, which may notice it later (`Comm.regroup`).
 
     Raises:
         ValueError: when a variable is missing, or NCCL is asked for without enough GPUs.
@@ -328,7 +328,7 @@ def connect(backend: str, timeout_s: float = 600.0, grace_s: float = 30.0) -> Di
 
 
 def _join(backend: str, device: torch.device, world: _World, rank: int) -> DistributedComm:
-    """Make the process group of a world, with all its ranks."""
+    """Create the process group of a world, with all its ranks."""
     assert world.store is not None
     store, number = PrefixStore(f"epoch {world.epoch}", world.store), world.ranks.index(rank)
     dist.init_process_group(backend, timeout=world.timeout, store=store, rank=number, world_size=len(world.ranks))
@@ -337,7 +337,7 @@ def _join(backend: str, device: torch.device, world: _World, rank: int) -> Distr
 
 
 def _survivors(world: _World, rank: int, members: Sequence[int]) -> tuple[int, ...]:
-    """Those of the members who came here in time, as whoever knew them first has written down."""
+    """The members that arrived in time, as recorded by the rank that decided first."""
     assert world.store is not None
     store = PrefixStore(f"after epoch {world.epoch}", world.store)
     store.set(f"here {rank}", "")

@@ -1,7 +1,6 @@
-"""A world of n ranks in which everybody says what I say.
+"""A world in which every member sends what this rank sends.
 
-For predicting traffic without a network (on ``device="meta"`` without arithmetic either), and as the plainest case of
-k identical replicas.
+For predicting traffic without a network (and on ``device="meta"`` without arithmetic), and as k identical replicas.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from lowcomm.comm.base import Call, Comm, Done, Work
 
 
 class EchoComm(Comm):
-    """Every exchange answers as if all members had sent this rank's tensor."""
+    """Every call answers as if all members had sent this rank's tensor."""
 
     def __init__(self, num_members: int, rank: int = 0) -> None:
         if not 0 <= rank < num_members:
@@ -24,7 +23,7 @@ class EchoComm(Comm):
         self.members = tuple(range(num_members))
 
     def issue(self, call: Call) -> Work[Any]:
-        """What is sent is dropped; what comes from whoever comes first came from the next rank."""
+        """Sends are dropped; a receive from any source is from the next rank."""
         x, n = call.x.detach(), len(self.members)
         if call.kind == "all_sum":
             return Done(x * n)
@@ -37,11 +36,10 @@ class EchoComm(Comm):
         return Done(None if call.kind == "send" else x.clone())
 
     def sub(self, members: Sequence[int]) -> Comm:
-        """An echo among fewer."""
         smaller = EchoComm(self.rank + 1, self.rank)
         smaller.members = tuple(sorted(members))
         return smaller
 
     def now(self) -> float:
-        """Always 0: nothing takes time."""
+        """Always 0."""
         return 0.0

@@ -1,8 +1,7 @@
 """Counts what a Comm carries: bytes and messages by purpose, and the time spent waiting.
 
-Bytes are those of the payloads handed to the wire, at the cost of each exchange's bandwidth-optimal schedule among n
-members, for a payload of S bytes on each (what gloo and NCCL move, but for headers; benchmarks/wire_bytes.py holds it
-against the kernel's counters):
+Counted are payload bytes under each exchange's bandwidth-optimal schedule among n members with S bytes each. That is
+what gloo and NCCL move, apart from headers; benchmarks/wire_bytes.py checks it against the kernel's counters.
 
     all_sum      sends and receives 2 (n - 1) / n S
     all_gather   sends and receives (n - 1) S
@@ -10,8 +9,8 @@ against the kernel's counters):
     broadcast    the source sends (n - 1) S, the others receive S
     exchange     sends and receives S, with oneself nothing
 
-A simulation may do its collectives otherwise (``cluster.schedule``): these bytes stay what the method asks of the wire,
-so that methods compare, and the flows of its trace are what moved.
+A simulation may use other schedules (``cluster.schedule``): these bytes do not change, so methods stay comparable; the
+flows in its trace are what moved.
 """
 
 from __future__ import annotations
@@ -43,9 +42,9 @@ class Meter:
     Attributes:
         by_tag: traffic by purpose.
         wait_s: seconds spent in `Work.wait`; on a GPU stream, up to the last call of `settle`.
-        on_timely: told of what may go otherwise at other times: that the program "reads the clock", or "takes messages
-            from whoever comes first"; None: nobody asks.
-        on_wait: called after each wait on the host that took time, with its purpose, start and end; None: nobody asks.
+        on_timely: called with what makes a program depend on timing: it "reads the clock" or "takes messages from
+            whoever comes first"; or None.
+        on_wait: called after each wait on the host that took time, with its purpose, start and end; or None.
     """
 
     by_tag: dict[str, Traffic] = field(default_factory=dict)
@@ -72,7 +71,7 @@ class Meter:
         traffic.num_exchanges += 1
 
     def settle(self) -> None:
-        """Add the waits that GPU streams have gone through; waits for the GPU."""
+        """Add the finished waits of GPU streams; waits for the GPU."""
         for start, end in self._events:
             end.synchronize()
             self.wait_s += start.elapsed_time(end) / 1e3
@@ -85,19 +84,19 @@ class Meter:
         return {"by_tag": by_tag, "wait_s": self.wait_s}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from these totals."""
+        """Continue from these totals."""
         self.by_tag = {tag: Traffic(*counts) for tag, counts in state["by_tag"].items()}
         self.wait_s = state["wait_s"]
 
 
 class MeteredComm(Comm):
-    """Another Comm, counted.
+    """Counts the traffic of another Comm.
 
     Args:
-        inner: who carries the messages.
-        meter: where to count.
+        inner: carries the messages.
+        meter: the totals.
         tag: the purpose of this view's messages; `tagged` gives a view for another.
-        stream: the GPU on whose current stream waits take place (NCCL); None when waits block the host.
+        stream: the GPU whose current stream waits (NCCL); None when waits block the host.
     """
 
     def __init__(self, inner: Comm, meter: Meter, tag: str = "sync", stream: torch.device | None = None) -> None:
@@ -110,7 +109,6 @@ class MeteredComm(Comm):
         return MeteredComm(self._inner, self.meter, tag, self._stream)
 
     def issue(self, call: Call) -> Work[Any]:
-        """The inner one's, counted."""
         if self.meter.on_timely is not None and call.kind == "recv" and call.peer is None:
             self.meter.on_timely("takes messages from whoever comes first")
         work = self._inner.issue(call)
@@ -118,26 +116,25 @@ class MeteredComm(Comm):
         return _Timed(work, self.meter, self._inner, self._tag, self._stream)
 
     def sub(self, members: Sequence[int]) -> Comm:
-        """A smaller view on the same meter."""
+        """A smaller view with the same meter."""
         return MeteredComm(self._inner.sub(members), self.meter, self._tag, self._stream)
 
     def regroup(self, lost: PeerLost | Late) -> MeteredComm:
-        """Those who are left, on the same meter."""
+        """The remaining members, with the same meter."""
         return MeteredComm(self._inner.regroup(lost), self.meter, self._tag, self._stream)
 
     def agree(self, error: Exception | None) -> None:
-        """As the inner one; what ranks of one replica say to each other is not counted."""
+        """Not counted, as it stays within a replica."""
         self._inner.agree(error)
 
     def now(self) -> float:
-        """Seconds, as the inner Comm counts them."""
         if self.meter.on_timely is not None:
             self.meter.on_timely("reads the clock")
         return self._inner.now()
 
 
 def traffic(call: Call, num_members: int, rank: int) -> tuple[int, int]:
-    """Bytes that a rank sends and receives in a call among so many members."""
+    """Bytes that a rank sends and receives in a call among this many members."""
     size, others = call.num_bytes, num_members - 1
     if call.kind == "broadcast":
         return (others * size, 0) if call.peer == rank else (0, size)
@@ -149,13 +146,13 @@ def traffic(call: Call, num_members: int, rank: int) -> tuple[int, int]:
 
 
 class _Timed(Generic[T]):
-    """A Work whose waiting is timed."""
+    """A Work whose waits are timed."""
 
     def __init__(self, work: Work[T], meter: Meter, comm: Comm, tag: str, stream: torch.device | None) -> None:
         self._work, self._meter, self._comm, self._tag, self._stream = work, meter, comm, tag, stream
 
     def wait(self) -> T:
-        """Wait and add the time to the meter."""
+        """Wait, and add the time to the meter."""
         if self._stream is not None:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()

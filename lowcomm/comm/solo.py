@@ -15,7 +15,7 @@ from lowcomm.comm.base import Call, Comm, Done, Work
 
 @dataclass
 class SoloComm(Comm):
-    """One rank alone. Sums are copies; a message to oneself waits in a queue."""
+    """A single rank. Sums are copies; a message to oneself is queued."""
 
     rank: int = 0
     members: tuple[int, ...] = field(init=False)
@@ -25,7 +25,6 @@ class SoloComm(Comm):
         self.members = (self.rank,)
 
     def issue(self, call: Call) -> Work[Any]:
-        """A copy, or what was sent to oneself."""
         if call.kind == "recv":
             if not self._mail:
                 raise ValueError("recv in a world of one rank, but nothing was sent: it would wait for ever")
@@ -37,7 +36,7 @@ class SoloComm(Comm):
         return Done(copy[None] if call.kind == "all_gather" else copy)
 
     def sub(self, members: Sequence[int]) -> Comm:
-        """Itself: there is no smaller view."""
+        """Itself, as there is no smaller view."""
         if tuple(members) != self.members:
             raise ValueError(f"members {tuple(members)} are not among {self.members}")
         return self

@@ -1,4 +1,4 @@
-"""The part that engines around another engine share: they pass on what they do not change."""
+"""A base for engines that wrap another and pass on what they do not change."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lowcomm.engine.base import Engine, Ready
 
 
 class Around(Engine, ABC):
-    """Another engine whose backward is done differently.
+    """Wraps another engine with a different backward.
 
     Args:
-        inner: who does everything else.
+        inner: does everything else.
     """
 
     def __init__(self, inner: Engine) -> None:

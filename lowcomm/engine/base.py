@@ -1,4 +1,4 @@
-"""What an algorithm may know of the inner loop: parameters, gradients, optimizer state, one step."""
+"""The interface of the inner loop: parameters, gradients, optimizer state, one step."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Ready = Callable[[int, Tensor], None]
 
 
 class Engine(ABC):
-    """The inner loop of one replica: a model, an optimizer and how they take a step.
+    """The inner loop of one replica: a model, an optimizer, and their step.
 
-    A step is `backward` then `update`; between the two an algorithm may change the gradients. Where
-    `needs_all_gradients` is None, parts of the update may be taken earlier, even while backward goes on: `update_part`.
+    A step is `backward` then `update`; between the two an algorithm may change the gradients. If `needs_all_gradients`
+    is None, parts of the update may be taken earlier, even during backward: `update_part`.
     """
 
     @abstractmethod
@@ -24,34 +24,34 @@ class Engine(ABC):
         """Compute fresh gradients for one optimizer step (micro-batches accumulated): forward, then backward.
 
         Args:
-            ready: called once for each parameter, as soon as its gradient is final for this step, in about the reverse
-                of the order in which forward used them; those that got none come last, with zeros. It may read the
-                gradient and keep it, but neither change it nor wait; of this engine it may call `update_part` and
-                `gradients` alone, for parameters that it has been told of. All calls are over when this returns.
+            ready: called once for each parameter when its gradient is final, in about the reverse order of forward;
+                parameters without a gradient come last, with zeros. It may read and keep the gradient, but neither
+                change it nor wait. Of this engine it may call only `update_part` and `gradients`, for parameters
+                already called. All calls end before this returns.
 
-        Returns the batch's mean loss as a 0-d float32 tensor on the model's device; nothing is copied to the host.
+        Returns the batch's mean loss as a 0-d float32 tensor on the model's device.
         """
 
     @abstractmethod
     def update(self) -> None:
         """Clip the gradients, take one optimizer step, advance the learning-rate schedule.
 
-        Parameters that `update_part` updated since `backward` began are left as they are.
+        Skips parameters that `update_part` has updated since `backward` began.
         """
 
     @abstractmethod
     def update_part(self, numbers: Sequence[int]) -> None:
-        """Take the optimizer step of these parameters (their places in the slots) alone, before `update` ends the step.
+        """Take the optimizer step of these parameters (indices in the slots) before `update` ends the step.
 
-        Each at most once in a step, with a final gradient, and only where `needs_all_gradients` is None. The result of
-        the whole step is that of `update` alone, bit for bit.
+        At most once per step each, with a final gradient, and only if `needs_all_gradients` is None. The whole step is
+        bitwise that of `update` alone.
         """
 
     @abstractmethod
     def needs_all_gradients(self) -> str | None:
-        """Why an update must wait for all gradients, and what to change: "clip_norm is 1.0, and ...: set it to None".
+        """Why an update needs all gradients, and the remedy: "clip_norm is 1.0, and ...: set it to None".
 
-        None when each parameter's update takes nothing but its own gradient, as far as can be known.
+        None if, as far as is known, each parameter's update needs only its own gradient.
         """
 
     @abstractmethod
@@ -60,25 +60,25 @@ class Engine(ABC):
 
     @abstractmethod
     def slots(self) -> Mapping[str, list[Tensor]]:
-        """Live local tensors by name, the same order and length in each list.
+        """Live local tensors by name; all lists have the same order and length.
 
-        "param" is always there: every trainable parameter once, frozen ones left out, tied ones not repeated.
-        "grad" is there between `backward` and `update`; a parameter that got no gradient has zeros.
-        After the first update, one slot for each per-parameter state of the optimizer, such as "exp_avg".
+        "param": every trainable parameter once; always present. "grad": between `backward` and `update`; zeros where
+        there was no gradient. After the first update, a slot for each per-parameter state of the optimizer, such as
+        "exp_avg".
         """
 
     def gradients(self, numbers: Sequence[int]) -> list[Tensor]:
-        """Live gradients of these parameters, final for this step; unlike "grad" of `slots`, also within backward."""
+        """Live, final gradients of these parameters; unlike "grad" of `slots`, also during backward."""
         gradients = self.slots()["grad"]
         return [gradients[i] for i in numbers]
 
     @abstractmethod
     def names(self) -> list[str]:
-        """The name of each parameter in the order of the slots, as the model calls it: "layers.3.attention.weight"."""
+        """The model's name of each parameter, such as "layers.3.attention.weight", in the order of the slots."""
 
     @abstractmethod
     def lr(self) -> float:
-        """The learning rate that the next `update` uses (of the first parameter group)."""
+        """The learning rate of the next `update` (first parameter group)."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -86,4 +86,4 @@ class Engine(ABC):
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`, in place: tensors handed out by `slots` stay valid."""
+        """Restore `state_dict` in place: tensors from `slots` stay valid."""

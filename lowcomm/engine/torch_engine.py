@@ -1,4 +1,4 @@
-"""The inner loop around any torch module and any torch optimizer, in one process on one device."""
+"""The inner loop for any torch module and optimizer, in one process on one device."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def next_token_loss(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 class TorchEngine(Engine):
-    """A model already on its device and in its dtype, an optimizer over its parameters, and how they take a step.
+    """A model, already on its device and in its dtype, and an optimizer of its parameters.
 
-    Which parameters train (``requires_grad``) is read once, here. A trainable parameter that takes no part in a
-    step's loss has a zero gradient, so its momentum and weight decay go on as in every other replica.
+    ``requires_grad`` is read once, at construction. A trainable parameter unused in a step has a zero gradient, so its
+    momentum and weight decay proceed as on other replicas.
     """
 
     def __init__(
@@ -47,20 +47,20 @@ class TorchEngine(Engine):
         autocast: torch.dtype | None = None,
         compile: bool = False,
     ) -> None:
-        """Nothing is copied: the engine works on the model, optimizer and schedule that it is given.
+        """Works on the given model, optimizer and schedule, without copies.
 
         Args:
             model: the replica, in training mode.
-            optimizer: holds each trainable parameter of the model and nothing from outside of it.
+            optimizer: of all trainable parameters of the model and no others.
             loss: the mean loss of a (micro-)batch as a 0-d tensor.
             schedule: advanced after each optimizer step; None keeps the learning rate.
-            num_micro_batches: equal parts of each batch whose gradients are averaged.
+            num_micro_batches: equal parts of a batch, whose gradients are averaged.
             clip_norm: the largest global L2 norm of the gradients; None does not clip.
             autocast: the dtype of forward's matrix products, such as torch.bfloat16; None computes in the parameters'.
             compile: run the model's forward and the loss together through torch.compile.
 
         Raises:
-            ValueError: for a number out of range, or a model, optimizer and schedule that do not belong together.
+            ValueError: for a number out of range, or a mismatch of model, optimizer and schedule.
         """
         if num_micro_batches < 1:
             raise ValueError(f"num_micro_batches is {num_micro_batches}; it must be at least 1")
@@ -78,12 +78,11 @@ class TorchEngine(Engine):
         self._updated: set[int] = set()  # since backward began
 
     def backward(self, batch: Any, ready: Ready | None = None) -> Tensor:
-        """``batch`` is what the loss takes; with several micro-batches a tensor, or a tuple of tensors, cut along dim
-        0.
+        """``batch`` is the loss's input; with micro-batches, a tensor or tuple of tensors cut along dim 0.
 
         Raises:
-            ValueError: when the batch cannot be cut into equal micro-batches, or ``ready`` is given and a parameter's
-                gradient comes in parts, as with reentrant activation checkpointing.
+            ValueError: when the batch cannot be cut equally, or ``ready`` is given and a gradient accumulates in parts,
+                as with reentrant activation checkpointing.
         """
         self._drop_gradients()
         num = self._num_micro_batches
@@ -135,7 +134,7 @@ class TorchEngine(Engine):
         return None
 
     def evaluate(self, batch: Any) -> Tensor:
-        """The batch goes through whole, so it must fit as such."""
+        """The batch is not cut into micro-batches, so it must fit as a whole."""
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
@@ -146,7 +145,7 @@ class TorchEngine(Engine):
                 module.training = training
 
     def slots(self) -> Mapping[str, list[Tensor]]:
-        """Optimizer states are those tensors that every parameter has in its own shape."""
+        """Optimizer states are the tensors that every parameter has in its own shape."""
         slots = {"param": list(self._values)}
         if any(p.grad is not None for p in self._parameters):
             slots["grad"] = self._gradients()
@@ -176,10 +175,7 @@ class TorchEngine(Engine):
         return float(self.optimizer.param_groups[0]["lr"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Gradients are no part of it.
-
-        Tensors of the model and the optimizer are live: save or copy them before the next step.
-        """
+        """Without gradients. Tensors of the model and optimizer are live: save or copy them before the next step."""
         on_cuda = self._device.type == "cuda"
         return {
             "model": self.model.state_dict(),
@@ -190,10 +186,10 @@ class TorchEngine(Engine):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The state may come from another device, but random numbers then differ.
+        """The state may be from another device; random numbers then differ.
 
         Raises:
-            ValueError: when one of the engine and the state has a schedule and the other has none.
+            ValueError: when only one of engine and state has a schedule.
         """
         if (self.schedule is None) != (state["schedule"] is None):
             has, lacks = ("state", "engine") if self.schedule is None else ("engine", "state")
@@ -214,7 +210,7 @@ class TorchEngine(Engine):
 
     @contextmanager
     def _reporting(self, ready: Ready) -> Iterator[None]:
-        """While inside, and at its end for those left over: ``ready`` for each parameter once."""
+        """A context that calls ``ready`` once for each parameter, for the remaining ones at its end."""
         waiting = set(range(len(self._parameters)))
 
         def report(i: int, parameter: Tensor) -> None:
@@ -238,11 +234,11 @@ class TorchEngine(Engine):
             ready(i, gradients[i])
 
     def _gradients(self) -> list[Tensor]:
-        """One of each parameter; zeros, which the optimizer sees too, where there was none."""
+        """The gradient of each parameter, set to zeros where there was none."""
         return self.gradients(range(len(self._parameters)))
 
     def _step(self, numbers: set[int]) -> None:
-        """The optimizer's step of these parameters: it skips those without a gradient."""
+        """The optimizer step of these parameters alone: torch skips those without a gradient."""
         hidden = [(p, p.grad) for i, p in enumerate(self._parameters) if i not in numbers]
         for p, _ in hidden:
             p.grad = None
@@ -257,7 +253,7 @@ class TorchEngine(Engine):
 
 
 def _trainable(model: nn.Module, optimizer: Optimizer) -> list[nn.Parameter]:
-    """The model's trainable parameters once each, all of them in the optimizer."""
+    """The model's trainable parameters, once each; all must be in the optimizer."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("the model has no trainable parameter: requires_grad is False for all, or there are none")
@@ -277,7 +273,7 @@ def _trainable(model: nn.Module, optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def _options(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """What the parameters of each group share, numbers in the place of tensors."""
+    """The options of each parameter group, with numbers in place of tensors."""
     return [
         {name: x.tolist() if isinstance(x, Tensor) else x for name, x in group.items() if name != "params"}
         for group in optimizer.param_groups
@@ -302,10 +298,10 @@ def _micro_batches(batch: Any, num: int) -> list[Any]:
 
 
 def _load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    """Load in place: what stands in the optimizer's state keeps its memory.
+    """Load in place, so that the optimizer's state keeps its memory.
 
-    torch's own loading replaces the tensors, may share them with ``saved``, and casts them to the dtype of their
-    parameter, which would round fp32 moments of bf16 parameters.
+    torch's own loading replaces tensors, may share them with ``saved``, and casts them to the parameter's dtype, which
+    would round fp32 moments of bf16 parameters.
     """
     before = {p: dict(state) for p, state in optimizer.state.items()}
     optimizer.load_state_dict(dict(saved))

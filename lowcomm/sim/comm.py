@@ -1,7 +1,7 @@
 """Comm between the ranks of a simulation: real tensors, virtual time.
 
-Sums are in members' order, so that a simulation is bitwise the same every time. Tensors may be on ``device="meta"``:
-then bytes are counted and time passes, but nothing is computed.
+Sums are in members' order, so a simulation is bitwise reproducible. On ``device="meta"`` bytes are counted and time
+passes, but nothing is computed.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class View:
-    """What all ranks that talk among the same members share.
+    """State shared by all ranks of a view.
 
     Attributes:
-        position: each member's place.
-        num_calls: how many exchanges each member has called, with all of them or (rank, peer) with one.
-        exchanges: those under way, by who takes part (all of them, or two) and number.
+        position: index of each member.
+        num_calls: exchanges called so far, by member for collectives and by (rank, peer) for swaps.
+        exchanges: pending exchanges, by participants and number.
         mailboxes: by receiver.
-        lost: members that are gone.
-        is_over: somebody has left it for a view of those who are left.
+        lost: lost members.
+        is_over: whether a member has left it for a view of the remaining ones.
     """
 
     members: tuple[int, ...]
@@ -48,13 +48,13 @@ class View:
 
 @dataclass(eq=False)
 class World:
-    """The wire of a simulation.
+    """The network of a simulation.
 
     Attributes:
-        clock: whose ranks talk.
-        network: what carries the bytes; None: messages take no time.
-        schedule: how collectives are made of transfers.
-        lost: ranks that crashed and are not there again.
+        clock: runs the ranks.
+        network: carries the bytes; None: messages take no time.
+        schedule: the transfers of each collective.
+        lost: ranks that crashed and have not returned.
     """
 
     clock: Clock
@@ -67,7 +67,7 @@ class World:
     _latest: dict[int, tuple[Sequence[int], View]] = field(default_factory=dict, init=False, repr=False)
 
     def comm(self, rank: int, members: Sequence[int]) -> SimComm:
-        """A rank's view of some members, itself included. For very many ranks, pass the same tuple or range.
+        """A rank's view of some members, including itself. For very many ranks, pass the same tuple or range.
 
         Raises:
             ValueError: when members repeat, are negative, or lack the rank.
@@ -75,11 +75,10 @@ class World:
         return SimComm(self, self._view(members), rank)
 
     def crash(self, rank: int) -> None:
-        """A rank is gone: its program ends, and whoever waits for it, now or later, gets `PeerLost`.
+        """End a rank's program; ranks that wait for it, now or later, get `PeerLost`.
 
-        Messages that have arrived stay; what is under way is lost. Collectives of a view that lost a member are over
-        for good, and so is all that waits for the lost member there, also when it comes back; the rest still send,
-        receive and exchange.
+        Arrived messages stay; pending ones are lost. In a view that lost a member, collectives fail for good, as do
+        waits for that member even after it returns. The others can still send, receive and exchange.
         """
         self.lost.add(rank)
         for view in [*self._views.values(), *self._over]:
@@ -95,21 +94,21 @@ class World:
         self.clock.kill(rank)  # at the end: it does not return when the rank crashes itself
 
     def leave(self, view: View) -> None:
-        """Nobody waits in it any more: who does gets `PeerLost`, as does who calls there later."""
+        """Close a view: whoever waits or calls in it gets `PeerLost`."""
         view.is_over = True
         for exchange in view.exchanges.values():
             exchange.lose(view.lost)
         view.exchanges.clear()
 
     def rejoin(self, rank: int, program: Callable[[], Any]) -> None:
-        """A rank that crashed is there again, with nothing: its new program starts now.
+        """A crashed rank returns without state; its new program starts now.
 
-        Whoever asks for a view of it from now on (`comm`, `Comm.sub`) gets a fresh one, the same for all who ask; views
-        that were asked for before stay over, so that nobody who missed the crash meets the new program by chance, and
-        nothing that was sent to the old one reaches the new.
+        Views that include it and are made from now on (`comm`, `Comm.sub`) are fresh and shared. Older ones stay
+        closed, so a rank that missed the crash cannot reach the new program by chance, nor can messages sent to the old
+        one.
 
         Raises:
-            ValueError: when the rank is there.
+            ValueError: when the rank has not crashed.
         """
         if rank not in self.lost:
             raise ValueError(f"rank {rank} cannot come back: it is there; let it crash before")
@@ -121,14 +120,15 @@ class World:
         self._latest.clear()
 
     def present(self, rank: int) -> bool:
-        """Whether a rank is there now. Two that ask at different moments may hear differently: ask once, tell the rest.
+        """Whether a rank is present now. Ranks that ask at different times may get different answers: ask once, tell
+        the rest.
 
-        For membership, which must notice returns; those who wait learn of a crash by `PeerLost`.
+        For membership, which must notice returns; waiters learn of a crash by `PeerLost`.
         """
         return rank not in self.lost
 
     def incarnation(self, rank: int) -> int:
-        """How often a rank has come back so far: 0 for its first program. Tells a return from no crash at all."""
+        """How often a rank has returned: 0 for its first program."""
         return self._num_returns.get(rank, 0)
 
     def _view(self, members: Sequence[int]) -> View:
@@ -168,11 +168,10 @@ class World:
 
 
 class SimComm(Comm):
-    """One rank's view in a `World`. Issuing costs no time; what is under way moves while the rank computes.
+    """One rank's view in a `World`. Issuing takes no time; messages move while the rank computes.
 
-    Collectives match by the members and by how many each has called among them, exchanges of two by how many each has
-    called with the other; `send` and `recv` by `Mailbox`. A message is sent at once, and `send`'s wait returns when it
-    is there, received or not.
+    Collectives match by members and by how many each has called, swaps by how many each has called with the other,
+    `send` and `recv` by `Mailbox`. `send`'s wait returns when the message has arrived, received or not.
     """
 
     def __init__(self, world: World, view: View, rank: int) -> None:
@@ -182,7 +181,7 @@ class SimComm(Comm):
         self._world, self._view = world, view
 
     def issue(self, call: Call) -> Work[Any]:
-        """Sums are added in members' order, and swaps start when both have called."""
+        """Sums are added in members' order; swaps start when both have called."""
         if call.kind == "send":
             assert call.peer is not None
             mailbox = self._world._mailbox(self._view, call.peer)
@@ -206,7 +205,7 @@ class SimComm(Comm):
         return self._world.comm(self.rank, members)
 
     def regroup(self, lost: PeerLost | Late) -> Comm:
-        """Those who have not crashed by now. Who waits in this view gets `PeerLost` too, and so comes along."""
+        """The members that have not crashed. Ranks that wait in this view get `PeerLost` and so join."""
         self._world.leave(self._view)
         return self._world.comm(self.rank, [rank for rank in self.members if self._world.present(rank)])
 
@@ -232,18 +231,17 @@ class SimComm(Comm):
 
 
 class _Pending(Generic[T]):
-    """A Work: how to block until it is through, and its result."""
+    """A Work made of a blocking function and its result."""
 
     def __init__(self, block: Callable[[], None], finish: Callable[[], T]) -> None:
         self._block, self._finish = block, finish
 
     def wait(self) -> T:
-        """Block, then the result."""
         self._block()
         return self._finish()
 
 
 def _copy(x: Tensor) -> Tensor:
-    """Contiguous, as messages of real ranks arrive."""
+    """A contiguous copy, as real messages arrive."""
     x = x.detach()
     return x.contiguous() if x.is_meta else x.clone(memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""What ranks do together: members arrive at an exchange, its bytes move, each goes on with its result."""
+"""Collectives and swaps in virtual time: members arrive, the bytes move, each continues with its result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lowcomm.sim.collectives import Schedule, Transfer, Turns
 
 
 class Carrier(Protocol):
-    """What moves bytes in virtual time, such as `lowcomm.sim.network.Network`."""
+    """Moves bytes in virtual time, such as `lowcomm.sim.network.Network`."""
 
     def send(
         self,
@@ -27,16 +27,16 @@ class Carrier(Protocol):
         num_latencies: float = 1.0,
         turns: Turns | None = None,
     ) -> Any:
-        """Start a flow and return it; ``on_end`` is called between ranks' turns when the last byte is there."""
+        """Start a flow and return it; ``on_end`` is called between ranks' turns when the last byte has arrived."""
         ...
 
     def cancel(self, flow: Any) -> None:
-        """Stop a flow; nothing happens when it is over."""
+        """Stop a flow; no effect if it has ended."""
         ...
 
 
 class Asked(NamedTuple):
-    """A call without its values; all members of an exchange must ask for the same."""
+    """A call without its values; all members of an exchange must make the same."""
 
     kind: str
     shape: torch.Size
@@ -51,18 +51,17 @@ class Asked(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class Exchange:
-    """One collective of some members, or a swap of two.
+    """One collective, or one swap of two members.
 
-    Its transfers start when the last member has arrived, or when those before them have ended. Where nothing is a
-    pipeline (`all_to_all`, most broadcasts), a member is through when its own transfers are; all others are over for
-    all at once.
+    Transfers start when the last member has arrived, or when earlier ones they depend on have ended. Without a pipeline
+    (`all_to_all`, most broadcasts), a member is done when its own transfers are; otherwise all are done at once.
 
     Attributes:
-        number: counts the exchanges of these members from 1.
-        call: what the first to arrive asked for.
-        on_over: called when the last transfer has ended.
-        posts: what each member brought; None of who has nothing to send.
-        lost: those whose loss ended it too soon, empty if none did; other ranks too until the first waiter is told.
+        number: counts these members' exchanges from 1.
+        call: the first member's call.
+        on_over: called after the last transfer.
+        posts: each member's tensor; None if it sends nothing.
+        lost: ranks whose loss ended it early; may include non-members until the first waiter is told.
     """
 
     clock: Clock
@@ -84,10 +83,10 @@ class Exchange:
     _total: Tensor | None = field(default=None, init=False)
 
     def arrive(self, rank: int, call: Asked, x: Tensor | None) -> None:
-        """A member joins with a tensor that nobody will change.
+        """A member joins with a tensor that must not change.
 
         Raises:
-            ValueError: when it asks for something else than those before it.
+            ValueError: when its call differs from the others'.
         """
         if call != self.call:
             first = next(iter(self.posts))
@@ -101,10 +100,10 @@ class Exchange:
             self._start()
 
     def wait(self, rank: int) -> None:
-        """Block until this member is through.
+        """Block until this member is done.
 
         Raises:
-            PeerLost: when another member was lost before that.
+            PeerLost: when another member was lost first.
         """
         if not self.lost and not self._is_through(rank):
             self._parked[rank] = None
@@ -117,7 +116,7 @@ class Exchange:
             raise PeerLost(f"{self._name()} cannot end: ranks {named(self.lost)} are gone", tuple(sorted(self.lost)))
 
     def lose(self, lost: set[int]) -> None:
-        """End it for all who are not through: members are among the lost, and who crashes at this moment joins them."""
+        """Members are lost: end it for all that are not done. Ranks that crash at the same moment are added."""
         self.lost = lost
         if self.carrier is not None:
             for flow in self._flows:
@@ -125,7 +124,7 @@ class Exchange:
         self._wake(list(self._parked))
 
     def total(self) -> Tensor:
-        """The sum of what all brought, in members' order, as a fresh tensor."""
+        """The sum of all posts, in members' order, as a fresh tensor."""
         if self._total is None:
             self._total = self.post(self.members[0]).clone()
             if not self._total.is_meta:
@@ -134,25 +133,25 @@ class Exchange:
         return self._total.clone()
 
     def gathered(self) -> Tensor:
-        """What all brought as rows of a fresh tensor, in members' order."""
+        """All posts as rows of a fresh tensor, in members' order."""
         first = self.post(self.members[0])
         if first.is_meta:  # without a look at all of them, which would be n times n
             return first.new_empty(len(self.members), *first.shape)
         return torch.stack([self.post(rank) for rank in self.members])
 
     def rows(self, place: int) -> Tensor:
-        """The row at this place of what each brought, likewise."""
+        """The row at this place of each post, as a fresh tensor in members' order."""
         first = self.post(self.members[0])
         return first.clone() if first.is_meta else torch.stack([self.post(r)[place] for r in self.members])
 
     def post(self, rank: int) -> Tensor:
-        """What a member brought that sends something."""
+        """The tensor of a member that sends."""
         x = self.posts[rank]
         assert x is not None
         return x
 
     def copy(self, rank: int) -> Tensor:
-        """The same as a fresh tensor."""
+        """A fresh copy of `post`."""
         return self.post(rank).clone()
 
     def _start(self) -> None:
