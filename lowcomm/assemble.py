@@ -1,4 +1,4 @@
-"""From a config to a replica that trains: what `lowcomm train` does on every rank."""
+"""Builds a training replica from a config: what `lowcomm train` does on every rank."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _DTYPES = {"fp32": torch.float32, "bf16_mixed": torch.float32, "bf16": torch.bfl
 
 @dataclass(frozen=True)
 class Place:
-    """Where this rank runs: its device, and what carries its messages (None: it is alone)."""
+    """This rank's device and message backend (None: a single rank)."""
 
     device: torch.device
     backend: str | None
@@ -51,7 +51,7 @@ def place(run: Run) -> Place:
     """Choose the device and backend of this rank.
 
     Raises:
-        ValueError: when the config asks for CUDA or NCCL and it is not to be had.
+        ValueError: when the config asks for CUDA or NCCL and it is not available.
     """
     has_cuda = torch.cuda.is_available()
     if run.device == "cuda" and not has_cuda:
@@ -93,7 +93,7 @@ def run_replica(run: Run, out: Path, resumes: bool) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Assembled:
-    """A replica, what it is to do, and its model; a run is told from others by its id."""
+    """A replica, its plan, its model and its run id."""
 
     replica: Replica
     plan: Plan
@@ -115,12 +115,12 @@ def assemble(
     write: Callable[[dict[str, Any]], None],
     around: Callable[[Engine], Engine] = lambda engine: engine,
 ) -> Assembled:
-    """Build one member's replica and make sure that all members were started alike.
+    """Build one member's replica, and check that all members were started alike.
 
     Args:
         loaded: ``run.data`` as this process read it.
-        write: where metrics lines go.
-        around: what is put around the engine, such as a virtual clock.
+        write: receives metrics lines.
+        around: wraps the engine, such as in a virtual clock.
     """
     num_replicas = len(comm.members)
     batch_size, num_steps = run.batch.of_replica(num_replicas), run.steps(num_replicas)
@@ -147,14 +147,14 @@ def assemble(
 
 
 def _seed_draws(seed: int, rank: int, device: torch.device) -> None:
-    """What models draw in forward, such as dropout, comes from torch's own generators; a resumed run begins anew."""
+    """Seed torch's global generators, which models draw from in forward (dropout); a resumed run starts them anew."""
     torch.set_rng_state(rng(seed, "forward", rank).get_state())
     if device.type == "cuda":
         torch.cuda.set_rng_state(rng(seed, "forward", rank, device=device).get_state(), device)
 
 
 def describe_into(run: Run, out: Path) -> None:
-    """Lay the resolved config and the environment beside the results."""
+    """Write the resolved config and the environment beside the results."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").write_text(yaml.safe_dump(describe(run), sort_keys=False))
     (out / "environment.json").write_text(json.dumps(environment(), indent=1))
@@ -189,9 +189,9 @@ def _run_replica(run: Run, out: Path, resumes: bool, where: Place, comm: Comm) -
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Write parameters and buffers as safetensors; tied ones once, under the first of their names.
+    """Write parameters and buffers as safetensors; tied ones once, under their first name.
 
-    `safetensors` refuses a tensor that is a part of another, such as a buffer that is a view: it is written as a copy.
+    Views of larger tensors, which `safetensors` refuses, are written as copies.
 
     Raises:
         OSError: when the file cannot be written.
@@ -206,7 +206,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
 
 def _copy_parts(_model: nn.Module, state: dict[str, Any], *_: Any) -> None:
-    """Put copies in the place of tensors that do not fill their storage; names of one tensor share its copy."""
+    """Copy tensors that do not fill their storage; names of one tensor share its copy."""
     copies: dict[Any, torch.Tensor] = {}
     for name, x in state.items():
         if isinstance(x, torch.Tensor) and x.numel() * x.element_size() != x.untyped_storage().nbytes():
@@ -215,7 +215,7 @@ def _copy_parts(_model: nn.Module, state: dict[str, Any], *_: Any) -> None:
 
 
 def build_engine(run: Run, model: nn.Module, num_steps: int) -> TorchEngine:
-    """The inner loop of a run around a model that is already in its place."""
+    """The engine of a run, for a model already on its device."""
     optimizer = run.optimizer.build(parameter_groups(model, run.optimizer.decay_vectors))
     return TorchEngine(
         model,
@@ -242,7 +242,7 @@ def without_values(run: Run, vocab_size: int) -> nn.Module:
 def open_ledger(
     run: Run, model: nn.Module, comm: MeteredComm, device: torch.device, write: Callable[[dict[str, Any]], None]
 ) -> Ledger:
-    """The books of one member, whose lines go to ``write``."""
+    """The ledger of one member; its lines go to ``write``."""
     num_replicas = len(comm.members)
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return Ledger(
@@ -259,10 +259,10 @@ def open_ledger(
 
 
 def check_agreement(comm: MeteredComm, hashes: dict[str, str]) -> None:
-    """Refuse to train replicas that were not started alike.
+    """Check that all replicas were started alike.
 
     Args:
-        hashes: hexadecimal digests, all of one length, by what they are of.
+        hashes: hexadecimal digests of equal length, by name.
 
     Raises:
         ValueError: on every rank, naming what differs and where.
@@ -279,7 +279,7 @@ def check_agreement(comm: MeteredComm, hashes: dict[str, str]) -> None:
 
 
 def checkpoint_bytes(engine: Engine, state: Any) -> int:
-    """About what one checkpoint of this rank takes, two optimizer states for each parameter assumed."""
+    """The approximate size of this rank's checkpoint, assuming two optimizer states per parameter."""
     now = state_bytes({"engine": engine.state_dict(), "algorithm": state_tree(state)})
     return now + 2 * num_bytes(engine.slots()["param"])
 

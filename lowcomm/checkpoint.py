@@ -1,15 +1,14 @@
-"""Checkpoints: every rank saves its own whole state, and a folder either is whole or ends in ``.partial``.
+"""Checkpoints: every rank saves its whole state; a folder is either whole or ends in ``.partial``.
 
     <run>/checkpoints/t00000100/rank00000/    *.distcp .metadata    tensors, by torch.distributed.checkpoint
                                               tree.json             everything else, with a place for each tensor
                                               manifest.json         run, step, ranks; bytes and sha256 of each file
                                               on_all_ranks          empty; there once every rank had saved this step
 
-Replicas differ (local parameters, moments, data cursor) and may share no disk, so nothing is exchanged while saving.
-A folder is written under another name, flushed to the disk and then renamed: a rank that dies at any moment leaves the
-checkpoints before it as they were.
+Replicas differ (local parameters, moments, data cursor) and may share no disk, so saving communicates nothing. A folder
+is written under another name, flushed and then renamed, so a crash never damages earlier checkpoints.
 
-Algorithms keep their state in dataclasses; `lowcomm.state` turns them into what can be saved, and back.
+`lowcomm.state` converts the dataclass states of algorithms to and from what can be saved.
 """
 
 from __future__ import annotations
@@ -107,7 +106,8 @@ class Checkpoints:
         return [t for t in self._present() if self._manifest(t) is not None]
 
     def newest(self, others: Iterable[Iterable[int]] = ()) -> int | None:
-        """The newest step that is whole here and in each of ``others``, the `steps` of other ranks; None without one.
+        """The newest step that is whole here and in each of ``others``, the other ranks' `steps`; None if there is
+        none.
 
         Raises:
             ValueError: as `steps`.
@@ -115,7 +115,7 @@ class Checkpoints:
         return max(set(self.steps()).intersection(*others), default=None)
 
     def load(self, t: int) -> dict[str, Any]:
-        """The state that was saved after step ``t``, with every byte checked against its sha256.
+        """The state that was saved after step ``t``, checked against its sha256.
 
         Raises:
             ValueError: when there is none, it is another run's, or a file is damaged; names the file.
@@ -146,7 +146,7 @@ class Checkpoints:
     def were_on_all(self) -> bool:
         """Whether one of these checkpoints shows that all ranks had one.
 
-        Then ranks without any have lost theirs. Otherwise the run was interrupted while it wrote its first.
+        If so, ranks without one have lost theirs; otherwise the run was interrupted while writing its first.
 
         Raises:
             ValueError: as `steps`.
@@ -155,9 +155,9 @@ class Checkpoints:
         return len(steps) > 1 or any((self._folder(t) / ON_ALL).exists() for t in steps)
 
     def prune(self, confirmed_t: int) -> None:
-        """Delete what is older than the newest `keep` up to ``confirmed_t``, and what dead writers left.
+        """Delete checkpoints older than the newest `keep` up to ``confirmed_t``, and remains of crashed writers.
 
-        ``confirmed_t`` is whole on all ranks. It and anything newer stay.
+        The checkpoint of ``confirmed_t``, which is whole on all ranks, and newer ones stay.
         """
         older = [t for t in self._present() if t < confirmed_t]
         whole = [t for t in older if self._manifest(t) is not None]
@@ -165,17 +165,16 @@ class Checkpoints:
         self._delete(t for t in older if t not in kept)
 
     def discard_after(self, t: int) -> None:
-        """Delete what is newer than ``t``, once all ranks have resumed from it.
+        """Delete checkpoints newer than ``t``, once all ranks have resumed from it.
 
-        Otherwise a rank that dies early in its second life could leave a newer step in which ranks mix both lives.
+        Otherwise, after another crash, ranks could resume from a newer step that mixes both runs.
         """
         self._delete(newer for newer in self._present() if newer > t)
 
     def require_space(self, num_bytes: int) -> None:
         """Check that the disk takes `keep` checkpoints of ``num_bytes`` (see `state_bytes`) and one being written.
 
-        Those that are already there count, of all ranks. Ranks that share a disk each need as much: multiply
-        ``num_bytes``.
+        Existing checkpoints of all ranks count as available. For ranks that share a disk, multiply ``num_bytes``.
 
         Raises:
             ValueError: when too little is free.
@@ -200,7 +199,7 @@ class Checkpoints:
         return self.dir / f"t{t:08d}" / f"rank{self.rank:05d}"
 
     def _present(self) -> list[int]:
-        """The steps of all folders that have this rank's name, whole or damaged, oldest first."""
+        """All steps with a folder of this rank, whole or damaged, oldest first."""
         names = (folder.parent.name for folder in self.dir.glob(f"t*/{self._folder(0).name}"))
         return sorted(int(name[1:]) for name in names if re.fullmatch(r"t\d{8}|t[1-9]\d{8,}", name))
 
@@ -224,7 +223,9 @@ class Checkpoints:
         return manifest
 
     def _delete(self, steps: Iterable[int]) -> None:
-        """Delete steps and whatever a dead writer of this rank left; a deletion that is cut short leaves no half."""
+        """Delete steps and the remains of this rank's crashed writers; an interrupted deletion leaves no partial
+        folder.
+        """
         for t in steps:
             _set_aside(self._folder(t))
         name = self._folder(0).name
@@ -237,7 +238,7 @@ class Checkpoints:
 def state_bytes(state: Mapping[str, Any]) -> int:
     """Bytes on the disk that a checkpoint of ``state`` takes, rounded up.
 
-    An optimizer that has not stepped yet holds no moments: their bytes are the caller's to add.
+    An optimizer that has not stepped holds no moments; the caller adds their bytes.
     """
     tensors: dict[str, Tensor] = {}
     tree = _split(dict(state), "state", tensors)
@@ -254,7 +255,7 @@ def _sha256(path: Path) -> str:
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    """Flush a file's bytes, or a folder's names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -263,7 +264,7 @@ def _flush(path: Path) -> None:
 
 
 def _set_aside(folder: Path) -> Path:
-    """Rename a folder so that nobody takes it for whole; what was set aside before it is deleted."""
+    """Rename a folder so that it does not count as whole; a folder set aside before is deleted."""
     aside = folder.with_name(f"{folder.name}.old.partial")
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(folder, aside)
@@ -272,10 +273,10 @@ def _set_aside(folder: Path) -> Path:
 
 @contextmanager
 def _in_one_process() -> Iterator[None]:
-    """Without torch's warning that it works in one process, which is what we ask of it.
+    """Suppress torch's warning about working in one process, which is intended.
 
     Raises:
-        BaseException: what happened within, an interrupt too, where torch raises a table of it by rank.
+        BaseException: the original error, also an interrupt, where torch raises a table of errors by rank.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -290,7 +291,7 @@ def _in_one_process() -> Iterator[None]:
 
 
 def _split(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
-    """The JSON form of ``value``; its tensors are added to ``tensors``, named by where they stand."""
+    """The JSON form of ``value``; its tensors are added to ``tensors``, named by their place."""
     if type(value) in _LEAVES:
         return value
     if isinstance(value, Tensor):
@@ -315,7 +316,7 @@ def _split(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _join(node: Any, tensors: dict[str, Tensor]) -> Any:
-    """The inverse of `_split`: the value, its tensors empty and also in ``tensors``, to be filled."""
+    """The inverse of `_split`: the value with empty tensors, also put in ``tensors``, to be filled."""
     if not isinstance(node, dict):
         return node
     if "tensor" in node:

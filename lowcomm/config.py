@@ -63,7 +63,7 @@ class Optimizer:
         return found
 
     def build(self, groups: Iterable[Any]) -> torch.optim.Optimizer:
-        """The optimizer of these parameters or parameter groups.
+        """The optimizer for these parameters or parameter groups.
 
         Raises:
             ValueError: when it refuses `args`.
@@ -82,9 +82,8 @@ class Optimizer:
 class Batch:
     """How many sequences an inner step sees.
 
-    Published methods count in two ways, which must not be compared with each other: DiLoCo (2023) gives every replica
-    the whole batch, so that n replicas see n times the data in the same steps; Streaming DiLoCo and the scaling-law
-    papers split one batch among the replicas.
+    Papers differ: in DiLoCo (2023) every replica has the whole batch, so n replicas see n times the data in the same
+    steps; Streaming DiLoCo and the scaling-law papers split one batch among the replicas.
 
     Attributes:
         size: sequences.
@@ -178,13 +177,13 @@ class Run:
             the parameters in bfloat16 too (the anchor stays in float32).
         compile: torch.compile the model with its loss.
         clip_norm: largest global L2 norm of a gradient; null leaves gradients as they are.
-        seed: of everything random. What a model draws in forward, such as dropout, is the same whenever a run is begun,
-            and other numbers after it is resumed.
+        seed: of everything random. Draws in a model's forward, such as dropout, are the same at each start but differ
+            after a resume.
         device: "auto" takes CUDA when there is one.
         backend: "auto" takes NCCL when each process has a GPU of its own, else gloo.
-        timeout_s: how long a message may take before somebody counts as lost.
-        on_loss: when a replica is lost: "stop", or "go_on" among those who are left (gloo only).
-        grace_s: how long those who notice a loss wait for the others; who comes later is lost too.
+        timeout_s: how long a message may take before its sender counts as lost.
+        on_loss: when a replica is lost: "stop", or "go_on" with the remaining ones (gloo only).
+        grace_s: how long replicas that notice a loss wait for the others; later ones are lost too.
     """
 
     model: ModelConfig = Llama()
@@ -257,11 +256,11 @@ def describe(value: Any) -> Any:
 
 
 def decisive(described: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a described run decides its result."""
+    """The part of a described run that determines its result."""
     return {k: v for k, v in described.items() if k not in _PASSING}
 
 
 def identity(run: Run, num_replicas: int, data_fingerprint: str) -> str:
-    """A hash that two runs share exactly when they must give the same result."""
+    """A hash of what determines a run's result."""
     key = json.dumps([decisive(describe(run)), num_replicas, data_fingerprint], sort_keys=True)
     return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()

@@ -1,4 +1,4 @@
-"""What a run ran on, as far as its results may depend on it: versions, hardware, commit."""
+"""The environment that results may depend on: versions, hardware, commit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import lowcomm
 
 
 def environment() -> dict[str, Any]:
-    """Plain data for environment.json; None for what cannot be found out. Names no host, no user and no path."""
+    """Plain data for environment.json; None for what is unknown. Contains no host, user or path."""
     num_gpus = torch.cuda.device_count()
     commit = _git("rev-parse", "HEAD")
     changes = None if commit is None else _git("status", "--porcelain")
@@ -41,7 +41,7 @@ def environment() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says of the working directory; None when it has nothing to say: no git, no repository, no commit."""
+    """The output of git in the working directory; None without git, repository or commit."""
     try:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -50,7 +50,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def _cpu() -> str | None:
-    """The processor's name, which only Linux lets us read without a further program."""
+    """The processor's name, available on Linux only."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -1,10 +1,10 @@
-"""lowcomm's averages for people who stay with torch's DistributedDataParallel or with FSDP2.
+"""Communication hooks for torch's DistributedDataParallel and FSDP2.
 
-hook = lowcomm.ddp_hook(Reducer(PowerSGD(rank=4), EF14()))
-hook.register(model)        # once, on the DistributedDataParallel, before its first backward
+hook = lowcomm.ddp_hook(Reducer(PowerSGD(rank=4), EF14())) hook.register(model)        # once, on the
+DistributedDataParallel, before its first backward
 
-hook = lowcomm.fsdp_hook(Reducer(Quantized(), EF14()), comm)
-hook.register(model)        # once, after fully_shard; comm joins the ranks that hold the same shard
+hook = lowcomm.fsdp_hook(Reducer(Quantized(), EF14()), comm) hook.register(model)        # once, after fully_shard; comm
+joins the ranks that hold the same shard
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lowcomm.state import restore, state_tree
 
 
 class Bucket(Protocol):
-    """What a hook is given: some gradients as one flat buffer (torch.distributed.GradBucket)."""
+    """The gradients that DDP passes to a hook, as one flat buffer (torch.distributed.GradBucket)."""
 
     def buffer(self) -> Tensor:
         """All gradients of the bucket."""
@@ -64,14 +64,13 @@ class _Full:
 class DDPHook:
     """Averages the gradients of a model in DistributedDataParallel with a `Reducer`; made by `ddp_hook`.
 
-    Nothing is sent before DDP's last bucket is full; then all gradients are averaged as one list, in the order of the
-    model's parameters, and DDP waits for it. So DDP's buckets, which it lays out anew after the first backward, do not
-    show: the reducer makes its own, one state fits every layout, and a resumed run computes what it would have. The
-    price is that nothing is sent while backward goes on.
+    Once DDP's last bucket is full, all gradients are averaged as one list, in the order of the model's parameters, and
+    DDP waits. So the state does not depend on DDP's buckets, which change after the first backward, and resuming is
+    exact. The price is that nothing is sent during backward.
 
-    16-bit gradients are averaged, and errors remembered, in float32. When some rank's gradients are not finite and the
-    compressor cannot carry that, all gradients of the step become NaN on every rank, so that a gradient scaler skips
-    the step everywhere, and the state stays.
+    16-bit gradients and errors are averaged and kept in float32. When a rank's gradients are not finite and the
+    compressor cannot carry that, all gradients become NaN on every rank, so gradient scalers skip the step everywhere;
+    the state is unchanged.
     """
 
     def __init__(self, reducer: Reducer) -> None:
@@ -115,7 +114,7 @@ class DDPHook:
         restore(self._registered()[1], state["reducer"], self._parameters[0].device)
 
     def average(self, bucket: Bucket) -> torch.futures.Future[Tensor]:
-        """What DDP calls for each bucket: the future means, in the bucket's buffer."""
+        """Called by DDP for each bucket; returns a future of the means, in the bucket's buffer."""
         if bucket.index() == 0:
             self._waiting.clear()  # what a backward left that broke off
         device = bucket.buffer().device
@@ -150,15 +149,14 @@ class DDPHook:
 
 
 class FSDPHook:
-    """Averages what FSDP2 has reduced within islands over the islands, with a `Reducer`; made by `fsdp_hook`.
+    """Averages gradients that FSDP2 has reduced within islands over the islands, with a `Reducer`; made by `fsdp_hook`.
 
-    Each module that was sharded brings its shard of gradients as one vector, in the dtype in which FSDP reduces, and
-    keeps a state of its own; FSDP waits for the mean. Non-finite and 16-bit gradients are treated as in `DDPHook`, but
-    one module at a time: the others' states go on also if the step is then skipped.
+    Each sharded module's gradient shard is one vector, in FSDP's reduce dtype, with its own state; FSDP waits for the
+    mean. Non-finite and 16-bit gradients are treated as in `DDPHook`, but per module: other modules' states advance
+    even if the step is then skipped.
 
-    What is remembered has its place in that vector, so all parameters must stand in it: those that got no gradient have
-    zeros. Where torch is too old for `FSDPModule.set_reduce_scatter_unused_params`, it leaves them out, and each must
-    get a gradient in every backward.
+    The vector must hold all parameters, with zeros for those without a gradient. Without
+    `FSDPModule.set_reduce_scatter_unused_params` (older torch), each parameter must get a gradient in every backward.
     """
 
     def __init__(self, reducer: Reducer, comm: Comm) -> None:
@@ -194,10 +192,10 @@ class FSDPHook:
         self._states, self._saved = {}, dict(state)
 
     def average(self, name: str, gradient: Tensor) -> None:
-        """What FSDP calls for the module of this name: its shard's mean, in place.
+        """Called by FSDP for the module of this name: averages its shard in place.
 
         Raises:
-            ValueError: when the state that was loaded is of another model or reducer.
+            ValueError: when the loaded state is of another model or reducer.
         """
         wide = [_wide(gradient)]
         if name not in self._states:
@@ -215,8 +213,8 @@ class FSDPHook:
 def ddp_hook(reducer: Reducer) -> DDPHook:
     """A communication hook for torch's DistributedDataParallel that averages gradients with ``reducer``.
 
-    Call its ``register(model)`` in place of ``model.register_comm_hook``. Its ``state_dict``, of each rank, belongs in
-    the checkpoint: it holds what error feedback remembers.
+    Call its ``register(model)`` in place of ``model.register_comm_hook``. Save each rank's ``state_dict`` in the
+    checkpoint: it holds the error feedback.
     """
     return DDPHook(reducer)
 

@@ -1,4 +1,4 @@
-"""Sums of many small tensors as few messages."""
+"""Sums of many small tensors in few messages."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class _Piece:
 
 
 class JoinedComm(Comm):
-    """Another Comm whose `all_sum` waits for company: what was asked for until `flush` goes as one message.
+    """A Comm whose `all_sum` calls are joined: those made until `flush` are one message.
 
-    Totals are as exact as the inner Comm's. A batch of ``limit_bytes`` or more does not wait.
+    Totals are as exact as the inner Comm's. A batch of ``limit_bytes`` or more is sent at once.
     """
 
     def __init__(self, inner: Comm, limit_bytes: int) -> None:
@@ -51,13 +51,13 @@ class JoinedComm(Comm):
         self._open: dict[tuple[torch.dtype, torch.device], _Batch] = {}
 
     def flush(self) -> None:
-        """Send what waits, in the order in which it was first asked for."""
+        """Send the waiting sums, in the order of their first calls."""
         for batch in self._open.values():
             batch.issue(self._inner)
         self._open.clear()
 
     def issue(self, call: Call) -> Work[Any]:
-        """Sums wait: ``flush`` before waiting for one, and do not change what is summed until then."""
+        """Sums are delayed: call ``flush`` before waiting for one, and do not change its input until then."""
         if call.kind != "all_sum":
             return self._inner.issue(call)
         key = (call.x.dtype, call.x.device)

@@ -1,4 +1,4 @@
-"""Who takes part in a run, and what becomes of a round in which somebody is lost."""
+"""The ranks that take part in a run, and the retry of a call in which some are lost."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ T = TypeVar("T")
 
 
 class Torn(Exception):
-    """Somebody was lost while some had ended a round and others had not: they cannot go on from one place."""
+    """After a loss, some ranks have ended a round and others have not, so they cannot continue together."""
 
 
 @dataclass
 class Members(Generic[C]):
-    """Those who train together now.
+    """The ranks that train now.
 
     Attributes:
         comm: of the present members.
-        goes_on: whether the run goes on among those who are left when somebody is lost.
-        num_calls: calls that ended so far; equal on all who stand at the same place.
-        meets_at: calls before this one are made alone, as the others had made them when somebody was lost.
+        goes_on: whether the run continues with the remaining members after a loss.
+        num_calls: calls ended so far; equal on ranks at the same point.
+        meets_at: this rank makes calls before this number alone, as the others had ended them before the loss.
     """
 
     comm: C
@@ -37,11 +37,11 @@ class Members(Generic[C]):
     meets_at: int = 0
 
     def take(self, algorithm: Algorithm[Any], engine: Engine, state: Any, call: Callable[[C], T]) -> T:
-        """Make a call that talks; when somebody is lost in it, again among those who are left.
+        """Make a call that communicates; after a loss, repeat it with the remaining members.
 
         Raises:
-            PeerLost, Late: when the run does not go on, or nobody can.
-            Torn: when those who are left stand at different places, and the method cannot skip a round.
+            PeerLost, Late: when the run does not continue, or cannot.
+            Torn: when the remaining members are at different calls and the method cannot skip a round.
         """
         lost: PeerLost | Late | None = None
         while True:
@@ -60,7 +60,7 @@ class Members(Generic[C]):
                 lost.__cause__ = lost.__context__ = None
 
     def _regroup(self, lost: PeerLost | Late, may_skip: bool) -> None:
-        """A view of those who are left, once all of them are there, and where they meet."""
+        """Set the view of the remaining members, once all have arrived, and the call at which they meet."""
         comm: Any = self.comm.regroup(lost)
         self.comm = comm
         places = comm.all_gather(torch.tensor([self.num_calls])).wait()

@@ -1,4 +1,4 @@
-"""What a run writes while it trains: metrics.jsonl, one JSON object a line, and where else its lines go.
+"""Writes metrics.jsonl, one JSON object per line, and passes lines to other sinks.
 
 Keys mean the same in every file. A line has those that apply; a value that is not known or not finite is null.
 
@@ -38,11 +38,11 @@ Record = Mapping[str, Any]
 
 
 class Sink(ABC):
-    """Somewhere that lines go besides the file."""
+    """Another destination for lines."""
 
     @abstractmethod
     def write(self, record: Record) -> None:
-        """Take one line."""
+        """Write a line."""
 
     @abstractmethod
     def close(self) -> None:
@@ -50,9 +50,9 @@ class Sink(ABC):
 
 
 class Metrics:
-    """Appends lines to a file, each on the disk's way before `write` returns, and passes them on.
+    """Appends lines to a file, flushed before `write` returns, and passes them on.
 
-    The file is open only meanwhile: a simulation has one for each of very many ranks.
+    The file is open only during writes, as a simulation has one for each of very many ranks.
     """
 
     def __init__(self, path: Path, sinks: Sequence[Sink] = ()) -> None:
@@ -80,18 +80,19 @@ class Metrics:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All lines of a file; a last line that is still being written is left out.
+    """All lines of a file, except an incomplete last one.
 
     Raises:
-        ValueError: when there is no such file, or another line is no JSON object.
+        ValueError: when the file is missing, or another line is no JSON object.
     """
     return [record for _, record in _lines(path)]
 
 
 def truncate_after(path: Path, t: int) -> None:
-    """Drop lines of steps after ``t``, summaries and a broken last line: what a run resumed from ``t`` writes again.
+    """Drop lines of steps after ``t``, summaries and an incomplete last line, which a run resumed from ``t`` writes
+    again.
 
-    The file is replaced at once or not at all; without one nothing happens. Call it before the first `Metrics.write`.
+    The replacement is atomic; a missing file is fine. Call it before the first `Metrics.write`.
 
     Raises:
         ValueError: when a line that is not the last is no JSON object.
@@ -129,7 +130,7 @@ def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _finite(value: Any) -> Any:
-    """``value`` with null for every float that JSON cannot say."""
+    """``value`` with null for every float that is not finite."""
     if isinstance(value, Mapping):
         return {key: _finite(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -141,7 +142,7 @@ def _finite(value: Any) -> Any:
 
 
 class ProgressSink(Sink):
-    """Where the run stands: a live bar on a terminal, elsewhere a line now and then."""
+    """Progress: a live bar on a terminal, otherwise a line now and then."""
 
     def __init__(self, num_steps: int, every_s: float = 10.0, console: Console | None = None) -> None:
         """Print on the standard output, or on ``console``.
@@ -160,7 +161,6 @@ class ProgressSink(Sink):
         self._bar: Progress | None = None
 
     def write(self, record: Record) -> None:
-        """Show it."""
         now = time.monotonic()
         self._latest |= {key: value for key, value in record.items() if value is not None}
         self._first = self._first or (record["t"], now)
@@ -220,14 +220,13 @@ class TensorBoardSink(Sink):
         self._writer: Any = None
 
     def write(self, record: Record) -> None:
-        """Add its numbers at its step; the first says from which step on those of an interrupted run do not count."""
+        """Add the line's numbers at its step; the first line purges later steps of an interrupted run."""
         if self._writer is None:
             self._writer = self._open(purge_step=record["t"])
         for key, value in _numbers(record).items():
             self._writer.add_scalar(key, value, record["t"])
 
     def close(self) -> None:
-        """Write out what is buffered."""
         if self._writer is not None:
             self._writer.close()
 
@@ -247,16 +246,14 @@ class WandbSink(Sink):
         self._run = require("wandb", "wandb").init(project=project, name=name, mode=mode)
 
     def write(self, record: Record) -> None:
-        """Log its numbers at its step."""
         self._run.log(_numbers(record), step=record["t"])
 
     def close(self) -> None:
-        """Finish the run."""
         self._run.finish()
 
 
 def _numbers(record: Record) -> dict[str, float]:
-    """What can be drawn: all numbers but the step and the rank."""
+    """All numbers but the step and the rank."""
     names = [key for key, value in record.items() if isinstance(value, (int, float)) and key not in ("t", "rank")]
     return {key: record[key] for key in names}
 
@@ -289,7 +286,7 @@ SUMMARY_COLUMNS = tuple(title for title, _, _ in _COLUMNS)
 
 
 def summary_cells(row: Record) -> list[str]:
-    """The texts of a summary line with its ``run`` name, one for each of `SUMMARY_COLUMNS`; a dash for the unknown."""
+    """The cells of a summary line with its ``run`` name, one for each of `SUMMARY_COLUMNS`; a dash if unknown."""
     return ["–" if row.get(key) is None else write(row[key]) for _, key, write in _COLUMNS]
 
 

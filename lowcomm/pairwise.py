@@ -1,7 +1,7 @@
-"""A group whose exchanges are made of swaps between two ranks each: no collective, and no process group to set up.
+"""A group that communicates in pairs: no collectives, and no process group to set up.
 
-For groups that change from round to round, of few members: each sends all that it has to every other, which for two
-members is as little as an all-reduce needs, and for n of them n / 2 times as much.
+For small groups that change every round. Each member sends everything to every other: as many bytes as an all-reduce
+for two members, n / 2 times as many for n.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ T = TypeVar("T")
 
 
 class Pairwise(Comm):
-    """Some members of another Comm, who talk by `Comm.exchange` alone; broadcasts take `Comm.send`.
+    """Some members of another Comm, which use only `Comm.exchange`, and `Comm.send` for broadcasts.
 
-    All swaps of a call are under way at once when it returns. Sums are in members' order, so that all members get the
-    same bits. A group of one sends nothing.
+    All swaps of a call run concurrently. Sums are in members' order, so results are bitwise equal. A group of one sends
+    nothing.
     """
 
     def __init__(self, inner: Comm, members: Sequence[int]) -> None:
@@ -33,7 +33,7 @@ class Pairwise(Comm):
         self._inner = inner
 
     def issue(self, call: Call) -> Work[Any]:
-        """A receive must name its source, as somebody outside of the group could come first."""
+        """A receive must name its source, as ranks outside of the group could send first."""
         x, peer = call.x, call.peer
         if call.kind == "all_sum":
             return _Then(self._swaps([x] * len(self.members)), _added)
@@ -52,7 +52,6 @@ class Pairwise(Comm):
         return self._inner.issue(call)
 
     def sub(self, members: Sequence[int]) -> Comm:
-        """Fewer of them, likewise."""
         if not set(members) <= set(self.members):
             raise ValueError(f"members {tuple(members)} are not all among {self.members}")
         return Pairwise(self._inner, members)
@@ -61,12 +60,12 @@ class Pairwise(Comm):
         return self._inner.now()
 
     def _swaps(self, xs: Sequence[Tensor]) -> list[Work[Tensor]]:
-        """With every member, the tensor that is for it."""
+        """Swap with every member the tensor meant for it."""
         return [self._inner.exchange(x, peer) for x, peer in zip(xs, self.members, strict=True)]
 
 
 class _Then(Generic[T]):
-    """Several works, and what to make of their results."""
+    """Several works, and the function of their results."""
 
     def __init__(self, works: Sequence[Work[Any]], make: Callable[[list[Any]], T]) -> None:
         self._works, self._make = works, make

@@ -1,4 +1,4 @@
-"""Where a rank stands among replicas that are many ranks each."""
+"""The place of a rank when each replica has many ranks."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lowcomm.comm.base import Call, Comm, Late, PeerLost, Work
 
 @dataclass(frozen=True)
 class Place:
-    """Which part of which replica a rank holds.
+    """The replica and shard of a rank.
 
     Attributes:
         replica, shard: from 0.
         within: the ranks of this replica.
-        across: those that hold this shard of all replicas, by the replicas' numbers: what an algorithm is handed.
+        across: the ranks that hold this shard, one per replica, under the replicas' numbers; given to the algorithm.
     """
 
     replica: int
@@ -28,10 +28,10 @@ class Place:
 
 
 def place_of(comm: Comm, num_shards: int) -> Place:
-    """That of this rank, where each ``num_shards`` members in a row are one replica.
+    """The place of this rank, if every ``num_shards`` consecutive members are one replica.
 
     Raises:
-        ValueError: when the members do not make whole replicas.
+        ValueError: when members do not form whole replicas.
     """
     if num_shards < 1 or len(comm.members) % num_shards:
         raise ValueError(f"{len(comm.members)} ranks do not make replicas of {num_shards}; start a multiple of it")
@@ -44,11 +44,11 @@ def place_of(comm: Comm, num_shards: int) -> Place:
 
 
 class Across(Comm):
-    """The ranks that hold the same shard, by the numbers of their replicas.
+    """The ranks that hold the same shard, under the numbers of their replicas.
 
     Args:
         inner: of those ranks, in the order of their replicas.
-        within: of this rank's replica, who decide together whether an exchange has come to its end.
+        within: of this rank's replica, which decides together whether an exchange succeeded.
         replicas: the numbers, ascending.
     """
 
@@ -62,7 +62,6 @@ class Across(Comm):
         return _Numbered(self._inner.issue(call._replace(peer=peer)), call.kind, self._ranks)
 
     def sub(self, members: Sequence[int]) -> Comm:
-        """Fewer replicas."""
         replicas = sorted(members)
         return Across(self._inner.sub([self._ranks[replica] for replica in replicas]), self._within, replicas)
 
@@ -79,7 +78,7 @@ class Across(Comm):
 
 
 class _Numbered:
-    """A Work whose result and errors name replicas."""
+    """A Work whose result and errors name replicas, not ranks."""
 
     def __init__(self, work: Work[Any], kind: str, ranks: dict[int, int]) -> None:
         self._work, self._kind, self._ranks = work, kind, ranks

@@ -1,4 +1,4 @@
-"""Going on from the newest checkpoint that is whole on every rank."""
+"""Resumes a run from the newest checkpoint that is whole on all ranks."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lowcomm.train import Replica
 
 
 def resume(replica: Replica, checkpoints: Checkpoints) -> int:
-    """Load the newest checkpoint that is whole on every member; its step, or 0 before the first one of all.
+    """Load the newest checkpoint that is whole on all members; returns its step, 0 without one.
 
-    Newer ones go: not before every member has loaded, and before any member trains.
+    Newer ones are deleted after all members have loaded and before any trains.
 
     Raises:
-        ValueError: as `newest_common`, `Checkpoints.steps` and `Checkpoints.load`; nothing was deleted then.
+        ValueError: as `newest_common`, `Checkpoints.steps` and `Checkpoints.load`; nothing is deleted then.
     """
     comm = replica.comm.tagged("checkpoint")
     newest = newest_common(checkpoints.steps(), checkpoints.were_on_all(), comm)
@@ -40,13 +40,13 @@ def resume(replica: Replica, checkpoints: Checkpoints) -> int:
 
 
 def newest_common(steps: Sequence[int], were_on_all: bool, comm: MeteredComm) -> int | None:
-    """The largest number that every member's ``steps`` hold; None for a run that no checkpoint of all was ever in.
+    """The largest step in all members' ``steps``; None if the run never had a checkpoint on all.
 
     Args:
-        were_on_all: whether this member knows that all had a checkpoint once, `Checkpoints.were_on_all`.
+        were_on_all: whether this member knows that all once had a checkpoint, see `Checkpoints.were_on_all`.
 
     Raises:
-        ValueError: on every member, when a checkpoint was on all but none is now; says who has what.
+        ValueError: on every member, when all once had a checkpoint and now have none in common; says who has what.
     """
     heads = [x.tolist() for x in comm.all_gather(torch.tensor([len(steps), int(were_on_all)])).wait()]
     longest = max(length for length, _ in heads)
@@ -67,13 +67,13 @@ def newest_common(steps: Sequence[int], were_on_all: bool, comm: MeteredComm) ->
 
 
 def check_beginning(run: Run, path: Path) -> None:
-    """Check that a run that is to go on without a checkpoint, and so begins again, replaces nothing but its beginning.
+    """Check that a run resumed without a checkpoint, which starts over, replaces only its own beginning.
 
     Args:
-        path: this rank's metrics.
+        path: this rank's metrics file.
 
     Raises:
-        ValueError: when they are of a run that ended, or of another config.
+        ValueError: when it is of a finished run, or of another config.
     """
     if path.exists() and any(record["kind"] == "summary" for record in read(path)):
         raise ValueError(

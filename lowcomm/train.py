@@ -1,4 +1,4 @@
-"""The training loop, and what it saves on the way; `lowcomm.resume` goes on from it."""
+"""The training loop and its checkpoints; `lowcomm.resume` continues from them."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ T = TypeVar("T")
 
 
 class Stream(Protocol):
-    """Training batches without end."""
+    """Endless training batches."""
 
     def next(self) -> Tensor:
         """The next batch, on the CPU."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands."""
+        """The position in the stream."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+        """Continue from that position."""
 
 
 @dataclass(frozen=True)
 class Replica:
-    """What trains: all that changes during a run, and nothing else.
+    """A training replica: all that changes during a run.
 
     Attributes:
-        members: who trains with it now.
+        members: the ranks that train now.
     """
 
     algorithm: Algorithm[Any]
@@ -52,11 +52,11 @@ class Replica:
 
     @property
     def comm(self) -> MeteredComm:
-        """That of the present members."""
+        """The Comm of the present members."""
         return self.members.comm
 
     def talk(self, call: Callable[[MeteredComm], T]) -> T:
-        """Make a call that talks; again among those who are left, when somebody is lost and the run goes on."""
+        """Make a call that communicates, see `Members.take`."""
         return self.members.take(self.algorithm, self.engine, self.state, call)
 
 
@@ -80,7 +80,7 @@ class Plan:
 
 
 def train(replica: Replica, plan: Plan, checkpoints: Checkpoints) -> None:
-    """Train to the end of the plan from wherever the replica stands."""
+    """Train from the replica's current step to the end of the plan."""
     algorithm, engine, state, ledger = replica.algorithm, replica.engine, replica.state, replica.ledger
     ledger.start()
     for t in range(ledger.t + 1, plan.num_steps + 1):
@@ -107,7 +107,7 @@ def train(replica: Replica, plan: Plan, checkpoints: Checkpoints) -> None:
 
 
 def evaluate(replica: Replica, batches: Sequence[Tensor], comm: MeteredComm) -> float:
-    """The mean loss of the parameters that stand for the run, batches shared out among the members; equal on all."""
+    """The mean loss of the consensus parameters, equal on all members; each evaluates a share of the batches."""
     engine = replica.engine
     live, standing = engine.slots()["param"], replica.algorithm.consensus(engine, replica.state)
     kept = [x.clone() for x in live]
@@ -123,7 +123,7 @@ def evaluate(replica: Replica, batches: Sequence[Tensor], comm: MeteredComm) -> 
 
 
 def save(replica: Replica, checkpoints: Checkpoints, t: int, comm: MeteredComm) -> None:
-    """Save this rank; older checkpoints go once every member has saved."""
+    """Save this rank; older checkpoints are deleted once every member has saved."""
     replica.algorithm.settle(replica.state)
     checkpoints.save(t, snapshot(replica))
     comm.tagged("checkpoint").all_sum(torch.ones(1)).wait()
@@ -132,7 +132,7 @@ def save(replica: Replica, checkpoints: Checkpoints, t: int, comm: MeteredComm) 
 
 
 def snapshot(replica: Replica) -> dict[str, Any]:
-    """Everything that a restart of this rank needs."""
+    """Everything that this rank needs to resume."""
     return {
         "engine": replica.engine.state_dict(),
         "algorithm": state_tree(replica.state),
