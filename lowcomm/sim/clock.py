@@ -1,7 +1,7 @@
-"""Virtual time: ranks as greenlets of one thread, and a heap that says whose turn it is.
+"""Virtual time: ranks are greenlets of one thread; a heap decides whose turn it is.
 
-A rank is ordinary code. It runs until it sleeps or parks; then the earliest thing due goes on, in the order of
-(time, sequence number), so that a run is the same every time.
+A rank is ordinary code that runs until it sleeps or parks. Then the earliest event runs, in the order of (time,
+sequence number), so a run is reproducible.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Alarm:
 
 @dataclass(eq=False, slots=True)
 class _Program:
-    """One rank's code and where it stands.
+    """One rank's program and its state.
 
     Attributes:
         greenlet: made at its first turn; 7 KB each.
@@ -91,16 +91,16 @@ class _Program:
 
 
 class Clock:
-    """Time for all ranks of a simulation.
+    """The clock of all ranks of a simulation.
 
     Args:
-        isolate_torch: give each rank its own gradient mode, default generators and so on (`TorchState`), all starting
-            as they are when `run` is called. False is faster, for programs that only measure time; then Python also
-            looks for garbage less often during `run`, as thousands of ranks are much to look through.
+        isolate_torch: give each rank its own gradient mode, default generators and so on (`TorchState`), initially
+            those at the call of `run`. False is faster, for programs that only measure time; Python's garbage collector
+            then also runs less often.
         before_turn: called with a rank whenever it is about to run.
 
     Attributes:
-        now: seconds from 0; never runs back.
+        now: seconds from 0; never decreases.
         num_events: turns of ranks and actions so far.
         num_turns: those of ranks alone: how often one was handed over to.
     """
@@ -154,7 +154,7 @@ class Clock:
         return self._hub.switch()
 
     def wake(self, rank: int, value: Any = None) -> None:
-        """Give a parked rank a turn now, after those already due; nothing happens to one that was killed before."""
+        """Give a parked rank a turn now, after those already due; no effect if it was killed."""
         program = self._programs[rank]
         if program.void:
             return
@@ -163,7 +163,7 @@ class Clock:
         heapq.heappush(self._due, (self.now, next(self._sequence), program))
 
     def kill(self, rank: int) -> None:
-        """End a rank's program where it stands; only its ``finally`` blocks still run, and those may not wait.
+        """End a rank's program now; its ``finally`` blocks run and must not wait.
 
         Does not return when the rank kills itself.
         """
@@ -180,11 +180,11 @@ class Clock:
         self.at(self.now, lambda: self._unwind(program))
 
     def pause(self, rank: int, until: float) -> None:
-        """Give a rank no turn before a moment; what falls due for it meanwhile comes then. `spawn` ends the pause."""
+        """Give a rank no turn before this time; turns due earlier are delayed until then. `spawn` ends the pause."""
         self._paused[rank] = max(until, self._paused.get(rank, 0.0))
 
     def run(self) -> list[Any]:
-        """Let time pass until every program has ended; what is due later is forgotten.
+        """Run until every program has ended; later events are dropped.
 
         Returns:
             What each program returned, by rank; None for ranks that were killed.
@@ -257,7 +257,7 @@ class Clock:
             self._num_alive -= 1
 
     def _unwind(self, program: _Program) -> None:
-        """Run the ``finally`` blocks of a program that will not go on."""
+        """Run the ``finally`` blocks of an ended program."""
         program.void = True
         if program.greenlet is not None and not program.greenlet.dead:
             self._take_turn(program, GreenletExit())
@@ -278,7 +278,7 @@ class Clock:
         return program
 
     def _count_void(self) -> None:
-        """Clear the heap of what will be skipped, when that is most of it."""
+        """Remove void entries from the heap once they are the majority."""
         self._num_void += 1
         if self._num_void > max(_FEW_VOID, len(self._due) // 2):
             self._due[:] = [entry for entry in self._due if not entry[2].void]

@@ -1,4 +1,4 @@
-"""A cluster as a config: hosts in regions, what joins them, how fast they compute, what goes wrong.
+"""A cluster as a config: hosts in regions, their links, compute times and faults.
 
 `lowcomm.sim.presets` has ready ones. One rank runs on each host; ranks are numbered group by group.
 """
@@ -25,9 +25,9 @@ class Hosts:
 
     Attributes:
         count: how many.
-        up_bits_per_s: what each can send, over all its flows.
-        down_bits_per_s: what each can receive.
-        region: where they stand, one of `Layout.regions`.
+        up_bits_per_s: upload rate of each, over all its flows.
+        down_bits_per_s: download rate of each.
+        region: their region, one of `Layout.regions`.
         speed: of computing; twice the speed takes half the time.
     """
 
@@ -46,14 +46,14 @@ class Hosts:
 
 @dataclass(frozen=True)
 class Layout:
-    """Hosts in regions, and what joins the regions.
+    """Hosts in regions, and the links between regions.
 
     Attributes:
         hosts: groups of equal ones.
         regions: names, in the order of the matrices' rows and columns.
         latency_s: [regions, regions], one way, from row to column; on the diagonal between hosts of one region.
-        path_bits_per_s: [regions, regions]; what one host can send to one other, whatever their own links allow. None
-            for no such limit.
+        path_bits_per_s: [regions, regions]; the limit between one pair of hosts, beside their own links; None: no
+            limit.
     """
 
     hosts: Sequence[Hosts]
@@ -100,10 +100,10 @@ class Cluster(ABC):
 
     Attributes:
         compute: the time of inner steps on a host of speed 1.
-        faults: what goes wrong, see `lowcomm.sim.faults.FaultPlan`.
+        faults: see `lowcomm.sim.faults.FaultPlan`.
         transport: how messages use the links.
-        schedule: how collectives are made of messages. Seconds, and the flows of the trace, are this schedule's; the
-            bytes of the metrics are those of `lowcomm.comm.metered`, a ring's, whatever it is.
+        schedule: the messages of each collective. It determines seconds and the trace's flows; the bytes in the metrics
+            are always a ring's, see `lowcomm.comm.metered`.
     """
 
     compute: ComputeModel = Constant()
@@ -130,7 +130,7 @@ class Cluster(ABC):
         return [group.region for group in self.layout().of_ranks()]
 
     def links(self) -> Links:
-        """What connects the ranks."""
+        """The links of the ranks."""
         layout = self.layout()
         of_ranks = layout.of_ranks()
         number = {region: i for i, region in enumerate(layout.regions)}
@@ -145,13 +145,13 @@ class Cluster(ABC):
         )
 
     def compute_model(self) -> ComputeModel:
-        """The time of inner steps on each rank: by the speed of its host, and through its pauses and slow-downs."""
+        """The time of inner steps on each rank, with host speeds, pauses and slow-downs."""
         speeds, events = [group.speed for group in self.layout().of_ranks()], self.fault_events()
         model = self.compute if set(speeds) == {1.0} else Scaled(self.compute, speeds)
         return Hindered(model, events) if any(isinstance(event, Pause | SlowDown) for event in events) else model
 
     def check_steps(self, num_steps: int) -> None:
-        """Ask for the time of each rank's first and last step, which a file or a list may lack, before a run starts.
+        """Check each rank's first and last step time, which a file or list may lack, before a run starts.
 
         Raises:
             ValueError: when one is missing, negative or not finite.
@@ -187,7 +187,7 @@ class Custom(Cluster):
 
 
 def _between(where: Sequence[int], matrix: Sequence[Sequence[float]]) -> Pairs:
-    """From a matrix between regions to a function between ranks; a matrix of ranks would grow as their square."""
+    """A function of two ranks from a matrix of regions; a matrix of ranks would be quadratic in their number."""
 
     def between(source: int, to: int) -> float:
         return matrix[where[source]][where[to]]

@@ -1,9 +1,8 @@
-"""Which bytes a collective sends where, and after how many latencies.
+"""The transfers of each collective: bytes, ends and latencies.
 
-`lowcomm.sim.gloo` has what gloo does, the default. Every schedule here is an ideal pipeline: the payload is cut into
-chunks that follow each other through the same steps, so that all transfers of a collective run at once and its time is
-that of the busiest link plus the latencies of the chain of steps. For n members with S bytes each, over uplinks and
-downlinks of B and one-way latencies a:
+The default is `lowcomm.sim.gloo`. Every schedule here is an ideal pipeline of chunks: all transfers of a collective run
+at once, and its time is that of the busiest link plus the latencies of the steps. For n members with S bytes each, over
+uplinks and downlinks of B and one-way latencies a:
 
     Ring          all_sum 2(n-1)/n S/B + 2(n-1) a     all_gather (n-1) S/B + (n-1) a    broadcast (n-1) S/B + a
     Tree          all_sum 3 S/B + 2d a                all_gather (2n+1) S/B + 2d a      broadcast 2 S/B + d a
@@ -13,7 +12,7 @@ downlinks of B and one-way latencies a:
     Hierarchical  a chain in every island, a ring of the islands' first members
 
 with d = log2 n the depth of a binary tree whose inner ranks have three neighbours. A transfer counts all its latencies
-on its own path, so in a chain over paths of different latencies the slowest one counts for every step.
+on its own path, so in a chain of unequal paths the slowest counts for every step.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ KINDS = ("all_sum", "all_gather", "all_to_all", "broadcast", "exchange")
 
 
 class Turns(NamedTuple):
-    """What a transfer waits for beside its latencies; see `lowcomm.sim.tcp.turns_s`.
+    """Waits of a transfer beside its latencies; see `lowcomm.sim.tcp.turns_s`.
 
     Attributes:
-        num: how often for word that there is room for its next two messages.
+        num: number of waits for the receiver's readiness, each for two messages.
         message_bytes: of each.
-        both_ways: the other sends as much on the same connection.
-        behind: messages that its sender sends others before.
+        both_ways: whether the other rank sends as much on the same connection.
+        behind: messages that its sender sends to others first.
     """
 
     num: int
@@ -53,8 +52,8 @@ class Transfer(NamedTuple):
     """Bytes from one rank to another, moving after a number of one-way latencies of their path.
 
     Attributes:
-        turns: what it waits on the way; None: it is one stream.
-        after: the place of the transfer in its list that must have ended before; None: it starts at once.
+        turns: its waits; None: a single stream.
+        after: index of the transfer that must end first; None: it starts at once.
     """
 
     source: int
@@ -66,10 +65,10 @@ class Transfer(NamedTuple):
 
 
 class Schedule(ABC):
-    """How collectives are done. `all_to_all` (but see `MANY`), `send` and `exchange` are direct in every schedule.
+    """The transfers of collectives. `all_to_all` (but see `MANY`), `send` and `exchange` are direct in every schedule.
 
     Attributes:
-        direct_latencies: how many these take.
+        direct_latencies: of the direct ones.
     """
 
     direct_latencies: ClassVar[float] = 1
@@ -105,7 +104,7 @@ class Schedule(ABC):
         return _exchange(members, num_bytes, self.direct_latencies)
 
     def check(self, members: Sequence[int]) -> None:
-        """Raise ValueError when it has no place for a member."""
+        """Raise ValueError if the schedule does not cover a member."""
         return
 
     @abstractmethod
@@ -123,7 +122,7 @@ class Schedule(ABC):
 
 @dataclass(frozen=True)
 class Ring(Schedule):
-    """Everybody sends to the next: least bytes, most latencies. Broadcasts are direct.
+    """Each sends to the next: fewest bytes, most latencies. Broadcasts are direct.
 
     Its bytes per rank are those that `lowcomm.comm.metered` counts.
     """
@@ -134,12 +133,11 @@ class Ring(Schedule):
         return [Transfer(a, b, 2 * (n - 1) * num_bytes // n, 2 * (n - 1)) for a, b in _round(members)]
 
     def all_gather(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
-        """Over each edge goes everything but what its end put in."""
+        """Each edge carries everything except its receiver's payload."""
         others = len(members) - 1
         return [Transfer(a, b, others * num_bytes, others) for a, b in _round(members)]
 
     def broadcast(self, members: tuple[int, ...], num_bytes: int, source: int) -> list[Transfer]:
-        """From the source to each."""
         return _direct(source, members, num_bytes)
 
 
@@ -173,7 +171,7 @@ class Tree(Schedule):
 
 @dataclass(frozen=True)
 class TwoShot(Schedule):
-    """Everybody owns a piece, collects it from all and gives it to all: a sharded parameter server."""
+    """Each member sums one piece and sends it to all, as a sharded parameter server does."""
 
     def all_sum(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
         """The receiver's piece before it is summed, and the sender's after."""
@@ -194,7 +192,7 @@ class TwoShot(Schedule):
 
 @dataclass(frozen=True)
 class Star(Schedule):
-    """Everything goes through one rank, which takes part in every collective: a central parameter server."""
+    """Everything goes through one rank, as with a central parameter server; it takes part in every collective."""
 
     center: int
 
@@ -204,7 +202,7 @@ class Star(Schedule):
         return [Transfer(a, b, num_bytes, 2) for x in leaves for a, b in ((x, self.center), (self.center, x))]
 
     def all_gather(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
-        """The centre sends everybody what the others put in."""
+        """The centre sends each member the others' payloads."""
         leaves = self._leaves(members)
         inward = [Transfer(x, self.center, num_bytes, 2) for x in leaves]
         return inward + [Transfer(self.center, x, len(leaves) * num_bytes, 2) for x in leaves]
@@ -230,10 +228,9 @@ class Star(Schedule):
 
 @dataclass(frozen=True)
 class Pairwise(Schedule):
-    """Everybody sends its whole payload to everybody: one latency, most bytes."""
+    """Each sends its whole payload to every other: one latency, most bytes."""
 
     def all_sum(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
-        """Everybody sums for itself."""
         return _exchange(members, num_bytes)
 
     def all_gather(self, members: tuple[int, ...], num_bytes: int) -> list[Transfer]:
@@ -245,10 +242,10 @@ class Pairwise(Schedule):
 
 @dataclass(frozen=True)
 class Hierarchical(Schedule):
-    """Only one member of each island talks to other islands, so that little crosses the slow paths between them.
+    """Only one member of each island communicates with other islands, so little crosses the slow paths.
 
-    Inside, the members form a chain whose first one (the source of a broadcast, if it is there) is the island's gate;
-    chains and the ring of the gates work at once, chunk after chunk.
+    An island's members form a chain from its gate: the first member, or the source of a broadcast. Chains and the ring
+    of gates form one pipeline.
 
     Attributes:
         islands: the ranks of each; no rank in two. Collectives may leave out members and whole islands.

@@ -1,4 +1,4 @@
-"""How long an inner step takes on each rank: a role, times without chance, and how models multiply.
+"""Times of inner steps: the interface, deterministic models, and products of models.
 
 `lowcomm.sim.drawn` has the random ones. Times are seconds; a model is a function of (rank, t) and of the step's start.
 """
@@ -19,14 +19,14 @@ class ComputeModel(ABC):
 
     @abstractmethod
     def seconds(self, rank: int, t: int, start: float) -> float:
-        """Seconds of inner step ``t`` = 1, 2, ... on ``rank``, begun at virtual time ``start`` in seconds."""
+        """Seconds of inner step ``t`` = 1, 2, ... on ``rank``, started at virtual second ``start``."""
 
     def needs_calibration(self) -> bool:
         """Whether a real step must be timed before `seconds` can be asked, see `Measured`."""
         return False
 
     def calibrated(self, step_s: float) -> ComputeModel:
-        """This model with ``step_s``, the time of a real step, where it waits for one."""
+        """This model with ``step_s``, the time of a real step, if it needs one."""
         return self
 
     def streams(self) -> Sequence[tuple[str, int]]:
@@ -36,7 +36,7 @@ class ComputeModel(ABC):
 
 @dataclass(frozen=True)
 class Around(ComputeModel, ABC):
-    """Another model, and what is made of its times.
+    """A model that changes another model's times.
 
     Attributes:
         model: the other.
@@ -48,7 +48,6 @@ class Around(ComputeModel, ABC):
         return self.model.needs_calibration()
 
     def calibrated(self, step_s: float) -> ComputeModel:
-        """With the model calibrated."""
         return replace(self, model=self.model.calibrated(step_s))
 
     def streams(self) -> Sequence[tuple[str, int]]:
@@ -65,7 +64,6 @@ class Constant(ComputeModel):
         check_positive("mean_s", self.mean_s)
 
     def seconds(self, rank: int, t: int, start: float) -> float:
-        """``mean_s``."""
         return self.mean_s
 
 
@@ -145,7 +143,7 @@ class Replay(ComputeModel):
 
 @dataclass(frozen=True)
 class Measured(ComputeModel):
-    """As long as a step really takes on this machine; `Scaled` makes faster and slower ones of it.
+    """The measured time of a real step on this machine; `Scaled` makes it faster or slower.
 
     Attributes:
         step_s: None until `calibrated` with the time of a real step, see `lowcomm.sim.calibrate`.
@@ -164,11 +162,10 @@ class Measured(ComputeModel):
         return self.step_s
 
     def needs_calibration(self) -> bool:
-        """Until there is a time."""
         return self.step_s is None
 
     def calibrated(self, step_s: float) -> ComputeModel:
-        """With this time, unless it has one."""
+        """With this time, unless it already has one."""
         return replace(self, step_s=step_s) if self.step_s is None else self
 
 
@@ -187,7 +184,6 @@ class Scaled(Around):
             check_positive(f"speeds[{rank}]", speed)
 
     def seconds(self, rank: int, t: int, start: float) -> float:
-        """The model's time over the rank's speed."""
         return self.model.seconds(rank, t, start) / of_rank("speeds", self.speeds, rank)
 
 
@@ -211,14 +207,12 @@ class Product(ComputeModel):
                 )
 
     def seconds(self, rank: int, t: int, start: float) -> float:
-        """The product of the factors' times."""
         return math.prod(factor.seconds(rank, t, start) for factor in self.factors)
 
     def needs_calibration(self) -> bool:
         return any(factor.needs_calibration() for factor in self.factors)
 
     def calibrated(self, step_s: float) -> ComputeModel:
-        """With every factor calibrated."""
         return replace(self, factors=[factor.calibrated(step_s) for factor in self.factors])
 
     def streams(self) -> Sequence[tuple[str, int]]:

@@ -1,4 +1,4 @@
-"""The inner loop on a virtual clock: the same arithmetic, then the time that this rank's machine would have taken."""
+"""The inner loop on a virtual clock: real arithmetic, then the virtual time of this rank's step."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ _FORWARD = 1 / 3  # of a step: backward multiplies twice as many matrices
 
 
 class SimEngine(Around):
-    """Another engine whose steps take virtual time.
+    """Wraps an engine so that steps take virtual time.
 
-    All of a step's time passes in `backward`; an update or an evaluation takes none. The first third of the step is
-    forward. Where somebody wants to know when gradients are ready, the rest is shared out among the parameters by their
-    numbers of elements, in the order in which the real backward finished them.
+    All of a step's time passes in `backward`; an update or an evaluation takes none. The first third is forward. With a
+    ``ready`` callback the rest is divided among the parameters by size, in the order of the real backward.
 
     Args:
-        inner: who computes.
-        pace: lets the time of this rank's steps pass.
-        announce: told each batch when its step begins, where its arithmetic may come any time before the step's end;
-            None: it comes at the beginning.
+        inner: does the arithmetic.
+        pace: passes the time of this rank's steps.
+        announce: called with each batch at the start of its step, if the arithmetic may be delayed to the step's end;
+            None: it comes first.
     """
 
     def __init__(self, inner: Engine, pace: Pace, announce: Callable[[Any], None] | None = None) -> None:

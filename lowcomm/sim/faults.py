@@ -1,4 +1,4 @@
-"""What goes wrong, and when: events on the virtual clock, and a plan that merges and checks them.
+"""Faults: events on the virtual clock, and a plan that merges and checks them.
 
 `lowcomm.sim.lifetimes` draws faults at random. Times are virtual seconds from 0.
 """
@@ -28,23 +28,24 @@ class Fault(ABC):
 
 
 class Event(Fault, ABC):
-    """One thing that happens at one moment, ``at_s``, mostly to one rank; it is its own only event."""
+    """Something that happens at ``at_s``, mostly to one rank. An event is also a `Fault` with itself as the only
+    event.
+    """
 
     rank: int
     at_s: float
 
     def events(self, regions: Sequence[str]) -> list[Event]:
-        """Itself."""
         return [self]
 
     def ranks(self) -> Sequence[int]:
-        """Whom it hits."""
+        """The ranks concerned."""
         return (self.rank,)
 
 
 @dataclass(frozen=True)
 class Crash(Event):
-    """A rank is gone, with all that it held."""
+    """A rank is lost with its whole state."""
 
     rank: int
     at_s: float
@@ -52,7 +53,7 @@ class Crash(Event):
 
 @dataclass(frozen=True)
 class Rejoin(Event):
-    """A crashed rank is there again, with nothing."""
+    """A crashed rank returns without state."""
 
     rank: int
     at_s: float
@@ -76,11 +77,10 @@ class Notice(Event):
 
 @dataclass(frozen=True)
 class Pause(Event):
-    """A rank's process is frozen for some seconds, as by SIGSTOP, and then goes on where it was.
+    """A rank's process is frozen for some seconds, as by SIGSTOP, and then continues.
 
-    It neither computes, nor sends anything new, nor notices what has come. What it had handed over before still moves,
-    collectives under way included (their bytes are the system's; a real ring that needs this process to forward would
-    stop too), and nobody takes it for lost.
+    It does not compute, send or notice arrivals. Its pending messages still move, also in collectives (a real ring that
+    needs this process to forward would stop), and it does not count as lost.
     """
 
     rank: int
@@ -115,10 +115,10 @@ class SlowDown(Event):
 
 @dataclass(frozen=True)
 class Partition(Event):
-    """Ranks of different groups cannot reach each other for some seconds; what is on its way waits, nothing is lost.
+    """Ranks of different groups cannot reach each other for some seconds; pending messages wait, none is lost.
 
     Attributes:
-        groups: of ranks; ranks that none names form one group more.
+        groups: of ranks; unnamed ranks form one more group.
     """
 
     groups: Sequence[Sequence[int]]
@@ -233,7 +233,7 @@ class FaultPlan:
     """All faults of a run.
 
     Attributes:
-        faults: events that are listed themselves stand in order of time; causes of several may stand anywhere.
+        faults: single events must be in order of time; faults of several events may be anywhere.
     """
 
     faults: Sequence[Fault] = ()
@@ -252,10 +252,10 @@ class FaultPlan:
                 )
 
     def events(self, regions: Sequence[str]) -> list[Event]:
-        """Everything that happens, by time, in a cluster whose rank i stands in ``regions[i]``.
+        """All events by time, in a cluster whose rank i is in ``regions[i]``.
 
-        A rank that several faults take down at overlapping times crashes once, and is back when all let it. What else
-        hits it meanwhile stands in the list and has no effect. At one moment returns come before crashes.
+        Overlapping outages of a rank are one crash and one return, at the end of the last. Other events during an
+        outage stay in the list without effect. At equal times returns come before crashes.
 
         Raises:
             ValueError: for an unknown rank or region, a time below 0, a return of a rank that is not down, and when at

@@ -1,16 +1,16 @@
-"""How gloo does collectives, which is what `lowcomm.comm.distributed` runs on between machines.
+"""The collectives of gloo, which `lowcomm.comm.distributed` uses between machines.
 
-A message of gloo leaves when the receiver has said that it is ready, so that where both sides come to it together it
-takes two latencies: one for that word, one for its last byte. Rings cut what each rank owns into at least two messages
-and have two under way. For n members with S bytes each, over links of B and one-way latencies a:
+gloo sends a message once the receiver has reported ready, so it takes two latencies if both sides start together: one
+for the report, one for the message. Rings cut each rank's share into at least two messages and keep two in flight. For
+n members with S bytes each, over links of B and one-way latencies a:
 
     all_sum      2(n-1)/n S/B + 4(n-1) a    a ring of 1 MiB messages at most; few values take fewer latencies
     all_gather   (n-1) S/B + 2(n-1) a       a ring of halves
     broadcast    store and forward down a binomial tree: (S/B + a) a level, and a
     all_to_all, exchange, send              directly: S/B + 2 a
 
-What rings wait is less where their messages last longer than the way there and back, which is then hidden: `Turns`.
-The steps are those of gloo's allreduce.cc, allgather.cc, broadcast.cc and transport/tcp/pair.cc of 2026-04.
+Rings wait less if their messages last longer than a round trip, see `Turns`. The steps are those of gloo's
+allreduce.cc, allgather.cc, broadcast.cc and transport/tcp/pair.cc of 2026-04.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ELEMENT_BYTES = 4  # what nearly all sums are of; it counts only for sums of few
 
 @dataclass(frozen=True)
 class Gloo(Schedule):
-    """Rings, trees and pairs as gloo makes them; a message takes a word that it may come, and its way."""
+    """Rings, trees and pairs as in gloo; a message waits for the receiver's readiness."""
 
     direct_latencies = 2
 
@@ -75,9 +75,9 @@ class Gloo(Schedule):
 
 
 def ring_latencies(num_members: int, num_owners: int) -> int:
-    """Latencies of a ring's sum when only some own values, so that most messages are empty and not sent.
+    """Latencies of a ring's sum if only some ranks own values; empty messages are not sent.
 
-    Where all own some it is 4 (n - 1): each of 2 (n - 1) steps waits for a word and a message.
+    If all do, it is 4 (n - 1): each of 2 (n - 1) steps waits for a readiness report and a message.
     """
     waits = min(max(num_owners, 3 * num_owners - num_members), 2 * num_owners - 2)
     return 2 * (num_members - 1) + max(1, waits)

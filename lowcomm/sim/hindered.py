@@ -1,4 +1,4 @@
-"""A compute model through pauses and slow-downs, and what slow-downs that overlap make together."""
+"""A compute model with pauses and slow-downs, and the product of overlapping slow-downs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def slowness(windows: Sequence[tuple[float, float, float]]) -> tuple[list[float]
 
 @dataclass(frozen=True)
 class Hindered(Around):
-    """A step's work goes on at the speed of each moment: slower in a slow-down, not at all in a pause.
+    """A step's work proceeds at the current speed: slower in a slow-down, not at all in a pause.
 
     Slow-downs that overlap multiply. ``model`` has the times without faults.
 
     Attributes:
-        plan: of it, `Pause` and `SlowDown` of compute matter.
+        plan: its `Pause` and compute `SlowDown` events matter.
     """
 
     plan: Sequence[Event]
@@ -43,7 +43,7 @@ class Hindered(Around):
         self._changes.update({rank: slowness(of_rank) for rank, of_rank in windows.items()})
 
     def seconds(self, rank: int, t: int, start: float) -> float:
-        """Until the model's time of the step has been worked off."""
+        """Seconds until the model's step time has been worked off."""
         work = self.model.seconds(rank, t, start)
         if work == 0 or rank not in self._changes:
             return work

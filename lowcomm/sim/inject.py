@@ -1,4 +1,4 @@
-"""Faults on the clock: who does what to whom when an event's moment comes.
+"""Schedules faults on the clock.
 
 A `Notice` changes nothing by itself, and a step through a `Pause` or a `SlowDown` of compute takes longer by
 `lowcomm.sim.hindered`.
@@ -20,7 +20,7 @@ def schedule_faults(events: Sequence[Event], clock: Clock, world: World, network
     """Put crashes, pauses, partitions and slow links on the clock.
 
     Slow-downs of one link that overlap multiply; a pair of ranks is apart as long as any partition parts it. Returns
-    are left to who has a program for them, see `World.rejoin`.
+    need a program, see `World.rejoin`.
     """
     for event in events:
         if isinstance(event, Crash):

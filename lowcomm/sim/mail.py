@@ -1,4 +1,4 @@
-"""What one rank sends to another: messages on their way, messages that are there, and receives that await them."""
+"""Point-to-point messages: pending ones, arrived ones, and posted receives."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lowcomm.sim.exchange import Carrier
 
 @dataclass(eq=False, slots=True)
 class Message:
-    """A tensor on its way; it moves at once, whether or not the receiver is ready.
+    """A pending message; it moves at once, whether or not the receiver is ready.
 
     Attributes:
-        ended: its last byte is there.
-        lost: it will never be there.
-        parked: its sender waits for that.
+        ended: its last byte has arrived.
+        lost: it will never arrive.
+        parked: whether its sender waits for its arrival.
     """
 
     source: int
@@ -36,13 +36,13 @@ class Message:
 
 @dataclass(eq=False, slots=True)
 class Receive:
-    """A receive that was posted, and the message that it got."""
+    """A posted receive and the message it got."""
 
     source: int | None
     message: Message | None = None
 
     def takes(self, source: int) -> bool:
-        """Whether it is for messages of this rank."""
+        """Whether it accepts messages of this rank."""
         return self.source is None or self.source == source
 
 
@@ -50,14 +50,14 @@ class Receive:
 class Mailbox:
     """All messages of one view for one rank.
 
-    The earliest receive gets the earliest message that it may take. Messages of one sender come in order; among
-    those of several, the first to be there is the earliest, and of those at one moment that of the lowest rank.
+    The earliest receive gets the earliest message it accepts. Messages of one sender keep their order; those of several
+    senders are ordered by arrival, then by rank.
 
     Attributes:
-        schedule: says how many latencies a message takes.
-        to: whose it is.
+        schedule: gives the latencies of a message.
+        to: the receiving rank.
         members: of the view.
-        lost: its members that are gone; the view changes it.
+        lost: its lost members; the view updates it.
     """
 
     clock: Clock
@@ -72,7 +72,7 @@ class Mailbox:
     _parked: Receive | None = field(default=None, init=False)
 
     def send(self, source: int, x: Tensor) -> Message:
-        """A message sets out."""
+        """Start sending a message."""
         message = Message(source, x)
         if self.to in self.lost or source in self.lost:  # the last words of one that was killed
             message.lost = True
@@ -87,7 +87,7 @@ class Mailbox:
         return message
 
     def wait_sent(self, message: Message) -> None:
-        """Block its sender until the message is there; raises `PeerLost` when the receiver is lost before that."""
+        """Block the sender until the message has arrived; raises `PeerLost` if the receiver is lost first."""
         if not message.ended and not message.lost:
             message.parked = True
             try:
@@ -98,13 +98,13 @@ class Mailbox:
             raise PeerLost(f"rank {message.source} sends to rank {self.to}, which is gone", (self.to,))
 
     def post(self, source: int | None) -> Receive:
-        """Await a message."""
+        """Post a receive."""
         receive = Receive(source)
         self._posted.append(receive)
         return receive
 
     def wait_received(self, receive: Receive) -> Message:
-        """Block the receiver until it has its message; raises `PeerLost` when nobody is left who could send it."""
+        """Block the receiver until it has its message; raises `PeerLost` if no possible sender is left."""
         while True:
             self._match()
             if receive.message is not None:
@@ -119,7 +119,7 @@ class Mailbox:
                 self._parked = None
 
     def lose(self, rank: int) -> None:
-        """A member is gone. What is there already stays; what is on its way from it or to it is lost."""
+        """A member is lost. Arrived messages stay; pending ones from or to it are lost."""
         gone: list[Message] = []
         for source in self._coming if rank == self.to else [rank]:
             gone += self._coming.get(source, ())
@@ -142,7 +142,7 @@ class Mailbox:
             self._wake_receiver()
 
     def _match(self) -> None:
-        """Give messages to receives; done in the receiver's turn, when all that came at one moment is there."""
+        """Match messages with receives, in the receiver's turn, once all arrivals of that time are known."""
         for receive in list(self._posted):
             found = next((i for i, (_, source, _) in enumerate(self._here) if receive.takes(source)), None)
             if found is not None:

@@ -1,8 +1,8 @@
-"""Where the replicas of a simulation are kept while others compute, and what memory they take.
+"""Moves replicas of a simulation off the device while others compute, and measures memory.
 
-All replicas compute on one device, one at a time. When it cannot hold them all, those that have waited longest are
-moved out, from a GPU to host memory and from host memory to files, and back before they go on. A tensor that is out
-keeps its identity and its views: its storage is emptied, and filled again with the same bits.
+All replicas compute on one device, one at a time. If it cannot hold them all, those that have waited longest are moved
+from GPU to host memory, or from host memory to files, and back before they continue. A moved tensor keeps its identity
+and views: its storage is emptied, and later refilled bitwise.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ class Residence:
 
     Args:
         device: where all replicas compute.
-        num_resident: how many are there at most; None: all.
-        folder: an existing one, where the files of those that are not are put when the device is the CPU.
+        num_resident: the largest number of replicas there; None: all.
+        folder: an existing folder for the files of moved replicas, if the device is the CPU.
 
     Attributes:
         num_moves: how often a replica was moved out.
-        state_bytes: the largest size of a replica's tensors on the device that was seen.
-        unmoved_bytes: the largest part of them that stayed there, since torch cannot resize their storage (memory
-            that belongs to numpy or to a file).
+        state_bytes: the largest size seen of a replica's tensors on the device.
+        unmoved_bytes: the largest part of them that stayed there, since torch cannot resize their storage (memory that
+            belongs to numpy or to a file).
 
     Raises:
-        ValueError: when not even one replica may be there.
+        ValueError: when ``num_resident`` is below 1.
     """
 
     def __init__(self, device: torch.device, num_resident: int | None, folder: Path) -> None:
@@ -67,11 +67,11 @@ class Residence:
         self._files.close()
 
     def own(self, rank: int, state: Callable[[], Any]) -> None:
-        """Say what a rank has: a nest of lists, tuples and dicts whose tensors may be moved out."""
+        """Register a rank's tensors: a nest of lists, tuples and dicts."""
         self._owned[rank] = state
 
     def enter(self, rank: int) -> None:
-        """Have a rank's tensors on the device, and others' not, where there would be too many."""
+        """Move a rank's tensors to the device, and others' off it if too many are there."""
         self._resident.pop(rank, None)
         while self._num_resident is not None and len(self._resident) >= self._num_resident:
             longest = next(iter(self._resident))
@@ -82,13 +82,13 @@ class Residence:
         self._resident[rank] = None
 
     def leave(self, rank: int) -> None:
-        """A rank, whose turn it is, has ended; its tensors are counted and forgotten."""
+        """A rank has ended in its turn; its tensors are counted and forgotten."""
         self._storages(rank)
         self._owned.pop(rank, None)
         self._resident.pop(rank, None)
 
     def measured(self) -> dict[str, Any]:
-        """What there is to say about memory after a run; the peak is that of the whole process."""
+        """Memory figures after a run; the peak is that of the whole process."""
         return {
             "device": self._device.type,
             "num_resident": self._num_resident,
@@ -135,7 +135,7 @@ class Residence:
             offset += size
 
     def _storages(self, rank: int) -> list[UntypedStorage]:
-        """Those of a rank's tensors that can be moved, each once."""
+        """The movable storages of a rank's tensors, each once."""
         if rank not in self._owned:
             return []
         tensors = [x for x in _tensors(self._owned[rank]()) if x.device.type == self._device.type]
@@ -148,7 +148,7 @@ class Residence:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most that torch has had on a GPU so far; for the CPU, the most physical memory that this process has had."""
+    """The peak of torch's GPU memory, or of this process's physical memory for the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")

@@ -1,15 +1,15 @@
-"""The wires between simulated ranks: flows that share links fairly.
+"""The simulated network: flows that share links fairly.
 
-A message is a flow. It is silent for its latencies, and for what TCP and the words between its messages add
-(`lowcomm.sim.tcp`, as if the links were its own); then its bytes move at
+A message is a flow. It first waits for its latencies and for TCP and readiness waits (`lowcomm.sim.tcp`, as if it were
+alone on its links); then its bytes move at
 
     rate = min(max-min fair share of the source's up-link, the destination's down-link and the path,
                streams * window_bytes / round-trip time, if it sends more than two windows at once)
 
-Shares change only when a flow begins or ends or a link changes, and only for flows that are connected to it by shared
-links; all that happens at one instant is one change. A flow that shares with nobody costs O(1).
+Shares change only when a flow begins or ends or a link changes, and only for flows connected to it by shared links.
+Changes at one instant are handled together. A flow that shares no link costs O(1).
 
-Not modelled: packets, loss, other people's traffic.
+Not modelled: packets, loss, other traffic.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FREE_WINDOWS = 2
 
 
 class FlowRecord(NamedTuple):
-    """What became of a flow.
+    """The record of an ended flow.
 
     Attributes:
         start_s: when it was sent.
@@ -51,7 +51,7 @@ class FlowRecord(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class _Instant:
-    """All that is due at one moment: flows that begin or end, and links that have changed."""
+    """All changes at one time: flows that begin or end, and changed links."""
 
     alarm: Alarm
     flows: dict[Flow, None] = field(default_factory=dict)
@@ -62,8 +62,8 @@ class Network:
     """Carries flows on a clock.
 
     Args:
-        clock: whose time they take.
-        links: what connects the ranks.
+        clock: gives the time.
+        links: between the ranks.
         on_flow: called with the record of every flow that ended or was cancelled.
 
     Attributes:
@@ -112,7 +112,7 @@ class Network:
         return flow
 
     def cancel(self, flow: Flow) -> None:
-        """Stop a flow: its ``on_end`` will not be called. Nothing happens when it is over already."""
+        """Stop a flow without calling its ``on_end``; no effect if it has ended."""
         if flow.over:
             return
         self._move(flow)
@@ -123,7 +123,7 @@ class Network:
         self._close(flow)
 
     def set_rate(self, rank: int, up_bits_per_s: float | None = None, down_bits_per_s: float | None = None) -> None:
-        """Change a rank's links from now on, flows under way included; None leaves one as it is.
+        """Change a rank's link rates from now on, also for pending flows; None leaves one unchanged.
 
         Under ``half_duplex`` either sets the one link that there is.
         """
@@ -138,12 +138,12 @@ class Network:
         self._change_pair(source, to)
 
     def unblock(self, source: int, to: int) -> None:
-        """Let bytes pass again; nothing happens when they were not blocked."""
+        """Let bytes pass again; no effect if not blocked."""
         self._blocked.discard((source, to))
         self._change_pair(source, to)
 
     def _waits_s(self, flow: Flow, turns: Turns | None) -> float:
-        """Seconds in which its bytes are held back, were the links its own; sets what its windows let it have then."""
+        """Seconds for which the flow's bytes wait as if alone on its links; also sets its window limit."""
         there_s, back_s = self.links.latency(flow.source, flow.to), self.links.latency(flow.to, flow.source)
         bytes_per_s = min(link.bytes_per_s for link in flow.links)
         turns_wait_s = 0.0 if turns is None else turns_s(turns, bytes_per_s, there_s, back_s)
@@ -158,7 +158,7 @@ class Network:
     # what happens at an instant
 
     def _happen(self, time_s: float) -> None:
-        """Begin and end what is due, share the links anew, then tell those whose flows ended."""
+        """Begin and end due flows, share the links anew, then call ``on_end`` of those that ended."""
         instant = self._agenda.pop(time_s)
         ended = []
         for flow in instant.flows:
@@ -187,7 +187,7 @@ class Network:
                 flow.on_end()
 
     def _move(self, flow: Flow) -> None:
-        """Bring what remains up to now."""
+        """Update the remaining bytes to now."""
         now = self._clock.now
         flow.remaining_bytes = max(0.0, flow.remaining_bytes - flow.rate_bytes_per_s * (now - flow.as_of_s))
         flow.as_of_s = now

@@ -8,10 +8,9 @@ from lowcomm.sim.trace import Trace
 
 
 class Pace:
-    """Lets the time of inner steps pass, whole or in pieces.
+    """Passes the time of inner steps, whole or in parts.
 
-    What a rank waits for between two pieces of a step comes on top of the step's seconds, which were settled when it
-    began.
+    Waits between two parts of a step add to its seconds, which are fixed at its start.
 
     Args:
         clock: whose time it is.

@@ -1,7 +1,7 @@
-"""`lowcomm retime`: what a simulated run would have taken on another cluster, without training again.
+"""`lowcomm retime`: the times of a simulated run on another cluster, without training again.
 
-The run is simulated on the other cluster in timing alone, which sends what it sent. Lines of metrics keep what was
-learnt and get the new times.
+The run is simulated on the other cluster with timing only, with the same messages. Lines of metrics keep their losses
+and get the new times.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""Many small replicas computed at once: their equal steps as one computation over stacked weights.
+"""Computes equal steps of many small replicas at once, over stacked weights.
 
-What a rank computes does not depend on virtual time, and its parameters do not change while it sleeps in a step. So a
-rank announces its batch when its step begins; the first that needs its gradients has those of all who have announced
-computed with its own, by `torch.func.vmap`, and the others find theirs when they wake. This is faster where one
-replica's kernels are too small to fill the device: on a GPU, not on a CPU.
+Parameters do not change while a rank sleeps in a step. So each rank announces its batch when its step begins; the first
+to need its gradients computes those of all announced batches by `torch.func.vmap`. This is faster if one replica's
+kernels do not fill the device: on a GPU, not on a CPU.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ _CANNOT = (
 
 
 class Stack:
-    """The replicas of a simulation that are computed together.
+    """The replicas of a simulation whose gradients are computed together.
 
-    Only gradients are: updates and evaluations stay each replica's own. Weights are stacked anew each time, a copy that
-    is small beside a forward pass and leaves each replica its own memory.
+    Updates and evaluations stay separate. Weights are stacked anew each time, a copy that is cheap beside a forward
+    pass.
 
     Args:
         autocast: of every replica, as in `TorchEngine`.
@@ -84,12 +83,13 @@ class Stack:
             of_rank.pop(rank, None)
 
     def announce(self, rank: int, batch: Tensor) -> None:
-        """A rank's parameters stay as they are until it takes the gradients of this batch, which may begin now."""
+        """A rank will take the gradients of this batch, and does not change its parameters before."""
         assert rank not in self._announced and rank not in self._found, "announced twice in one step"
         self._announced[rank] = batch
 
     def take(self, rank: int) -> tuple[list[Tensor], Tensor]:
-        """A rank's gradients, in the order of `Engine.slots`, and its loss; computed now, with all others, if needed.
+        """A rank's gradients, in the order of `Engine.slots`, and its loss; computed now, with all announced ones, if
+        needed.
 
         Raises:
             ValueError: when the model or its loss cannot be computed for several replicas at once.

@@ -1,8 +1,7 @@
-"""Timing alone: replicas of shapes without values, for models that fit nowhere.
+"""Timing only: replicas of shapes without values, for models too large to simulate.
 
-The training loop and the method run as they are, on tensors of the meta device: every message sets out as in the run
-with its arithmetic, and time passes, but nothing is computed. So there is no loss, no text is read, and what a method
-sends must not depend on values.
+The training loop and the method run unchanged on meta tensors: all messages are sent and time passes, but nothing is
+computed. So there is no loss, no text is read, and what a method sends must not depend on values.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""What torch keeps for a whole thread or process, kept for each rank of a simulation.
+"""Torch's per-thread and per-process state, kept for each rank of a simulation.
 
-Real ranks are processes; simulated ones share a thread. A rank that waits inside ``torch.no_grad()`` must not switch
-off the gradients of the rank that runs meanwhile.
+Simulated ranks share a thread: a rank that waits inside ``torch.no_grad()`` must not switch off another's gradients.
 """
 
 from __future__ import annotations
