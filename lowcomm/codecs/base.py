@@ -9,15 +9,15 @@ from torch import Tensor
 
 
 class Codec(ABC):
-    """Vectors as bytes, of a size that their length alone decides.
+    """Codes vectors as bytes, of a size that depends only on their length.
 
-    Each row is coded for itself, so that rows can go to different ranks. A frozen description without state; all of it
-    also works on tensors without values (``device="meta"``).
+    Each row is coded separately, so rows can go to different ranks. Frozen and stateless; it also works on
+    ``device="meta"``.
     """
 
     @property
     def stochastic(self) -> bool:
-        """Whether it rounds at random, so that the mean of what comes back is x itself; by default it does not."""
+        """Whether it rounds at random, so that decoding is unbiased. By default not."""
         return False
 
     @abstractmethod

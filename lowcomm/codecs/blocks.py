@@ -1,4 +1,4 @@
-"""Codes that take each row in blocks, every block with a small header of its own: the part that they share.
+"""A base for codes that cut each row in blocks, each with a small header.
 
 A payload is the headers of all blocks, then the codes of all blocks. The last block of a row may be shorter.
 
@@ -68,7 +68,7 @@ class Layout:
 
 
 class BlockCodec(Codec, ABC):
-    """A code of blocks: says how one is coded; rows, payloads and speed are seen to here."""
+    """A code of blocks; subclasses code one block, this class handles rows, payloads and speed."""
 
     @abstractmethod
     def layout(self) -> Layout:
@@ -80,7 +80,7 @@ class BlockCodec(Codec, ABC):
 
     @property
     def levels(self) -> tuple[float, ...]:
-        """What each code stands for, times the header, of codes of which that is true."""
+        """The value of each code before scaling by the header, for codes where this applies."""
         return ()
 
     def tables(self) -> Tables:

@@ -1,4 +1,4 @@
-"""How replicas average one vector each with few bytes."""
+"""The interface of compressors: an approximate mean of one vector per replica, in few bytes."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ S = TypeVar("S")
 
 @dataclass(frozen=True)
 class Contraction:
-    """How near what members sent is to what they had: ``E sum_i |x_i - sent_i|^2 <= loss sum_i |x_i|^2``.
+    """A bound on the compression error: ``E sum_i |x_i - sent_i|^2 <= loss sum_i |x_i|^2``.
 
-    For all vectors x_i of the members together, whatever earlier rounds have left in the states. Error feedback needs
-    no more than this sum; where what a member sends depends on its own vector alone, it says the same of each member.
-    Rounding in floating-point arithmetic comes on top.
+    For all vectors x_i of the members together and any state. Error feedback needs only this sum; where a member's
+    message depends on its own vector alone, the bound holds for each member. Floating-point rounding comes on top.
 
     Attributes:
         loss: 0 is exact, and below 1 the compressor contracts.
-        in_expectation: whether E is over the random numbers of the round, of which x_i must know nothing. Otherwise the
-            inequality holds whatever they are.
-        unbiased: whether E sent_i = x_i. Then ``loss`` is the variance that papers call omega, and may well exceed 1.
+        in_expectation: whether E is over the round's random numbers, of which x_i must be independent. Otherwise the
+            bound always holds.
+        unbiased: whether E sent_i = x_i. Then ``loss`` is the variance omega of papers and may exceed 1.
     """
 
     loss: float
@@ -38,11 +37,11 @@ class Contraction:
 
     @property
     def delta(self) -> float:
-        """1 - loss: what papers on contractive compressors call delta or alpha, in (0, 1]; others do not contract."""
+        """1 - loss, called delta or alpha for contractive compressors, in (0, 1]; others do not contract."""
         return 1.0 - self.loss
 
     def then(self, second: Contraction, num: int) -> Contraction:
-        """This one, then ``second`` on means of ``num`` members, who each answer for 1 / num of what it loses, alone.
+        """This one, then ``second`` on means of ``num`` members, each accountable for 1 / num of its loss.
 
         A member i sends s_i, and one of the members adds n (m - C(m)) to that, m being the mean of the n vectors s_i
         (each coordinate in its part of m, which is cut among the n). With first errors a_i = x_i - s_i, seconds b_i,
@@ -64,19 +63,19 @@ EXACT = Contraction(0.0, unbiased=True)
 
 
 def coded(codec: Codec, num: int) -> Contraction:
-    """That of sending each vector of ``num`` values through a code."""
+    """The contraction of sending each vector of ``num`` values through a code."""
     loss = 1.0 - codec.contraction(num)
     return Contraction(loss, in_expectation=codec.stochastic, unbiased=codec.stochastic) if loss else EXACT
 
 
 class Compressor(ABC, Generic[S]):
-    """An approximate mean over ranks. What changes between rounds lives in the state ``S``.
+    """An approximate mean over ranks. What changes between rounds is in the state ``S``.
 
     Attributes:
-        elementwise: whether shapes do not matter, so that many tensors may be joined in one vector. Otherwise a tensor
-            that is given is a stack of tensors of one shape, ``[num, *shape]``, each compressed for itself.
-        passes_nonfinite: whether an infinity or NaN of one rank turns up as such in the mean of all, and nowhere else.
-            A reducer refuses a round of other compressors, in which one would spoil its neighbours or vanish.
+        elementwise: whether shapes do not matter, so tensors may be joined in one vector. Otherwise the input is a
+            stack of tensors of one shape, ``[num, *shape]``, each compressed separately.
+        passes_nonfinite: whether an infinity or NaN of one rank appears in the mean at its place and nowhere else. For
+            other compressors, reducers refuse a round with one.
     """
 
     elementwise: ClassVar[bool]
@@ -90,43 +89,43 @@ class Compressor(ABC, Generic[S]):
     def mean(
         self, x: Tensor, state: S, comm: Comm, wants_sent: bool = True
     ) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, S]]:
-        """Yield each Work that is needed; return ``(sent, mean, state)``. ``x`` and ``state`` are not modified.
+        """Yield each Work and return ``(sent, mean, state)``. ``x`` and ``state`` are not modified.
 
-        Law: the mean over ranks of ``sent`` equals ``mean``, which is the same on every rank, bit for bit.
-        ``sent`` and ``mean`` have the shape and dtype of ``x``; ``sent`` may be ``x`` itself.
+        Law: the mean over ranks of ``sent`` equals ``mean``, which is the same on every rank, bit for bit. ``sent`` and
+        ``mean`` have the shape and dtype of ``x``; ``sent`` may be ``x`` itself.
 
         Args:
-            x: let go of as soon as it is sent, since whole models are under way. It may hold infinities and NaN, of
-                which nothing is used, but the round must come to its end.
+            x: released as soon as it is sent, to save memory. It may hold infinities and NaN; the result is then
+                unused, but the round must complete.
             wants_sent: whether ``sent`` will be used; otherwise it may be anything, such as ``mean``.
         """
 
     @abstractmethod
     def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> float:
-        """What each member sends in a round for a tensor of this shape and element size, as a meter counts it.
+        """Bytes that each member sends in a round for a tensor of this shape and element size, as a meter counts.
 
-        A meter counts all-reduces as rings: 2 (n - 1) / n of the bytes. No shape is expanded: what is summed on its way
-        or averaged in two shots takes at most the bytes of an exact all-reduce, and a message that everybody gets those
-        of the vector in float32. Where a code would be larger, the values themselves go.
+        A meter counts all-reduces as rings: 2 (n - 1) / n of the bytes. Never more than uncompressed: sums and two-shot
+        averages take at most the bytes of an exact all-reduce, and gathered messages at most the vector in float32.
+        Where a code would be larger, the values themselves are sent.
         """
 
     def divides_by_all(self) -> bool:
-        """Whether the mean is over all ranks at every place, whoever sent something there; by default it is."""
+        """Whether the mean at each place is over all ranks, also those that sent nothing there. By default yes."""
         return True
 
     def num_messages(self) -> int:
-        """The most exchanges that `mean` makes in a row, each with what the last one brought; by default 1."""
+        """The most exchanges in sequence within `mean`, each depending on the last. By default 1."""
         return 1
 
     @abstractmethod
     def contraction(self, shape: Sequence[int], num_members: int) -> Contraction:
-        """How much of a tensor of this shape may be lost in a round among so many members, in closed form."""
+        """A bound on a round's loss for a tensor of this shape among this many members, in closed form."""
 
     def resync(self, state: S, comm: Comm) -> Generator[Work[Any], Any, S]:
-        """The state to go on with among new members, some of which bring `init`'s.
+        """The state for new members, some of which bring `init`'s.
 
-        What must be equal on all ranks comes from ``members[0]``. By default the state stays as it is, which is right
-        where there is none.
+        What must be equal on all ranks comes from ``members[0]``. By default the state is unchanged, which is right if
+        there is none.
         """
         del comm
         yield from ()

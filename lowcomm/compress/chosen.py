@@ -1,4 +1,4 @@
-"""Averages of a few coordinates that all ranks know without being told: they follow from a seed and the round."""
+"""Averages of a few coordinates that all ranks derive from a seed and the round."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ChosenState:
 
     Attributes:
         round: the number of rounds so far, equal on all ranks: it decides the coordinates.
-        values: of the compressor of the chosen values.
+        values: state of the compressor of the chosen values.
     """
 
     round: int
@@ -56,7 +56,7 @@ class Chosen(Compressor[ChosenState], ABC):
 
     @abstractmethod
     def places(self, num: int, kept: int, round: int, device: torch.device) -> Tensor:
-        """Which ``kept`` of ``num`` coordinates go in a round: int64 ``[kept]``, distinct, equal on all ranks."""
+        """The ``kept`` of ``num`` coordinates sent in a round: int64 ``[kept]``, distinct, equal on all ranks."""
 
     def factor(self, num: int, kept: int) -> float:
         """What both ``sent`` and ``mean`` are multiplied by; 1 by default."""
@@ -64,7 +64,7 @@ class Chosen(Compressor[ChosenState], ABC):
         return 1.0
 
     def num_kept(self, num: int) -> int:
-        """How many of ``num`` coordinates go: at least 1, if there is any."""
+        """How many of ``num`` coordinates are sent: at least 1, if there is any."""
         return min(num, max(1, round(num * self.density)))
 
     def init(self, like: Tensor) -> ChosenState:
@@ -74,7 +74,6 @@ class Chosen(Compressor[ChosenState], ABC):
     def mean(
         self, x: Tensor, state: ChosenState, comm: Comm, wants_sent: bool = True
     ) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, ChosenState]]:
-        """What ``values`` needs for k values."""
         num, kept, shape, dtype, device = x.numel(), self.num_kept(x.numel()), x.shape, x.dtype, x.device
         where, factor = self.places(num, kept, state.round + 1, device), self.factor(num, kept)
         picked = x.reshape(-1).index_select(0, where)

@@ -1,11 +1,11 @@
-"""Send either my vector or its change, whichever loses less (EF21+, arXiv:2106.05203).
+"""Send the vector or its change, whichever loses less (EF21+, arXiv:2106.05203).
 
-All members know a vector g of each. A member with x has two candidates for its next g, C(x) and g + C(x - g), takes
-the one nearer to x and sends its code with a byte that says which; the mean is that of all new g. Good with large step
+All members know a vector g of each. A member with x has two candidates for its next g, C(x) and g + C(x - g), takes the
+one nearer to x and sends its code with a byte that says which; the mean is that of all new g. Good with large step
 sizes, where x changes so much that its change is no easier to send than x itself.
 
-As C(x) takes the place of g, others must know what it replaces: every rank holds g of all n members, n times the
-memory of the vector. It is meant for small problems.
+As C(x) takes the place of g, others must know what it replaces: every rank holds g of all n members, n times the memory
+of the vector. It is meant for small problems.
 
 Differs from the paper in: nothing; ``dense_first`` chooses between its two starts.
 """
@@ -30,7 +30,7 @@ _FLAG_BYTES, _FLOAT32_BYTES = 1, 4
 
 @dataclass
 class EF21PlusState:
-    """What all know of each other.
+    """The vectors g of all members.
 
     Attributes:
         known: g of each member in members' order, ``[n, *shape]``, equal on all ranks; None before the first round.
@@ -43,7 +43,7 @@ class EF21PlusState:
 
 @dataclass(frozen=True)
 class EF21Plus(Compressor[EF21PlusState]):
-    """EF21 that may start afresh in any round; it brings its own memory, so it wants no feedback around it.
+    """EF21 that may restart in any round. It has its own memory, so it needs no feedback.
 
     Attributes:
         inner: what codes the candidates: `TopK` or `Gathered`, without random rounding.
@@ -68,7 +68,6 @@ class EF21Plus(Compressor[EF21PlusState]):
             raise ValueError(f"EF21Plus(inner={self.inner}): the mean is over all ranks; take divide_by='all'")
 
     def init(self, like: Tensor) -> EF21PlusState:
-        """Nobody knows anybody."""
         return EF21PlusState(None, torch.zeros_like(like))
 
     def mean(
@@ -88,7 +87,7 @@ class EF21Plus(Compressor[EF21PlusState]):
         return _round(torch.where(is_whole, heard, known + heard), comm)
 
     def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> int:
-        """Vectors so short that flag and code would be no smaller go as they are."""
+        """Vectors too short to gain from flag and code are sent uncoded."""
         num = prod(shape)
         size = element_bytes * num if self._goes_whole(num) else _FLAG_BYTES + self._code.num_bytes(num)
         return (num_members - 1) * size
@@ -98,7 +97,7 @@ class EF21Plus(Compressor[EF21PlusState]):
         return EXACT if self._goes_whole(prod(shape)) else self.inner.contraction(shape, num_members)
 
     def resync(self, state: EF21PlusState, comm: Comm) -> Generator[Work[Any], Any, EF21PlusState]:
-        """Everybody tells its g, uncompressed; a fresh member has g = 0."""
+        """Gather all members' g, uncompressed; a new member has g = 0."""
         is_new = state.mine.new_full((1,), 1.0 if state.known is None else 0.0)
         rows = yield comm.all_gather(torch.cat([state.mine.reshape(-1), is_new]))
         if not rows.is_meta and rows[:, -1].all():  # before the first round

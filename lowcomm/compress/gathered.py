@@ -1,4 +1,4 @@
-"""Send one's coded vector to everybody, who decode all of them and average.
+"""Each rank sends its coded vector to all, which decode and average them.
 
 One latency instead of the two of `lowcomm.compress.quantized`, and the mean itself is not coded, so the error is that
 of one code only. The price: each rank sends (n - 1) codes of the vector, not 2 (n - 1) / n. A vector so short that its

@@ -1,6 +1,6 @@
-"""Islands: one precision where links are fast, a smaller one where they are slow.
+"""Islands: one precision over fast links, a smaller one over slow links.
 
-Members stand in islands of equal size, consecutive in rank, such as the GPUs of one machine. Each island averages
+Members form islands of equal size, consecutive in rank, such as the GPUs of one machine. Each island averages
 (``inner``); then its j-th member averages the j-th slice of the island's mean with the j-th members of the other
 islands (``outer``), so a slow link carries each slice once; then islands put the slices together, exactly. ZeRO++
 (arXiv:2306.10209) and most collective libraries cut collectives like this.
@@ -24,7 +24,7 @@ from lowcomm.compress.quantized import Quantized
 
 @dataclass(frozen=True)
 class HierarchicalState:
-    """The states of the two."""
+    """The states of both compressors."""
 
     inner: Any
     outer: Any
@@ -32,10 +32,10 @@ class HierarchicalState:
 
 @dataclass(frozen=True)
 class Hierarchical(Compressor[HierarchicalState]):
-    """The mean of means.
+    """The mean of island means.
 
     Attributes:
-        island: members in each; it divides the number of members.
+        island: members per island; must divide the number of members.
         inner: averages within an island.
         outer: averages between islands. Where both draw random numbers, they need different seeds.
     """
@@ -69,10 +69,10 @@ class Hierarchical(Compressor[HierarchicalState]):
     def mean(
         self, x: Tensor, state: HierarchicalState, comm: Comm, wants_sent: bool = True
     ) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, HierarchicalState]]:
-        """Within the island, between islands, and together.
+        """Average within the island, then between islands, then gather.
 
         Raises:
-            ValueError: when the members do not fill whole islands.
+            ValueError: when members do not form whole islands.
         """
         near, far, j = self._views(comm)
         steps, num, shape = self.inner.mean(x, state.inner, near, wants_sent), x.numel(), x.shape
@@ -103,7 +103,7 @@ class Hierarchical(Compressor[HierarchicalState]):
         return self.inner.num_messages() + self.outer.num_messages() + 1
 
     def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> float:
-        """That is over fast and slow links together, see `slow_bytes`."""
+        """The total over fast and slow links, see `slow_bytes`."""
         num = prod(shape)
         within = self.inner.sent_bytes(shape, element_bytes, self.island)
         if self.island == num_members or num == 0:
@@ -116,7 +116,7 @@ class Hierarchical(Compressor[HierarchicalState]):
         return self.outer.sent_bytes((self._slice(prod(shape)),), element_bytes, self._num_islands(num_members))
 
     def contraction(self, shape: Sequence[int], num_members: int) -> Contraction:
-        """That of ``inner``, then ``outer`` on means of an island, of which each member answers for its slice."""
+        """`inner`'s, then ``outer``'s on island means, with each member accountable for its slice."""
         inner = self.inner.contraction(shape, self.island)
         if self.island == num_members:
             return inner
@@ -124,7 +124,7 @@ class Hierarchical(Compressor[HierarchicalState]):
         return inner.then(outer, self.island)
 
     def resync(self, state: HierarchicalState, comm: Comm) -> Generator[Work[Any], Any, HierarchicalState]:
-        """Both resync among those that they talk to."""
+        """Resync both among the members they communicate with."""
         near, far, _ = self._views(comm)
         inner = yield from self.inner.resync(state.inner, near)
         outer = yield from self.outer.resync(state.outer, far)

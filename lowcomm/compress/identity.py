@@ -1,4 +1,4 @@
-"""Send everything as it is."""
+"""Send everything uncompressed."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Identity(Compressor[None]):
 
 
 def outgrows(sent_bytes: float, num: int, num_members: int) -> bool:
-    """Whether so many bytes are more than `Identity` needs for ``num`` values of float32, so that it should be used.
+    """Whether this many bytes exceed what `Identity` needs for ``num`` float32 values, so it should be used.
 
-    It does not look at the real dtype, so that shapes alone decide what is exact.
+    The real dtype is ignored, so that only shapes decide.
     """
     return sent_bytes > Identity().sent_bytes((num,), 4, num_members)

@@ -40,7 +40,7 @@ from lowcomm.tensors import rng
 
 @dataclass(frozen=True)
 class PowerSGDState:
-    """What is kept of a stack of matrices; the factors are equal on all ranks.
+    """The state of a stack of matrices; factors are equal on all ranks.
 
     Attributes:
         round: rounds so far.
@@ -109,7 +109,7 @@ class PowerSGD(Compressor[PowerSGDState]):
     def mean(
         self, x: Tensor, state: PowerSGDState, comm: Comm, wants_sent: bool = True
     ) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, PowerSGDState]]:
-        """Two sums for a stack of matrices, one with ``alternate`` and for what is sent whole."""
+        """Two sums for a stack of matrices; one with ``alternate`` or when sent whole."""
         if state.q is None:
             sent, mean, _ = yield from Identity().mean(x, None, comm, wants_sent)
             return sent, mean, replace(state, round=state.round + 1)
@@ -126,7 +126,7 @@ class PowerSGD(Compressor[PowerSGDState]):
         return self._num_factors
 
     def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> float:
-        """With ``alternate`` that is the average of two rounds in a row."""
+        """With ``alternate``, the average of two consecutive rounds."""
         sides = self._sides(shape[1:])
         values: float = prod(shape)
         if sides is not None:
@@ -213,7 +213,7 @@ class PowerSGD(Compressor[PowerSGDState]):
         return self.num_iterations * (1 if self.alternate else 2)
 
     def _drawn(self, like: Tensor, shape: Sequence[int], round: int) -> Tensor:
-        """Normal numbers, drawn on the CPU, as all ranks must have the same."""
+        """Normal numbers, drawn on the CPU so that all ranks have the same."""
         if like.is_meta:
             return like.new_empty(tuple(shape))
         drawn = torch.randn(tuple(shape), generator=rng(self.seed, "power_sgd", round), dtype=torch.float64)

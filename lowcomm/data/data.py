@@ -1,4 +1,4 @@
-"""The data of a run, as a config: which text, cut how, tokenised by what, and what is held out of it."""
+"""The data of a run as a config: text, windows, tokenizer, held-out documents."""
 
 from __future__ import annotations
 

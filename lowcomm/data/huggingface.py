@@ -41,7 +41,7 @@ class HuggingFace(Source):
                 yield text
 
     def cursor(self, state: Mapping[str, Any] | None = None) -> Cursor:
-        """Resumes by the dataset's own position where that proves right: what lies before is not read again."""
+        """Resumes by the dataset's own position if it proves right, without reading what lies before."""
         if not self.streaming:
             return super().cursor(state)
         return _DatasetCursor(self, state)
@@ -66,8 +66,8 @@ class _DatasetCursor:
     """A pass over a streamed dataset, which knows its own position.
 
     Releases of `datasets` have resumed in the wrong place, silently (its issues 8145 and 8308). So the state is the
-    position before the last row with a hash of that row's text: resuming reads the row again and compares. When it is
-    another row, the rows are counted from the start instead, which is slow and right.
+    position before the last row and a hash of its text. Resuming reads that row again and compares; on a mismatch it
+    counts rows from the start, which is slow but right.
     """
 
     def __init__(self, source: HuggingFace, state: Mapping[str, Any] | None) -> None:

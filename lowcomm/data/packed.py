@@ -1,4 +1,4 @@
-"""Batches from a source that is too large to hold: read, tokenised and packed on the way."""
+"""Batches from a source too large to hold: read, tokenised and packed during training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where text comes from: a role, and the Python standard library, which is always there and needs no download."""
+"""Sources of text: the interface, and Python's standard library, which needs no download."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests"
 
 
 class Cursor(Protocol):
-    """One pass over a source's documents that can be left and taken up again."""
+    """One pass over a source's documents, which can be resumed."""
 
     def __next__(self) -> str:
         """The next document; StopIteration when the pass is over."""
@@ -44,11 +44,10 @@ class Source(Origin, ABC):
         """Every document, none empty; raises ValueError, naming the place, for one that cannot be read."""
 
     def is_streamed(self) -> bool:
-        """Not unless the source says so."""
         return False
 
     def identity(self) -> str:
-        """Tells this source from others without reading it."""
+        """Identifies this source without reading it."""
         return repr(self)
 
     def cursor(self, state: Mapping[str, Any] | None = None) -> Cursor:
@@ -57,7 +56,7 @@ class Source(Origin, ABC):
 
 
 class _CountingCursor:
-    """Knows how many documents it has handed out, and takes up a pass by reading over them."""
+    """Counts the documents handed out, and resumes by reading over them."""
 
     def __init__(self, source: Source, num_documents: int) -> None:
         self._num_documents = num_documents

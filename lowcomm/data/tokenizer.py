@@ -1,4 +1,4 @@
-"""Text to token ids: a role, and bytes."""
+"""Tokenizers: the interface, and bytes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,6 @@ class Tokenizer(ABC):
         """The ids of ``text`` without a separator, as a 1-d array of unsigned integers."""
 
     def encode_batch(self, texts: list[str]) -> list[NDArray[Any]]:
-        """`encode` of each."""
         return [self.encode(text) for text in texts]
 
     def num_bytes(self, ids: NDArray[Any]) -> int | None:

@@ -1,4 +1,4 @@
-"""What a run is judged by: documents held out of training, cut into the same windows on every replica."""
+"""Validation data: documents held out of training, in the same windows on every replica."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a replica remembers what it has not yet sent."""
+"""The interface of feedback: how a replica remembers what it has not sent."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ S = TypeVar("S")
 
 
 class Feedback(ABC, Generic[S]):
-    """A pair of functions around a compressor; what changes between rounds lives in the state ``S``.
+    """Functions before and after a compressor; what changes between rounds is in the state ``S``.
 
-    States are not modified: a round that fails leaves the old one as it was.
+    States are not modified, so a failed round changes nothing.
 
     Attributes:
-        keeps_mean: whether it adds up means of what was sent, and so needs those over all ranks at every place.
-        wants_sent: whether `after` looks at what was sent.
+        keeps_mean: whether it accumulates means of what was sent, and so needs them over all ranks at every place.
+        wants_sent: whether `after` uses what was sent.
     """
 
     keeps_mean: ClassVar[bool] = False
@@ -31,27 +31,27 @@ class Feedback(ABC, Generic[S]):
         """The state before the first round for tensors shaped like ``like``."""
 
     def is_dense(self, state: S) -> bool:
-        """Whether the coming round goes uncompressed, the same on all ranks. By default none does."""
+        """Whether the next round is uncompressed, the same on all ranks. By default not."""
         del state
         return False
 
     @abstractmethod
     def before(self, x: Tensor, state: S) -> tuple[Tensor, Any]:
-        """What to hand to the compressor in place of ``x``, and what `after` will need of this."""
+        """The compressor's input in place of ``x``, and what `after` will need."""
 
     @abstractmethod
     def after(self, kept: Any, sent: Tensor, mean: Tensor, state: S) -> tuple[Tensor, S]:
         """The estimate of the mean of ``x`` over ranks, equal on all of them, and the new state.
 
         Args:
-            kept: what `before` returned beside what was to be sent.
-            sent, mean: what became of that, see `lowcomm.compress.base.Compressor.mean`.
+            kept: the second result of `before`.
+            sent, mean: the compressor's results, see `lowcomm.compress.base.Compressor.mean`.
         """
 
     def resync(self, state: S, comm: Comm) -> Generator[Work[Any], Any, S]:
-        """The state to go on with among new members, of which each brings its own; a fresh one brings `init`'s.
+        """The state for new members, each with its own; a new one brings `init`'s.
 
-        Methods that hold a mean over the members must make it anew, uncompressed. By default nothing is shared.
+        Methods that keep a mean over members must recompute it, uncompressed. By default nothing is shared.
         """
         del comm
         yield from ()

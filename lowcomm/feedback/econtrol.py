@@ -61,7 +61,6 @@ class EControl(Feedback[EControlState]):
             )
 
     def init(self, like: Tensor) -> EControlState:
-        """Nothing was sent, nothing missed."""
         return EControlState(torch.zeros_like(like), tracked(like), like.new_full((), self.eta or 0.0))
 
     def is_dense(self, state: EControlState) -> bool:
@@ -85,7 +84,7 @@ class EControl(Feedback[EControlState]):
         return known.ours.clone(), EControlState(error, known, eta)
 
     def resync(self, state: EControlState, comm: Comm) -> Generator[Work[Any], Any, EControlState]:
-        """The mean anew; a fresh member has h = e = 0."""
+        """Recompute the mean; a new member has h = e = 0."""
         return replace(state, known=(yield from resynced(state.known, comm)))
 
 

@@ -22,7 +22,7 @@ from lowcomm.tensors import rng
 
 @dataclass
 class EF14State:
-    """What this member has not sent.
+    """The error: what this member has not sent.
 
     Attributes:
         error: the values, or their code.
@@ -54,7 +54,6 @@ class EF14(Feedback[EF14State]):
             )
 
     def init(self, like: Tensor) -> EF14State:
-        """Nothing was left yet."""
         return EF14State(self._kept(torch.zeros_like(like), 0), 0)
 
     def before(self, x: Tensor, state: EF14State) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,7 @@
-"""Compress the change since what the others know of me (EF21, arXiv:2106.05203).
+"""Compress the change since what the others know (EF21, arXiv:2106.05203).
 
-Each member keeps g, which the others could know: all that it has sent, added up. It compresses ``x - g``; the
-estimate is the mean of all g. Where x settles down the differences vanish, and their errors with them, however much
-the members differ.
+Each member keeps g, the sum of all that it has sent. It compresses ``x - g``; the estimate is the mean of all g. Where
+x settles down the differences vanish, and their errors with them, however much the members differ.
 
 EF21-W (arXiv:2402.10774) is this method with a larger step size, see `lowcomm.feedback.step_size`, as long as the
 compressor commutes with positive factors; for others see `lowcomm.feedback.step_size.ef21_w_weights`.
@@ -35,7 +34,6 @@ class EF21(Feedback[Tracked]):
     keeps_mean: ClassVar[bool] = True
 
     def init(self, like: Tensor) -> Tracked:
-        """Nobody knows anything."""
         return tracked(like)
 
     def is_dense(self, state: Tracked) -> bool:
@@ -52,5 +50,5 @@ class EF21(Feedback[Tracked]):
         return state.ours.clone(), state
 
     def resync(self, state: Tracked, comm: Comm) -> Generator[Work[Any], Any, Tracked]:
-        """The mean anew; a fresh member has g = 0."""
+        """Recompute the mean; a new member has g = 0."""
         return (yield from resynced(state, comm))

@@ -21,7 +21,7 @@ from lowcomm.feedback.tracked import Tracked, moved, resynced, tracked
 
 @dataclass
 class EF21SGDMState:
-    """The average and what is known of it.
+    """The average and what was sent of it.
 
     Attributes:
         average: v of this member; None before its first round.
@@ -50,7 +50,6 @@ class EF21SGDM(Feedback[EF21SGDMState]):
             raise ValueError(f"EF21SGDM(eta={self.eta}): it must lie within (0, 1]; 0.1 is usual, 1 is EF21")
 
     def init(self, like: Tensor) -> EF21SGDMState:
-        """Nothing was seen yet."""
         return EF21SGDMState(None, tracked(like))
 
     def is_dense(self, state: EF21SGDMState) -> bool:
@@ -68,5 +67,5 @@ class EF21SGDM(Feedback[EF21SGDMState]):
         return known.ours.clone(), EF21SGDMState(kept, known)
 
     def resync(self, state: EF21SGDMState, comm: Comm) -> Generator[Work[Any], Any, EF21SGDMState]:
-        """The mean anew; a fresh member starts v with its first x."""
+        """Recompute the mean; a new member starts v with its first x."""
         return replace(state, known=(yield from resynced(state.known, comm)))

@@ -61,7 +61,6 @@ class EFBV(Feedback[Tracked]):
         return cls(best_factor(eta, omega), best_factor(eta, omega_av), dense_first)
 
     def init(self, like: Tensor) -> Tracked:
-        """Nobody knows anything."""
         return tracked(like)
 
     def is_dense(self, state: Tracked) -> bool:
@@ -79,7 +78,7 @@ class EFBV(Feedback[Tracked]):
         return state.ours.add(mean, alpha=nu), moved(state, sent, mean, by=lam)
 
     def resync(self, state: Tracked, comm: Comm) -> Generator[Work[Any], Any, Tracked]:
-        """The mean anew; a fresh member has h = 0."""
+        """Recompute the mean; a new member has h = 0."""
         return (yield from resynced(state, comm))
 
 

@@ -1,4 +1,4 @@
-"""Forget what was not sent."""
+"""No feedback: forget what was not sent."""
 
 from __future__ import annotations
 
@@ -12,17 +12,14 @@ from lowcomm.feedback.base import Feedback
 
 @dataclass(frozen=True)
 class NoFeedback(Feedback[None]):
-    """The compressed mean as it is."""
+    """No memory: the estimate is the compressed mean."""
 
     wants_sent: ClassVar[bool] = False
 
-    def init(self, like: Tensor) -> None:
-        """No state."""
+    def init(self, like: Tensor) -> None: ...
 
     def before(self, x: Tensor, state: None) -> tuple[Tensor, None]:
-        """``x`` itself."""
         return x, None
 
     def after(self, kept: None, sent: Tensor, mean: Tensor, state: None) -> tuple[Tensor, None]:
-        """The mean of what was sent."""
         return mean, state

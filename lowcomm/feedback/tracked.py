@@ -1,7 +1,7 @@
-"""A vector of each member that it moves by what it sent, and the mean over members, which all can follow.
+"""A vector of each member, moved by what it sends, and the mean of all members' vectors.
 
-Methods that compress differences from such a vector share this state. The mean is right only as long as the members
-stay the same: hence `resynced`.
+Methods that compress differences to such a vector share this state. The mean is right only while members stay the same,
+hence `resynced`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from lowcomm.comm.base import Comm, Work
 
 @dataclass
 class Tracked:
-    """What a member and all members think of it.
+    """A member's vector and the members' mean.
 
     Attributes:
         mine: this member's vector.
         ours: the mean of ``mine`` over members, equal on all of them.
-        is_new: whether no round has been yet; equal on all of them.
+        is_new: whether there was no round yet; equal on all of them.
     """
 
     mine: Tensor
@@ -42,9 +42,9 @@ def moved(state: Tracked, sent: Tensor, mean: Tensor, by: float = 1.0) -> Tracke
 
 
 def resynced(state: Tracked, comm: Comm) -> Generator[Work[Any], Any, Tracked]:
-    """The state among these members: ``mine`` stays, ``ours`` becomes its mean again, by one uncompressed sum.
+    """The state for these members: ``ours`` is recomputed from ``mine`` by one uncompressed sum.
 
-    The first round is over for all as soon as it is for one of them.
+    ``is_new`` is false for all if it is for one.
     """
     is_old = state.mine.new_full((1,), 0.0 if state.is_new else 1.0)
     total = yield comm.all_sum(torch.cat([state.mine.reshape(-1), is_old]))

@@ -1,4 +1,4 @@
-"""The role of a model in a run: a frozen description that builds the same weights everywhere."""
+"""The interface of a model: a frozen description that builds the same weights everywhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a model takes sequences as long as the data's: tried, as models say it in no common way."""
+"""Checks by trial whether a model takes sequences as long as the data's."""
 
 from __future__ import annotations
 

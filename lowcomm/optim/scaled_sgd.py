@@ -1,8 +1,8 @@
-"""SGD in a metric that somebody else sets: each coordinate's step is divided by its own scale.
+"""SGD with a given diagonal scaling: each coordinate's step is divided by its scale.
 
     x <- (1 - lr weight_decay) x - lr g / scale
 
-The optimizer never changes a scale. A method that has replicas share one, such as `lowcomm.algorithms.savic.SAVIC`,
+The optimizer never changes a scale. A method that shares one among replicas, such as `lowcomm.algorithms.savic.SAVIC`,
 writes it into the slot "scale".
 """
 
@@ -42,7 +42,7 @@ class ScaledSGD(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """See torch's, which the constructor calls for each group; its parameters have a scale at once."""
+        """Called by the constructor for each group; sets its parameters' scale."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for p in group["params"]:
