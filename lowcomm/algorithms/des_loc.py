@@ -71,8 +71,8 @@ class DESLOC(Rounds[DESLOCState]):
     """Periodic averages of parameters and optimizer states.
 
     Traffic of a step, on average: the sum of 1 / period over all periods, times an all-reduce of the parameters in
-    float32 (less with a compressor, but for the first round of each state), 2 (n - 1) / n x 4 bytes a parameter for
-    each of n replicas. Lossy rounds of a state add 4 bytes in place of a parameter for each tensor.
+    float32, 2 (n - 1) / n x 4 bytes a parameter for each of n replicas. A compressor reduces all but the first round of
+    each state. Lossy rounds of a state add 4 bytes in place of a parameter for each tensor.
 
     Attributes:
         periods: inner steps between averages of "param" and of optimizer states by their torch name, such as "exp_avg".

@@ -1,10 +1,10 @@
 """Send 16-bit floats, add in full precision.
 
-Rank i owns the i-th of n equal chunks. Everybody sends each owner its chunk in 16 bits; the owner adds the n chunks
-in the precision of the input, in members' order, and sends the mean to all in 16 bits. Per rank that is
-2 (n - 1) / n x 16 bits a value, as in a ring all-reduce, but no partial sum is ever rounded to 16 bits (OpenDiLoCo,
-arXiv:2407.07852, sends 16-bit deltas at no loss in quality), and the result is bitwise equal on all ranks and worlds.
-Fewer values than half of the ranks, of which chunks would be mostly filling, go by one exact all-reduce.
+Rank i owns the i-th of n equal chunks. Everybody sends each owner its chunk in 16 bits; the owner adds the n chunks in
+the precision of the input, in members' order, and sends the mean to all in 16 bits. Per rank that is 2 (n - 1) / n x 16
+bits a value, as in a ring all-reduce, but no partial sum is rounded to 16 bits. The result is bitwise equal on all
+ranks and in all worlds. OpenDiLoCo (arXiv:2407.07852) sends 16-bit deltas at no loss in quality. Fewer values than half
+of the ranks go by one exact all-reduce.
 
 Differs from the paper in: OpenDiLoCo lets the transport add in 16 bits; here sums are exact to the input's precision.
 """

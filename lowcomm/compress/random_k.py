@@ -24,10 +24,9 @@ from lowcomm.tensors import rng
 class RandomK(Chosen):
     """The mean of randomly chosen coordinates, zero elsewhere; its other options are those of `Chosen`.
 
-    With ``unbiased`` both ``sent`` and ``mean`` are d / k times the chosen values, so the law holds, but ``sent`` then
-    overshoots: ``|x - sent|^2`` is d / k - 1 times ``|x|^2`` on average, and below density 1/2, where that exceeds 1, a
-    feedback that remembers the residual diverges. It is for averages without memory, and for feedbacks made for
-    unbiased compressors, with a step below 1.
+    With ``unbiased`` both ``sent`` and ``mean`` are d / k times the chosen values, so the law holds. But ``|x -
+    sent|^2`` is then d / k - 1 times ``|x|^2`` on average; below density 1/2 that exceeds 1, and a feedback that keeps
+    the residual diverges. Use it without memory, or with feedbacks for unbiased compressors, with a step below 1.
 
     Attributes:
         unbiased: multiply by d / k.
@@ -49,8 +48,8 @@ class RandomK(Chosen):
 def draw_distinct(num: int, kept: int, random: torch.Generator) -> Tensor:
     """``kept`` of the numbers below ``num``, sorted, each set as likely as any other; on the CPU for all devices alike.
 
-    A few of many are drawn with repetitions first, which takes a time in ``kept`` rather than ``num``: all sets of one
-    size are equally likely among the distinct numbers that come out, and so are the subsets of those.
+    A few of many are drawn with repetitions first, in a time of order ``kept``, not ``num``. The distinct ones form an
+    equally likely set of their size, and so do random subsets of it.
     """
     if 0 < 4 * kept <= num:
         drawn: Tensor = torch.randint(num, (2 * kept,), generator=random).unique()

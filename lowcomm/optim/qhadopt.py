@@ -30,10 +30,10 @@ from torch.optim import Optimizer
 
 
 class QHADOPT(Optimizer):
-    """See the module. The first call changes no parameter; there is no bias correction.
+    """The optimizer of the module's equations. The first call changes no parameter; there is no bias correction.
 
-    A momentum starts from zero and grows to its full size in about 1 / (1 - beta) calls, 1,000 for 0.999, in which a
-    step is as short as (1 - sum of weights) of a full one: let the learning rate warm up in that time.
+    A momentum starts from zero and reaches its full size in about 1 / (1 - beta) calls, 1,000 for 0.999. Until then
+    steps are as short as (1 - sum of weights) of a full one, so warm up the learning rate in that time.
 
     States of each parameter: "exp_avg_sq" (v), "exp_avg" (u_1), "exp_avg_2" (u_2) and so on, and "step", the calls so
     far. `load_state_dict` is torch's, which rounds them to the parameter's dtype; `TorchEngine` loads them exactly.
@@ -66,10 +66,10 @@ class QHADOPT(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """See torch's, which the constructor calls for each group.
+        """The constructor calls it for each group.
 
         Raises:
-            ValueError: as the constructor does; the group is then not added.
+            ValueError: as the constructor; the group is then not added.
         """
         _check(self.defaults | param_group)
         super().add_param_group(param_group)

@@ -1,7 +1,6 @@
-"""`lowcomm simulate`: a run on a cluster that exists in virtual time.
+"""`lowcomm simulate`: a run on a cluster in virtual time.
 
-The arithmetic is real, or left out; time and faults are the cluster's. Every rank runs the code that `lowcomm train`
-runs.
+The arithmetic is real, or left out; time and faults are the cluster's. Every rank runs the code of `lowcomm train`.
 """
 
 from __future__ import annotations
@@ -47,9 +46,9 @@ def simulate(
 ) -> dict[str, Any]:
     """Train one replica on each host of the cluster and return rank 0's summary line; times are virtual.
 
-    Writes into ``out`` what `lowcomm train` would on all ranks (but no checkpoints), the cluster as cluster.yaml, and
-    the timeline as trace.json, for Perfetto or chrome://tracing, and into environment.json what memory it took and what
-    `lowcomm retime` asks for. All replicas compute on the run's device.
+    Writes into ``out`` what `lowcomm train` would on all ranks, without checkpoints. Adds cluster.yaml; trace.json, the
+    timeline for Perfetto or chrome://tracing; and, in environment.json, memory figures and what `lowcomm retime` needs.
+    All replicas compute on the run's device.
 
     Args:
         timing_only: train shapes without values: no text is read, and there are no losses and no final parameters.
