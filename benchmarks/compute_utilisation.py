@@ -313,7 +313,7 @@ of what the target leaves for the exchange. No other wire size mends that: at 1B
 parameter and 80 % at least 10.7. So the paper's graph lets a layer's reduce begin with that layer's backward also in
 DiLoCo. Most of what streaming gains without delay is that: it has as many backwards to hide behind as fragments.
 
-With one byte for each 64 values of 4 bits, as `E3M0` has by itself, all values of that row are met but one, 10B at 95 %.
+With one byte for each 64 values of 4 bits, as `E3M0` has by itself, all values of its row are met but one, 10B at 95 %.
 """
 _NEARER = 0.84
 
