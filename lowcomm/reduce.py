@@ -15,10 +15,14 @@ from lowcomm.compress.identity import Identity
 from lowcomm.feedback.base import Feedback
 from lowcomm.feedback.none import NoFeedback
 from lowcomm.joined import JoinedComm
-from lowcomm.tensors import buckets, extremes, flatten, unflatten
+from lowcomm.tensors import buckets, extremes, flatten, num_bytes, unflatten
 
 # What to average at some places of a list, as fresh tensors, which are then the reducer's: asked once for each bucket.
 Values = Callable[[Sequence[int]], list[Tensor]]
+# From 32 MiB on glibc maps memory anew for each, which costs more than the arithmetic; but each bucket costs about a
+# millisecond of Python, which GPUs notice: many times, where a model is large.
+BUCKET_BYTES, _MOST_BUCKETS = 31 * 2**20, 16
+
 # What an average pauses at, beside its messages, when the next message of every bucket is on its way.
 ALL_SENT: Work[None] = Done(None)
 
@@ -59,21 +63,29 @@ class Reducer:
         feedback: what becomes of the compression error.
         bucket_bytes: the largest size of a joined vector; a larger tensor stands alone. Buckets make few messages, and
             one is sent while the next is packed. For compressors that depend on shapes, tensors of one shape are
-            stacked up to this size.
+            stacked up to this size. None: 31 MiB, or a sixteenth of the list if that is more.
     """
 
     compressor: Compressor = Identity()
     feedback: Feedback = NoFeedback()
-    bucket_bytes: int = 31 * 2**20  # from 32 MiB on glibc maps memory anew, which costs more than the arithmetic
+    bucket_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        if self.bucket_bytes < 1:
-            raise ValueError(f"Reducer(bucket_bytes={self.bucket_bytes}): it must be at least 1; the default is 31 MiB")
+        if self.bucket_bytes is not None and self.bucket_bytes < 1:
+            raise ValueError(
+                f"Reducer(bucket_bytes={self.bucket_bytes}): it must be at least 1, or None to follow sizes"
+            )
         if self.feedback.keeps_mean and not self.compressor.divides_by_all():
             raise ValueError(
                 f"{self.feedback} keeps the mean of what all ranks sent, but that of {self.compressor} is over those "
                 "that sent a place; take divide_by='all', or EF14"
             )
+
+    def limit_bytes(self, like: Sequence[Tensor]) -> int:
+        """The largest bucket for lists of these shapes; the same on all kinds of devices."""
+        if self.bucket_bytes is not None:
+            return self.bucket_bytes
+        return max(BUCKET_BYTES, num_bytes(like) // _MOST_BUCKETS)
 
     def init(self, like: Sequence[Tensor]) -> ReducerState:
         """The state before the first round for lists shaped like ``like``."""
@@ -108,7 +120,7 @@ class Reducer:
     def _mean(
         self, like: Sequence[Tensor], state: ReducerState, comm: Comm, values: Values | None
     ) -> Generator[Work[Any], Any, tuple[list[Tensor], ReducerState]]:
-        groups, joined = self._groups(like), JoinedComm(comm, self.bucket_bytes)
+        groups, joined = self._groups(like), JoinedComm(comm, self.limit_bytes(like))
         assert len(groups) == len(state.buckets), "the state was made for another list of tensors"
         ends: list[Tensor] = []  # the extremes of each bucket
 
@@ -167,14 +179,14 @@ class Reducer:
     def _groups(self, xs: Sequence[Tensor]) -> list[list[int]]:
         """The tensors of each bucket. Depends only on shapes, dtypes and devices, so it is equal on all ranks."""
         if self.compressor.elementwise:
-            return buckets(xs, self.bucket_bytes)
+            return buckets(xs, self.limit_bytes(xs))
         by_shape: dict[torch.Size, list[int]] = {}
         for i, x in enumerate(xs):
             by_shape.setdefault(x.shape, []).append(i)
         return [
             [alike[i] for i in group]
             for alike in by_shape.values()
-            for group in buckets([xs[i] for i in alike], self.bucket_bytes)
+            for group in buckets([xs[i] for i in alike], self.limit_bytes(xs))
         ]
 
     def _pack(self, group: list[int], like: Sequence[Tensor], values: Values | None) -> Tensor:

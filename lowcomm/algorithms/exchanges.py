@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lowcomm.comm.base import Comm, Late, PeerLost, Task
-from lowcomm.reduce import ALL_SENT, Reducer, ReducerState
+from lowcomm.reduce import ALL_SENT, BUCKET_BYTES, Reducer, ReducerState
 from lowcomm.tensors import buckets
 
 # What to average of the tensors at these places of a list.
@@ -53,7 +53,7 @@ class Sending:
         """
         if not overlap or self.numbers is None:
             return [list(range(len(self.like)))]
-        return cut_backwards(self.like, self.reducer.bucket_bytes)
+        return cut_backwards(self.like, self.reducer.bucket_bytes or BUCKET_BYTES)
 
     def start(self, places: Sequence[int], kept: ReducerState, comm: Comm) -> UnderWay:
         """Start averaging the values at these places."""

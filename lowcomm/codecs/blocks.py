@@ -19,7 +19,7 @@ from torch import Tensor
 from lowcomm.codecs.base import Codec
 from lowcomm.codecs.compiled import Programs
 from lowcomm.codecs.levels import byte_table, look_up
-from lowcomm.codecs.packing import as_bytes, from_bytes, pack, packed_bytes
+from lowcomm.codecs.packing import as_bytes, copy_bytes, from_bytes, pack, packed_bytes
 from lowcomm.codecs.scales import scale_from_format
 
 # On CPUs this many values at a time: what one pass over them leaves in the cache the next one finds there. Where torch
@@ -137,7 +137,7 @@ class BlockCodec(Codec, ABC):
                 rows = [values, packed.view(len(values), -1), draws]
                 kept = self._programs.run(self._encode_into, rows, tables, self, "encode")
                 if packed is not code:
-                    code.copy_(packed)
+                    copy_bytes(code, packed)
             else:
                 kept, whole = self.encode_blocks(values.to(torch.float32), draws, tables)
                 code.copy_(pack(whole, layout.bits).view(code.shape))
@@ -157,6 +157,9 @@ class BlockCodec(Codec, ABC):
         for values, header, code, width, compiled in _parts(x, headers, codes, layout):
             whole = values.is_contiguous()
             out = (values if whole else torch.empty(values.shape, device=x.device)).view(-1, width)
+            if compiled and not code.is_contiguous():
+                copy_bytes(packed := torch.empty_like(code, memory_format=torch.contiguous_format), code)
+                code = packed
             header, packed = header.reshape(-1, layout.count), code.reshape(len(out), -1)
             if compiled:
                 self._programs.run(self._decode_into, [out, header, packed], tables, self, "decode")

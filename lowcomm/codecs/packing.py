@@ -101,3 +101,12 @@ def from_bytes(raw: Tensor, dtype: torch.dtype) -> Tensor:
     if raw.numel() == 0:  # as in `pack`
         return raw.new_empty(raw.shape[0], raw.shape[1] // dtype.itemsize, dtype=dtype)
     return raw.clone(memory_format=torch.contiguous_format).view(dtype)  # aligned, whatever it was cut from
+
+
+def copy_bytes(out: Tensor, x: Tensor) -> None:
+    """out <- x, both uint8 ``[rows, num]``, word by word where rows lie so: GPUs are slow at single bytes of rows."""
+    for dtype in (torch.int64, torch.int32):
+        if all(n % dtype.itemsize == 0 for y in (out, x) for n in (y.shape[1], y.stride(0), y.storage_offset())):
+            out.view(dtype).copy_(x.view(dtype))
+            return
+    out.copy_(x)
