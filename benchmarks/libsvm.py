@@ -52,8 +52,8 @@ from lowcomm.feedback.ef21 import EF21
 from lowcomm.feedback.ef_bv import EFBV
 from lowcomm.feedback.none import NoFeedback
 from lowcomm.reduce import Reducer
-from lowcomm.sim.clock import Clock
-from lowcomm.sim.comm import World
+from lowcomm.sim.wire.clock import Clock
+from lowcomm.sim.wire.comm import World
 
 NUM_WORKERS, PENALTY = 20, 0.1
 LEVELS = (1e-3, 1e-5, 1e-7)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lowcomm.report.pictures import for_page
 from lowcomm.report.runs import Run
-from lowcomm.sim.trace import TEXT_COLOUR, Span, gantt, read_chrome_trace
+from lowcomm.sim.record.trace import TEXT_COLOUR, Span, gantt, read_chrome_trace
 
 _NUM_ROUNDS = 3
 _MAX_ROWS = 16

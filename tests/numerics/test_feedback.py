@@ -26,8 +26,8 @@ from lowcomm.feedback.ef_bv import EFBV
 from lowcomm.feedback.none import NoFeedback
 from lowcomm.metrics import read
 from lowcomm.reduce import Reducer
-from lowcomm.sim.clock import Clock
-from lowcomm.sim.comm import World
+from lowcomm.sim.wire.clock import Clock
+from lowcomm.sim.wire.comm import World
 from lowcomm.tensors import digest
 from tests.multiprocess.launch import launch, write_tiny
 from tests.world import run_world

@@ -17,7 +17,7 @@ from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.models.llama import Llama
 from lowcomm.optim.scaled_sgd import ScaledSGD
 from lowcomm.reduce import Reducer
-from lowcomm.sim.timing import TimingEngine, shapes_of
+from lowcomm.sim.record.timing import TimingEngine, shapes_of
 from tests.replicas import adamw, flat, make_batch, make_engine, make_model, mse, scaled_sgd, train
 from tests.world import run_world
 

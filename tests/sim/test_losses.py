@@ -9,8 +9,8 @@ import torch
 from lowcomm.algorithms.rounds import Rounds
 from lowcomm.comm.base import Late, PeerLost
 from lowcomm.membership import Members
-from lowcomm.sim.clock import Clock
-from lowcomm.sim.comm import SimComm, World
+from lowcomm.sim.wire.clock import Clock
+from lowcomm.sim.wire.comm import SimComm, World
 from lowcomm.state import state_tree
 from tests.algorithms import all_algorithms, inner_of
 from tests.replicas import flat, make_batch, make_engine

@@ -1,6 +1,6 @@
 """Which bytes a collective sends where, and after how many latencies.
 
-`lowcomm.sim.gloo` has what gloo does, the default. Every schedule here is an ideal pipeline: the payload is cut into
+`lowcomm.sim.wire.gloo` has gloo's, the default. Every schedule here is an ideal pipeline: the payload is cut into
 chunks that follow each other through the same steps, so that all transfers of a collective run at once and its time is
 that of the busiest link plus the latencies of the chain of steps. For n members with S bytes each, over uplinks and
 downlinks of B and one-way latencies a:
@@ -34,7 +34,7 @@ KINDS = ("all_sum", "all_gather", "all_to_all", "broadcast", "exchange")
 
 
 class Turns(NamedTuple):
-    """What a transfer waits for beside its latencies; see `lowcomm.sim.tcp.turns_s`.
+    """What a transfer waits for beside its latencies; see `lowcomm.sim.wire.tcp.turns_s`.
 
     Attributes:
         num: how often for word that there is room for its next two messages.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lowcomm.optional import require
-from lowcomm.sim.network import FlowRecord
+from lowcomm.sim.wire.network import FlowRecord
 
 Kind = Literal["compute", "wait", "flow"]
 

@@ -1,6 +1,7 @@
 """How long an inner step takes on each rank: a role, times without chance, and how models multiply.
 
-`lowcomm.sim.drawn` has the random ones. Times are seconds; a model is a function of (rank, t) and of the step's start.
+`lowcomm.sim.cluster.drawn` has the random ones. Times are seconds; a model is a function of (rank, t) and of the step's
+start.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from lowcomm.sim.inputs import check_positive, of_rank, parsed, read_csv
+from lowcomm.sim.cluster.inputs import check_positive, of_rank, parsed, read_csv
 
 
 class ComputeModel(ABC):
@@ -151,7 +152,7 @@ class Measured(ComputeModel):
     """As long as a step really takes on this machine; `Scaled` makes faster and slower ones of it.
 
     Attributes:
-        step_s: None until `calibrated` with the time of a real step, see `lowcomm.sim.calibrate`.
+        step_s: None until `calibrated` with the time of a real step, see `lowcomm.sim.cluster.calibrate`.
     """
 
     step_s: float | None = None
