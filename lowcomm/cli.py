@@ -257,7 +257,7 @@ def _report(argv: list[str]) -> int:
 
 def _parser(command: str, description: str) -> ArgumentParser:
     # Short class names (--algorithm LocalSGD) are known once their modules are.
-    for room in ("algorithms", "codecs", "compress", "feedback", "outer", "models", "data", "optim", "sim"):
+    for room in ("rounds", "algorithms", "codecs", "compress", "feedback", "outer", "models", "data", "optim", "sim"):
         package = importlib.import_module(f"lowcomm.{room}")
         for module in pkgutil.walk_packages(package.__path__, f"lowcomm.{room}."):
             importlib.import_module(module.name)

@@ -17,7 +17,7 @@ class Algorithm(ABC, Generic[S]):
     """A frozen description of a method; what changes during a run lives in its state ``S``.
 
     `step` is one step of the training loop. Its `before_update` and `after_update`, and `backward` where it calls what
-    `during_backward` returned, are the only places that talk. Most methods are `lowcomm.algorithms.rounds.Rounds`,
+    `during_backward` returned, are the only places that talk. Most methods are `lowcomm.rounds.base.Rounds`,
     which writes all of this once; others put methods together (`lowcomm.algorithms.composed`).
 
     Each call is a transaction: when it raises `PeerLost`, `Late` or `NonFinite`, parameters and state are as they were,

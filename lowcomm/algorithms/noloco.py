@@ -9,7 +9,7 @@ The mean over all replicas follows DiLoCo with heavy-ball momentum whatever the 
 With gamma = beta it is ``d_i <- alpha d_i + beta (theta_bar - phi_i)``, for which one tensor travels in place of two.
 
 Differs from the paper in: the sign of its equation 2, with which the method diverges, is that of its code; gamma is
-checked against the exact bound of `lowcomm.algorithms.gossip.largest_pull`, as the paper's interval holds values that
+checked against the exact bound of `lowcomm.rounds.gossip.largest_pull`, as the paper's interval holds values that
 diverge and leaves out ones that contract; phi and d are float32 or better; replicas start equal, in place of from an
 average of independent first weights; numbers that groups do not divide, a partial last round and an average at the end.
 """
@@ -24,14 +24,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lowcomm.algorithms.anchors import anchor_of, delta
-from lowcomm.algorithms.exchanges import Average, Exchange, Sending
-from lowcomm.algorithms.gossip import Finalize, check_finalize, check_pull, finalized, group_mean, local
-from lowcomm.algorithms.qsr import check_every
-from lowcomm.algorithms.rounds import Rounds, RoundsState
 from lowcomm.comm.base import Comm
 from lowcomm.engine.base import Engine
 from lowcomm.reduce import Reducer
+from lowcomm.rounds.anchors import anchor_of, delta
+from lowcomm.rounds.base import Rounds, RoundsState
+from lowcomm.rounds.exchanges import Average, Exchange, Sending
+from lowcomm.rounds.gossip import Finalize, check_finalize, check_pull, finalized, group_mean, local
+from lowcomm.rounds.qsr import check_every
 from lowcomm.tensors import add_, copy_, mul_, zeros
 
 

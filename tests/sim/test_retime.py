@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from lowcomm.algorithms.data_parallel import DataParallel
-from lowcomm.algorithms.rounds import GradientsState, Rounds
 from lowcomm.assemble import open_ledger
 from lowcomm.cli import main, parse_run, parse_simulation
 from lowcomm.metrics import read
+from lowcomm.rounds.base import GradientsState, Rounds
 from lowcomm.sim.cluster.compute import Measured, Replay
 from lowcomm.sim.cluster.faults import Crash
 from lowcomm.sim.cluster.presets import LAN, Home
