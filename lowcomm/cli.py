@@ -27,11 +27,12 @@ from lowcomm.config import Run, describe
 from lowcomm.data import BPE, Source, Tokenizer, train_bpe, write_shards
 from lowcomm.data.shards import check_target
 from lowcomm.ledger import Diverged
-from lowcomm.metrics import summary_table
 from lowcomm.parsing import instantiate, load_yaml, reason
 from lowcomm.predict import predict
 from lowcomm.reduce import NonFinite
-from lowcomm.report import load_runs, write_report
+from lowcomm.report.page import write_report
+from lowcomm.report.runs import load_runs
+from lowcomm.report.table import summary_table
 from lowcomm.sim.cluster.cluster import Cluster
 from lowcomm.sim.retime import retime
 from lowcomm.sim.simulate import simulate
