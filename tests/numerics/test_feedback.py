@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import step_size
 from lowcomm.codecs.absmax import Absmax
 from lowcomm.comm.base import PeerLost
 from lowcomm.compress.base import Compressor
@@ -17,7 +18,6 @@ from lowcomm.compress.gathered import Gathered
 from lowcomm.compress.identity import Identity
 from lowcomm.compress.quantized import Quantized
 from lowcomm.compress.top_k import TopK
-from lowcomm.feedback import step_size
 from lowcomm.feedback.econtrol import EControl
 from lowcomm.feedback.ef14 import EF14
 from lowcomm.feedback.ef21 import EF21
