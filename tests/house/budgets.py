@@ -31,7 +31,11 @@ BUDGETS: dict[str, tuple[tuple[str, ...], int]] = {
     "tests": (("tests",), 14500),
 }
 # part: what it may hold meanwhile, and why. The number only ever falls.
-LARGER: dict[str, tuple[int, str]] = {}
+LARGER: dict[str, tuple[int, str]] = {
+    "sim": (2902, "gloo's own schedules and TCP's windows came after the budget was set"),
+    "run, record, report, command line": (1996, "the table and the picture of spans came to report from elsewhere"),
+    "tests": (15800, "methods and codes of the package are each held against a plain reference"),
+}
 NO_CODE = {
     *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER),
 }

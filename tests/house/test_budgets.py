@@ -26,5 +26,6 @@ def test_larger_parts_are_larger_and_say_why() -> None:
 
 
 def test_docstrings_comments_and_blank_lines_do_not_count() -> None:
-    text = '"""Doc.\n\nMore.\n"""\n\n# a comment\nx = (\n    1,  # one\n)\n\n\ndef f():\n    """Doc."""\n    return """a\n\nb"""\n'
+    head = '"""Doc.\n\nMore.\n"""\n\n# a comment\nx = (\n    1,  # one\n)\n'
+    text = head + 'def f():\n    """Doc."""\n    return """a\n\nb"""\n'
     assert lines_of_code(Source("lowcomm/x.py", text)) == 3 + 1 + 3
