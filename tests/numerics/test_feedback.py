@@ -68,9 +68,6 @@ class ExactTopK(Compressor[None]):
     def sent_bytes(self, shape, element_bytes, num_members):
         raise AssertionError("nobody asks")
 
-    def contraction(self, shape, num_members):
-        raise AssertionError("nobody asks")
-
 
 def as_tensors(x):
     pieces = torch.from_numpy(x).split([int(np.prod(shape)) for shape in SHAPES])
