@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.record import Runs, kept_runs, origins, parser, table, write_record
 from benchmarks.simulations import Job, Parts, add_run_flags, add_runs, language_run, part
-from lowcomm.metrics import si
+from lowcomm.report.si import si
 
 # that a run may be added to a record with others of: everything else must be equal
 FREE = ("only", "jobs", "go_on")

@@ -39,15 +39,15 @@ from lowcomm.compress.gathered import Gathered
 from lowcomm.config import Checkpointing, Log, Optimizer, Run
 from lowcomm.models.base import ModelConfig
 from lowcomm.reduce import Reducer
-from lowcomm.sim.clock import Clock
-from lowcomm.sim.comm import World
-from lowcomm.sim.compute import Constant
+from lowcomm.sim.cluster.compute import Constant
 from lowcomm.sim.engine import SimEngine
-from lowcomm.sim.links import BARE, Links
-from lowcomm.sim.network import Network
 from lowcomm.sim.pace import Pace
-from lowcomm.sim.timing import assemble_shapes, shapes_of
-from lowcomm.sim.trace import Trace
+from lowcomm.sim.record.timing import assemble_shapes, shapes_of
+from lowcomm.sim.record.trace import Trace
+from lowcomm.sim.wire.clock import Clock
+from lowcomm.sim.wire.comm import World
+from lowcomm.sim.wire.links import BARE, Links
+from lowcomm.sim.wire.network import Network
 from lowcomm.train import train
 
 GRID_GBIT_PER_S = np.logspace(-1, 3, 50).tolist()

@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks.methods import CLAIMS, METHODS, OPTIMIZERS, Others, Setting
 from benchmarks.record import Runs, kept_runs, origins, parser, table, write_record
 from benchmarks.simulations import Job, Parts, add_run_flags, add_runs, language_run, warmup_of
-from lowcomm.metrics import si
+from lowcomm.report.si import si
 
 KEPT = ("num_parameters", "members", "t", "round", "tokens", "loss", "val_loss", "val_bits_per_byte", "wire_bytes")
 # what two stages of one record may differ in

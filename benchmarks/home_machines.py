@@ -27,11 +27,13 @@ from typing import Any
 import yaml
 
 from benchmarks.record import ROOT, parser, save_picture, table, write_record
-from lowcomm.metrics import read, si
+from lowcomm.metrics import read
 from lowcomm.models.llama import Llama
-from lowcomm.report import write_report
+from lowcomm.report.gantt import gantt
+from lowcomm.report.page import write_report
+from lowcomm.report.si import si
 from lowcomm.report.timeline import middle_steps, span_of_steps
-from lowcomm.sim.trace import gantt, read_chrome_trace
+from lowcomm.sim.record.trace import read_chrome_trace
 
 # of each home: speed of computing, and its links beside the slowest home's
 HOMES = ((1.0, 1), (1.0, 2), (0.8, 1), (2 / 3, 2), (0.5, 1), (0.5, 2), (1 / 3, 1), (0.25, 2))

@@ -21,8 +21,8 @@ import yaml
 
 from benchmarks.launch import train
 from benchmarks.record import ROOT, parser, save_picture, table, write_record
-from lowcomm.metrics import SUMMARY_COLUMNS, summary_cells
-from lowcomm.report import write_report
+from lowcomm.report.page import write_report
+from lowcomm.report.table import SUMMARY_COLUMNS, summary_cells
 
 # of each run's summary
 KEPT = (

@@ -37,6 +37,7 @@ from scipy.sparse import block_diag, csr_matrix
 from sklearn.datasets import load_svmlight_file
 from torch import Tensor
 
+from benchmarks import step_size
 from benchmarks.record import parser, save_picture, table, write_record
 from lowcomm.codecs.base import Codec
 from lowcomm.codecs.packing import as_bytes, from_bytes
@@ -44,7 +45,6 @@ from lowcomm.compress.base import Compressor
 from lowcomm.compress.ef21_plus import EF21Plus
 from lowcomm.compress.gathered import Gathered
 from lowcomm.compress.identity import Identity
-from lowcomm.feedback import step_size
 from lowcomm.feedback.base import Feedback
 from lowcomm.feedback.econtrol import EControl
 from lowcomm.feedback.ef14 import EF14
@@ -52,8 +52,8 @@ from lowcomm.feedback.ef21 import EF21
 from lowcomm.feedback.ef_bv import EFBV
 from lowcomm.feedback.none import NoFeedback
 from lowcomm.reduce import Reducer
-from lowcomm.sim.clock import Clock
-from lowcomm.sim.comm import World
+from lowcomm.sim.wire.clock import Clock
+from lowcomm.sim.wire.comm import World
 
 NUM_WORKERS, PENALTY = 20, 0.1
 LEVELS = (1e-3, 1e-5, 1e-7)

@@ -31,10 +31,10 @@ import torch
 from benchmarks.record import ROOT, parser, table, write_record
 from benchmarks.timed_calls import KINDS, cells, margin, measure
 from lowcomm.comm.base import Comm
-from lowcomm.sim.clock import Clock
-from lowcomm.sim.comm import World
-from lowcomm.sim.links import Links, Transport
-from lowcomm.sim.network import Network
+from lowcomm.sim.wire.clock import Clock
+from lowcomm.sim.wire.comm import World
+from lowcomm.sim.wire.links import Links, Transport
+from lowcomm.sim.wire.network import Network
 
 TIME_LIMIT_S = 900
 MIN_SHARE, MAX_RELAY = 0.8, 0.5

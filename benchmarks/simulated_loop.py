@@ -26,8 +26,8 @@ from lowcomm.compress.identity import Identity
 from lowcomm.config import Checkpointing, Run
 from lowcomm.models.llama import Llama
 from lowcomm.reduce import Reducer
+from lowcomm.sim.cluster.presets import Home
 from lowcomm.sim.memory import peak_bytes
-from lowcomm.sim.presets import Home
 from lowcomm.sim.simulate import simulate
 
 COMPRESSORS: dict[str, Compressor[Any]] = {"fp32": Identity(), "bf16": Cast()}

@@ -47,12 +47,12 @@ from lowcomm.comm.echo import EchoComm
 from lowcomm.config import Batch, Checkpointing, Run
 from lowcomm.engine.base import Engine
 from lowcomm.models.llama import Llama
-from lowcomm.sim import collectives
-from lowcomm.sim.clock import Clock
-from lowcomm.sim.comm import World
-from lowcomm.sim.links import BARE, Links
 from lowcomm.sim.memory import peak_bytes
-from lowcomm.sim.network import Network
+from lowcomm.sim.wire import collectives
+from lowcomm.sim.wire.clock import Clock
+from lowcomm.sim.wire.comm import World
+from lowcomm.sim.wire.links import BARE, Links
+from lowcomm.sim.wire.network import Network
 from lowcomm.tensors import rng
 
 GROUP, SMALL, LARGE = 8, 1_000, 1_000_000  # ranks that gather; float32 numbers in a message and in a sum

@@ -10,8 +10,6 @@ from lowcomm.algorithms.eager_diloco import EagerDiLoCo
 from lowcomm.algorithms.gasloc import GASLoC
 from lowcomm.algorithms.local_sgd import LocalSGD
 from lowcomm.algorithms.noloco import NoLoCo
-from lowcomm.algorithms.participation import DroppedRounds
-from lowcomm.algorithms.qsr import QSR
 from lowcomm.algorithms.savic import SAVIC
 from lowcomm.algorithms.sparta import SPARTA
 from lowcomm.algorithms.streaming_diloco import StreamingDiLoCo
@@ -32,6 +30,8 @@ from lowcomm.optim.scaled_sgd import ScaledSGD
 from lowcomm.outer.nesterov import Nesterov
 from lowcomm.outer.sgd import SGD
 from lowcomm.reduce import Reducer
+from lowcomm.rounds.participation import DroppedRounds
+from lowcomm.rounds.qsr import QSR
 
 __version__ = "0.1.0"
 

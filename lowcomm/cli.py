@@ -27,15 +27,16 @@ from lowcomm.config import Run, describe
 from lowcomm.data import BPE, Source, Tokenizer, train_bpe, write_shards
 from lowcomm.data.shards import check_target
 from lowcomm.ledger import Diverged
-from lowcomm.metrics import summary_table
 from lowcomm.parsing import instantiate, load_yaml, reason
 from lowcomm.predict import predict
 from lowcomm.reduce import NonFinite
-from lowcomm.report import load_runs, write_report
-from lowcomm.sim.clock import Deadlock
-from lowcomm.sim.cluster import Cluster
+from lowcomm.report.page import write_report
+from lowcomm.report.runs import load_runs
+from lowcomm.report.table import summary_table
+from lowcomm.sim.cluster.cluster import Cluster
 from lowcomm.sim.retime import retime
 from lowcomm.sim.simulate import simulate
+from lowcomm.sim.wire.clock import Deadlock
 
 _USAGE = """usage: lowcomm COMMAND [FLAGS]
 
@@ -257,10 +258,10 @@ def _report(argv: list[str]) -> int:
 
 def _parser(command: str, description: str) -> ArgumentParser:
     # Short class names (--algorithm LocalSGD) are known once their modules are.
-    for room in ("algorithms", "codecs", "compress", "feedback", "outer", "models", "data", "optim", "sim"):
+    for room in ("rounds", "algorithms", "codecs", "compress", "feedback", "outer", "models", "data", "optim", "sim"):
         package = importlib.import_module(f"lowcomm.{room}")
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"lowcomm.{room}.{module.name}")
+        for module in pkgutil.walk_packages(package.__path__, f"lowcomm.{room}."):
+            importlib.import_module(module.name)
     set_loader("lowcomm", load_yaml, (yaml.YAMLError,))
     prog = f"lowcomm {command}"
     return ArgumentParser(prog=prog, description=description, exit_on_error=False, parser_mode="lowcomm")

@@ -19,11 +19,11 @@ import torch
 
 from lowcomm.algorithms.base import Algorithm
 from lowcomm.algorithms.diloco import DiLoCo
-from lowcomm.algorithms.qsr import QSR
 from lowcomm.data import Data
 from lowcomm.models.base import ModelConfig
 from lowcomm.models.llama import Llama
 from lowcomm.optim.schedule import Cosine, Schedule
+from lowcomm.rounds.qsr import QSR
 
 
 @dataclass(frozen=True)

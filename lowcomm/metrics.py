@@ -23,11 +23,12 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lowcomm.optional import require
+from lowcomm.report.si import si
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -256,47 +257,3 @@ def _numbers(record: Record) -> dict[str, float]:
     """All numbers but the step and the rank."""
     names = [key for key, value in record.items() if isinstance(value, (int, float)) and key not in ("t", "rank")]
     return {key: record[key] for key in names}
-
-
-# ---- the end --------------------------------------------------------------------------------------------------------
-
-
-def si(value: float, unit: str = "") -> str:
-    """Three digits and a decimal prefix: 1234567 bytes are "1.23 MB"."""
-    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= 0.9995 * factor:
-            return f"{value / factor:#.3g}".rstrip(".") + f" {prefix}{unit}"
-    return f"{value:.3g} {unit}".rstrip()
-
-
-# title, key, how it is written
-_COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
-    ("run", "run", str),
-    ("algorithm", "algorithm", str),
-    ("replicas", "members", str),
-    ("tokens", "tokens", si),
-    ("val loss (nats)", "val_loss", "{:.4f}".format),
-    ("bits/byte", "val_bits_per_byte", "{:.4f}".format),
-    ("sent per replica", "bytes_sent", lambda value: si(value, "B")),
-    ("waiting", "comm_wait_s", "{:.1f} s".format),
-    ("tokens/s", "tokens_per_s", si),
-    ("MFU", "mfu", "{:.1%}".format),
-)
-SUMMARY_COLUMNS = tuple(title for title, _, _ in _COLUMNS)
-
-
-def summary_cells(row: Record) -> list[str]:
-    """The cells of a summary line with its ``run`` name, one for each of `SUMMARY_COLUMNS`; a dash if unknown."""
-    return ["–" if row.get(key) is None else write(row[key]) for _, key, write in _COLUMNS]
-
-
-def summary_table(rows: Sequence[Record]) -> str:
-    """Summaries of runs, each with its ``run`` name, as lines of text in aligned columns."""
-    table = [list(SUMMARY_COLUMNS), *(summary_cells(row) for row in rows)]
-    widths = [max(len(cells[i]) for cells in table) for i in range(len(SUMMARY_COLUMNS))]
-    table.insert(1, ["-" * width for width in widths])
-
-    def line(cells: list[str]) -> str:
-        return "  ".join(f"{c:{'<' if i < 2 else '>'}{widths[i]}}" for i, c in enumerate(cells))
-
-    return "\n".join(line(cells) for cells in table)

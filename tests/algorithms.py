@@ -10,11 +10,9 @@ from lowcomm.algorithms.data_parallel import DataParallel
 from lowcomm.algorithms.des_loc import DESLOC
 from lowcomm.algorithms.diloco import DiLoCo
 from lowcomm.algorithms.eager_diloco import EagerDiLoCo
-from lowcomm.algorithms.fragments import offsets
 from lowcomm.algorithms.gasloc import GASLoC
 from lowcomm.algorithms.local_sgd import LocalSGD
 from lowcomm.algorithms.noloco import NoLoCo
-from lowcomm.algorithms.qsr import QSR
 from lowcomm.algorithms.sparta import SPARTA
 from lowcomm.algorithms.streaming_diloco import StreamingDiLoCo
 from lowcomm.compress.cast import Cast
@@ -25,6 +23,8 @@ from lowcomm.feedback.ef14 import EF14
 from lowcomm.feedback.ef21 import EF21
 from lowcomm.outer.nesterov import Nesterov
 from lowcomm.reduce import Reducer
+from lowcomm.rounds.fragments import offsets
+from lowcomm.rounds.qsr import QSR
 from tests.replicas import Inner, adamw, scaled_sgd, sgd
 from tests.roles import players
 

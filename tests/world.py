@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 from lowcomm.comm.base import Call, Comm, Work
-from lowcomm.sim.clock import Clock
-from lowcomm.sim.comm import World
+from lowcomm.sim.wire.clock import Clock
+from lowcomm.sim.wire.comm import World
 
 T = TypeVar("T")
 

@@ -17,7 +17,7 @@ class Algorithm(ABC, Generic[S]):
     """A frozen description of a method; what changes during a run is in its state ``S``.
 
     `step` is one step of the training loop. Only `before_update`, `after_update` and the callback of `during_backward`
-    communicate. Most methods are `lowcomm.algorithms.rounds.Rounds`; `lowcomm.algorithms.composed` combines methods.
+    communicate. Most methods are `lowcomm.rounds.base.Rounds`; `lowcomm.algorithms.composed` combines methods.
 
     Each call is a transaction: when it raises `PeerLost`, `Late` or `NonFinite`, parameters and state are unchanged
     except for pending exchanges. Then call `forgo`, and the same method again with a Comm of the remaining members.

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lowcomm.algorithms.exchanges import Exchange, Sending
-from lowcomm.algorithms.participation import check_number, check_participation, check_weights, counted, factor
-from lowcomm.algorithms.rounds import GradientRounds, GradientsState
 from lowcomm.comm.base import Comm
 from lowcomm.engine.base import Engine
 from lowcomm.reduce import Reducer
+from lowcomm.rounds.base import GradientRounds, GradientsState
+from lowcomm.rounds.exchanges import Exchange, Sending
+from lowcomm.rounds.participation import check_number, check_participation, check_weights, counted, factor
 from lowcomm.tensors import copy_, mul_
 
 

@@ -22,8 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowcomm.algorithms.exchanges import Exchange, Sending
-from lowcomm.algorithms.rounds import GradientRounds, GradientsState
 from lowcomm.codecs.half import Half
 from lowcomm.comm.base import Comm
 from lowcomm.compress.dct import DCT
@@ -31,6 +29,8 @@ from lowcomm.compress.top_k import TopK
 from lowcomm.engine.base import Engine
 from lowcomm.feedback.ef14 import EF14
 from lowcomm.reduce import Reducer
+from lowcomm.rounds.base import GradientRounds, GradientsState
+from lowcomm.rounds.exchanges import Exchange, Sending
 from lowcomm.tensors import copy_
 
 

@@ -30,9 +30,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowcomm.algorithms.anchors import anchor_of, delta, deltas
-from lowcomm.algorithms.exchanges import Exchange, Sending
-from lowcomm.algorithms.rounds import Rounds, RoundsState
 from lowcomm.comm.base import Comm
 from lowcomm.compress.identity import Identity
 from lowcomm.engine.base import Engine
@@ -40,6 +37,9 @@ from lowcomm.feedback.none import NoFeedback
 from lowcomm.outer.base import Outer
 from lowcomm.outer.sgd import SGD
 from lowcomm.reduce import Reducer
+from lowcomm.rounds.anchors import anchor_of, delta, deltas
+from lowcomm.rounds.base import Rounds, RoundsState
+from lowcomm.rounds.exchanges import Exchange, Sending
 from lowcomm.tensors import copy_
 
 # The slot of whether a replica has negative values of an optimizer state, by the state's own.

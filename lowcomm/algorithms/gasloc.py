@@ -10,7 +10,7 @@ and with one group of all, every replica does.
 
 Differs from the paper in: its equations are known to us from others' accounts. Its graph of one peer is groups of two
 here, and its two peers are larger groups. gossip is checked against the bound of
-`lowcomm.algorithms.gossip.largest_pull`. x and y are float32 or better. The default numbers are ours.
+`lowcomm.rounds.gossip.largest_pull`. x and y are float32 or better. The default numbers are ours.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lowcomm.algorithms.anchors import anchor_of, delta
-from lowcomm.algorithms.exchanges import Exchange, Sending
-from lowcomm.algorithms.gossip import Finalize, check_finalize, check_pull, finalized, group_mean
-from lowcomm.algorithms.qsr import check_every
-from lowcomm.algorithms.rounds import Rounds, RoundsState
 from lowcomm.comm.base import Comm
 from lowcomm.engine.base import Engine
 from lowcomm.reduce import Reducer
+from lowcomm.rounds.anchors import anchor_of, delta
+from lowcomm.rounds.base import Rounds, RoundsState
+from lowcomm.rounds.exchanges import Exchange, Sending
+from lowcomm.rounds.gossip import Finalize, check_finalize, check_pull, finalized, group_mean
+from lowcomm.rounds.qsr import check_every
 from lowcomm.tensors import copy_
 
 

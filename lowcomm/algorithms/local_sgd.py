@@ -16,9 +16,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lowcomm.algorithms.anchors import anchor_of, deltas
-from lowcomm.algorithms.exchanges import Exchange, Sending
-from lowcomm.algorithms.participation import (
+from lowcomm.comm.base import Comm
+from lowcomm.engine.base import Engine
+from lowcomm.reduce import Reducer
+from lowcomm.rounds.anchors import anchor_of, deltas
+from lowcomm.rounds.base import Rounds, RoundsState
+from lowcomm.rounds.exchanges import Exchange, Sending
+from lowcomm.rounds.participation import (
     DroppedRounds,
     check_number,
     check_participation,
@@ -26,11 +30,7 @@ from lowcomm.algorithms.participation import (
     counted,
     factor,
 )
-from lowcomm.algorithms.qsr import QSR, check_every
-from lowcomm.algorithms.rounds import Rounds, RoundsState
-from lowcomm.comm.base import Comm
-from lowcomm.engine.base import Engine
-from lowcomm.reduce import Reducer
+from lowcomm.rounds.qsr import QSR, check_every
 from lowcomm.tensors import add_, copy_
 
 

@@ -9,7 +9,7 @@ Whatever the groups, the mean over all replicas follows DiLoCo with heavy-ball m
 With gamma = beta it is ``d_i <- alpha d_i + beta (theta_bar - phi_i)``, which sends one tensor instead of two.
 
 Differs from the paper in: its equation 2 diverges with the printed sign; here it has that of its code. gamma is checked
-against the exact bound of `lowcomm.algorithms.gossip.largest_pull`, as the paper's interval includes values that
+against the exact bound of `lowcomm.rounds.gossip.largest_pull`, as the paper's interval includes values that
 diverge and excludes ones that contract. phi and d are float32 or better. Replicas start equal, not from an average of
 independent initial weights. Group sizes need not divide the number of replicas; a partial last round and a final
 average are added.
@@ -25,14 +25,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lowcomm.algorithms.anchors import anchor_of, delta
-from lowcomm.algorithms.exchanges import Average, Exchange, Sending
-from lowcomm.algorithms.gossip import Finalize, check_finalize, check_pull, finalized, group_mean, local
-from lowcomm.algorithms.qsr import check_every
-from lowcomm.algorithms.rounds import Rounds, RoundsState
 from lowcomm.comm.base import Comm
 from lowcomm.engine.base import Engine
 from lowcomm.reduce import Reducer
+from lowcomm.rounds.anchors import anchor_of, delta
+from lowcomm.rounds.base import Rounds, RoundsState
+from lowcomm.rounds.exchanges import Average, Exchange, Sending
+from lowcomm.rounds.gossip import Finalize, check_finalize, check_pull, finalized, group_mean, local
+from lowcomm.rounds.qsr import check_every
 from lowcomm.tensors import add_, copy_, mul_, zeros
 
 

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowcomm.algorithms.anchors import anchor_of, deltas
-from lowcomm.algorithms.exchanges import Exchange, Sending
-from lowcomm.algorithms.qsr import QSR, check_every
-from lowcomm.algorithms.rounds import Rounds, RoundsState
 from lowcomm.comm.base import Comm
 from lowcomm.engine.base import Engine
 from lowcomm.reduce import Reducer, ReducerState
+from lowcomm.rounds.anchors import anchor_of, deltas
+from lowcomm.rounds.base import Rounds, RoundsState
+from lowcomm.rounds.exchanges import Exchange, Sending
+from lowcomm.rounds.qsr import QSR, check_every
 from lowcomm.tensors import add_, copy_, mul_, zeros
 
 

@@ -37,14 +37,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lowcomm.algorithms.anchors import anchor_of, delta
-from lowcomm.algorithms.exchanges import Exchange, Sending
-from lowcomm.algorithms.qsr import check_every
-from lowcomm.algorithms.rounds import Rounds, RoundsState
 from lowcomm.comm.base import Comm
 from lowcomm.engine.base import Engine
 from lowcomm.feedback.none import NoFeedback
 from lowcomm.reduce import Reducer
+from lowcomm.rounds.anchors import anchor_of, delta
+from lowcomm.rounds.base import Rounds, RoundsState
+from lowcomm.rounds.exchanges import Exchange, Sending
+from lowcomm.rounds.qsr import check_every
 from lowcomm.tensors import copy_, rng
 
 _ALL = "all"

@@ -31,17 +31,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowcomm.algorithms.anchors import anchor_of, delta
-from lowcomm.algorithms.exchanges import Exchange, Sending
-from lowcomm.algorithms.fragments import Pattern, cut, offsets
-from lowcomm.algorithms.participation import check_number, counted
-from lowcomm.algorithms.qsr import check_every
-from lowcomm.algorithms.rounds import Rounds, RoundsState
 from lowcomm.comm.base import Comm
 from lowcomm.engine.base import Engine
 from lowcomm.outer.base import Outer
 from lowcomm.outer.nesterov import Nesterov
 from lowcomm.reduce import Reducer
+from lowcomm.rounds.anchors import anchor_of, delta
+from lowcomm.rounds.base import Rounds, RoundsState
+from lowcomm.rounds.exchanges import Exchange, Sending
+from lowcomm.rounds.fragments import Pattern, cut, offsets
+from lowcomm.rounds.participation import check_number, counted
+from lowcomm.rounds.qsr import check_every
 
 
 @dataclass

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lowcomm.comm.base import Comm, Work
-from lowcomm.compress.base import EXACT, Compressor, Contraction, in_rows
+from lowcomm.compress.base import Compressor, in_rows
 from lowcomm.compress.identity import Identity, outgrows
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -81,17 +81,6 @@ class Cast(Compressor[None]):
         if outgrows(coded, prod(shape), num_members):
             return Identity().sent_bytes(shape, element_bytes, num_members)
         return coded
-
-    def contraction(self, shape: Sequence[int], num_members: int) -> Contraction:
-        """Half a unit in the last place of a value, and again of a mean, within the range of normal numbers.
-
-        With u = eps / 2 a value misses by u / (1 + u) of itself at most, which is sharp.
-        """
-        if outgrows(_coded_bytes(prod(shape), num_members), prod(shape), num_members):
-            return EXACT
-        unit = torch.finfo(_DTYPES[self.dtype]).eps / 2
-        once = Contraction((unit / (1 + unit)) ** 2)
-        return once if num_members == 1 else once.then(once, num_members)
 
 
 def _coded_bytes(num: int, num_members: int) -> int:

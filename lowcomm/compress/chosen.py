@@ -5,14 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from math import isclose, prod, sqrt
+from math import prod
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lowcomm.comm.base import Comm, Work
-from lowcomm.compress.base import Compressor, Contraction, first_count
+from lowcomm.compress.base import Compressor, first_count
 from lowcomm.compress.identity import Identity
 
 
@@ -95,25 +95,6 @@ class Chosen(Compressor[ChosenState], ABC):
 
     def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> float:
         return self.values.sent_bytes([self.num_kept(prod(shape))], element_bytes, num_members)
-
-    def contraction(self, shape: Sequence[int], num_members: int) -> Contraction:
-        """Each coordinate is chosen with probability s = k / d, the same for all members, and multiplied by f.
-
-        Of what is not chosen all is lost, 1 - s of |x|^2 on average. What is chosen, y, comes back as f Q(y) with
-        ``f Q(y) - y = (f - 1) y + f (Q(y) - y)``, where |Q(y) - y|^2 <= q |y|^2; the two parts are orthogonal on
-        average if Q is unbiased. At f = 1 that makes 1 - s (1 - q), at f = d / k and q = 0 it makes d / k - 1.
-        """
-        num, kept = prod(shape), self.num_kept(prod(shape))
-        values, factor = self.values.contraction([kept], num_members), self.factor(num, kept)
-        if kept == num:
-            return values
-        if values.unbiased:
-            chosen = (factor - 1) ** 2 + factor**2 * values.loss
-        else:
-            chosen = (factor - 1 + factor * sqrt(values.loss)) ** 2
-        share = kept / num
-        unbiased = values.unbiased and isclose(factor * share, 1.0)
-        return Contraction(1 - share + share * chosen, in_expectation=True, unbiased=unbiased)
 
     def resync(self, state: ChosenState, comm: Comm) -> Generator[Work[Any], Any, ChosenState]:
         """The first member's count of rounds, on which the coordinates depend."""

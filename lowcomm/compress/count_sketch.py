@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from lowcomm.comm.base import Comm, Work
-from lowcomm.compress.base import EXACT, Compressor, Contraction, first_count
+from lowcomm.compress.base import Compressor, first_count
 from lowcomm.compress.identity import Identity
 from lowcomm.tensors import rng
 
@@ -117,22 +117,6 @@ class CountSketch(Compressor[int]):
     def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> float:
         num_values = min(self._num_sent(prod(shape)), prod(shape))
         return Identity().sent_bytes((num_values,), element_bytes, num_members)
-
-    def contraction(self, shape: Sequence[int], num_members: int) -> Contraction:
-        """Nothing is kept for sure: members whose vectors cancel have no heavy entries in common.
-
-        With ``exact`` a member sends no more than it has, and loses all of x at most. Otherwise it also adds noise: an
-        entry that is kept misses by what shares its cell, the sum of the other m - 1 entries with signs. However entry
-        and row were chosen, its square is one term of a sum over all entries and rows, of which the expectation is
-        rows (m - 1) |x|^2: signs are independent, so squares add, and in each row an entry shares one cell with m - 1.
-        """
-        num = prod(shape)
-        if self._num_sent(num) >= num:
-            return EXACT
-        if self.exact:
-            return Contraction(1.0)
-        num_columns, length, _ = self._sizes(num)
-        return Contraction(1.0 + self.rows * (length // num_columns - 1), in_expectation=True)
 
     def resync(self, state: int, comm: Comm) -> Generator[Work[Any], Any, int]:
         """The first member's count of rounds, on which the random numbers depend."""

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from lowcomm.comm.base import Comm, Work
-from lowcomm.compress.base import Compressor, Contraction
+from lowcomm.compress.base import Compressor
 from lowcomm.compress.top_k import TopK
 
 
@@ -88,9 +88,6 @@ class DCT(Compressor[Any]):
 
     def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> float:
         return self.inner.sent_bytes([prod(shape)], element_bytes, num_members)
-
-    def contraction(self, shape: Sequence[int], num_members: int) -> Contraction:
-        return self.inner.contraction([prod(shape)], num_members)
 
     def resync(self, state: Any, comm: Comm) -> Generator[Work[Any], Any, Any]:
         return (yield from self.inner.resync(state, comm))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lowcomm.comm.base import Comm, Work
-from lowcomm.compress.base import EXACT, Compressor, Contraction
+from lowcomm.compress.base import Compressor
 from lowcomm.compress.gathered import Gathered
 from lowcomm.compress.top_k import TopK
 
@@ -91,10 +91,6 @@ class EF21Plus(Compressor[EF21PlusState]):
         num = prod(shape)
         size = element_bytes * num if self._goes_whole(num) else _FLAG_BYTES + self._code.num_bytes(num)
         return (num_members - 1) * size
-
-    def contraction(self, shape: Sequence[int], num_members: int) -> Contraction:
-        """That of ``inner``, as C(x) is a candidate."""
-        return EXACT if self._goes_whole(prod(shape)) else self.inner.contraction(shape, num_members)
 
     def resync(self, state: EF21PlusState, comm: Comm) -> Generator[Work[Any], Any, EF21PlusState]:
         """Gather all members' g, uncompressed; a new member has g = 0."""

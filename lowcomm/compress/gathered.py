@@ -19,7 +19,7 @@ from lowcomm.codecs.absmax import Absmax
 from lowcomm.codecs.base import Codec
 from lowcomm.codecs.float32 import no_longer
 from lowcomm.comm.base import Comm, Work
-from lowcomm.compress.base import Compressor, Contraction, coded
+from lowcomm.compress.base import Compressor
 from lowcomm.tensors import rng
 
 BATCH = 2**16  # values at a time on CPUs, whose caches are small
@@ -66,9 +66,6 @@ class Gathered(Compressor[int]):
 
     def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> int:
         return (num_members - 1) * self.num_bytes(prod(shape))
-
-    def contraction(self, shape: Sequence[int], num_members: int) -> Contraction:
-        return coded(no_longer(self.codec, prod(shape)), prod(shape))
 
     def num_bytes(self, num: int) -> int:
         """Exact size of a message for ``num`` values."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowcomm.codecs.base import Codec
 from lowcomm.comm.base import Comm, Work
-from lowcomm.compress.base import Compressor, Contraction, in_rows
+from lowcomm.compress.base import Compressor, in_rows
 from lowcomm.compress.identity import Identity
 from lowcomm.compress.quantized import Quantized
 
@@ -114,14 +114,6 @@ class Hierarchical(Compressor[HierarchicalState]):
     def slow_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> float:
         """The part of `sent_bytes` that leaves the island."""
         return self.outer.sent_bytes((self._slice(prod(shape)),), element_bytes, self._num_islands(num_members))
-
-    def contraction(self, shape: Sequence[int], num_members: int) -> Contraction:
-        """`inner`'s, then ``outer``'s on island means, with each member accountable for its slice."""
-        inner = self.inner.contraction(shape, self.island)
-        if self.island == num_members:
-            return inner
-        outer = self.outer.contraction((self._slice(prod(shape)),), self._num_islands(num_members))
-        return inner.then(outer, self.island)
 
     def resync(self, state: HierarchicalState, comm: Comm) -> Generator[Work[Any], Any, HierarchicalState]:
         """Resync both among the members they communicate with."""

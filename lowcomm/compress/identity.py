@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lowcomm.comm.base import Comm, Work
-from lowcomm.compress.base import EXACT, Compressor, Contraction
+from lowcomm.compress.base import Compressor
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,6 @@ class Identity(Compressor[None]):
 
     def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> float:
         return 2 * (num_members - 1) / num_members * prod(shape) * element_bytes
-
-    def contraction(self, shape: Sequence[int], num_members: int) -> Contraction:
-        """Exact."""
-        return EXACT
 
 
 def outgrows(sent_bytes: float, num: int, num_members: int) -> bool:

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from lowcomm.comm.base import Comm, Work
-from lowcomm.compress.base import EXACT, Compressor, Contraction, first_count
+from lowcomm.compress.base import Compressor, first_count
 from lowcomm.compress.identity import Identity
 from lowcomm.tensors import rng
 
@@ -133,25 +133,6 @@ class PowerSGD(Compressor[PowerSGDState]):
             n, m, rank = sides
             values = shape[0] * (n + m) * rank * self._num_factors / 2
         return 2 * (num_members - 1) / num_members * values * element_bytes
-
-    def contraction(self, shape: Sequence[int], num_members: int) -> Contraction:
-        """Nothing is ever added: what is sent are projections, so |x_i - sent_i| <= |x_i|.
-
-        With the global error that holds over all members: ``sum |x_i - P P^T x|^2 = sum |x_i|^2 - n |P P^T x|^2`` for
-        the mean x. More cannot be said with a warm start, as factors that fitted earlier rounds may be orthogonal to
-        this one, nor of members whose matrices cancel. A cold start of one member keeps r / min(n, m) on average: in
-        the singular basis, with the s = min(n, m) singular values on the diagonal of S, P spans the columns of S G for
-        normal G ``[s, r]``. No matrix with columns in there is nearer to S than P P^T S, so S G G^+ is not. G G^+
-        projects on r random directions of s and loses 1 - r / s on average; so does P, if singular values are equal.
-        Further iterations never lose more.
-        """
-        sides = self._sides(shape[1:])
-        if sides is None:
-            return EXACT
-        n, m, rank = sides
-        if self.warm_start or num_members > 1:
-            return Contraction(1.0)
-        return Contraction(1 - rank / min(n, m), in_expectation=True)
 
     def resync(self, state: PowerSGDState, comm: Comm) -> Generator[Work[Any], Any, PowerSGDState]:
         """The factors of the first member, and its count of rounds."""

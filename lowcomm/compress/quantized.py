@@ -16,7 +16,7 @@ from torch import Tensor
 from lowcomm.codecs.absmax import Absmax
 from lowcomm.codecs.base import Codec
 from lowcomm.comm.base import Comm, Work
-from lowcomm.compress.base import EXACT, Compressor, Contraction, coded
+from lowcomm.compress.base import Compressor
 from lowcomm.compress.identity import Identity, outgrows
 from lowcomm.compress.two_shot import two_shot, two_shot_bytes
 from lowcomm.tensors import rng
@@ -61,17 +61,6 @@ class Quantized(Compressor[int]):
         if self._goes_whole(prod(shape), num_members):
             return Identity().sent_bytes(shape, element_bytes, num_members)
         return two_shot_bytes(prod(shape), self.codec, num_members)
-
-    def contraction(self, shape: Sequence[int], num_members: int) -> Contraction:
-        """That of the code on a chunk, and again on means; an owner answers for what all lose in the second shot.
-
-        For long blocks and many members that bound exceeds 1, as a single member's memory can: what is lost of the
-        mean itself, a n-th of it, does not grow with n.
-        """
-        if self._goes_whole(prod(shape), num_members):
-            return EXACT
-        once = coded(self.codec, -(-prod(shape) // num_members))
-        return once if num_members == 1 else once.then(once, num_members)
 
     def _goes_whole(self, num: int, num_members: int) -> bool:
         return outgrows(two_shot_bytes(num, self.codec, num_members), num, num_members)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lowcomm.comm.base import Comm, Work
-from lowcomm.compress.base import EXACT, Compressor, Contraction, first_count
+from lowcomm.compress.base import Compressor, first_count
 from lowcomm.compress.identity import Identity
 from lowcomm.tensors import rng
 
@@ -79,18 +79,6 @@ class Sketch(Compressor[int]):
         num_blocks, _, num_kept = self._cut(prod(shape))
         num_values = min(num_blocks * num_kept, prod(shape))
         return Identity().sent_bytes((num_values,), element_bytes, num_members)
-
-    def contraction(self, shape: Sequence[int], num_members: int) -> Contraction:
-        """The projection P keeps s = kept / size of each |x|^2 on average, as E P = s: with every choice of rows.
-
-        Divided by s it has E |P x / s - x|^2 = |P x|^2 / s^2 - 2 |P x|^2 / s + |x|^2 = (1 / s - 1) |x|^2. Where the
-        vector was filled up with zeros, what comes back in their place is cut off, and less is lost.
-        """
-        if self._goes_whole(prod(shape)):
-            return EXACT
-        _, size, num_kept = self._cut(prod(shape))
-        loss = size / num_kept - 1 if self.unbiased else 1 - num_kept / size
-        return Contraction(loss, in_expectation=True, unbiased=self.unbiased)
 
     def resync(self, state: int, comm: Comm) -> Generator[Work[Any], Any, int]:
         """The first member's count of rounds, on which the random numbers depend."""

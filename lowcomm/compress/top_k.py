@@ -28,7 +28,7 @@ from lowcomm.codecs.float32 import Float32, no_longer
 from lowcomm.codecs.indices import INDEX_CODES, IndexCode, decode_indices, encode_indices, index_bytes
 from lowcomm.codecs.packing import as_bytes, from_bytes
 from lowcomm.comm.base import Comm, Work
-from lowcomm.compress.base import EXACT, Compressor, Contraction, coded
+from lowcomm.compress.base import Compressor
 from lowcomm.compress.gathered import batches
 from lowcomm.tensors import rng
 
@@ -125,18 +125,6 @@ class TopK(Compressor[int]):
 
     def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> int:
         return (num_members - 1) * self.num_bytes(prod(shape))
-
-    def contraction(self, shape: Sequence[int], num_members: int) -> Contraction:
-        """Of |x|^2 in a chunk the share k / length is kept if all magnitudes are equal, else more, and delta of that by
-        the code. Where that may lose more than it gets, being random, the worst is that all of x is kept.
-        """
-        num = prod(shape)
-        if num == 0 or self._goes_whole(num):
-            return EXACT
-        share, num_kept = min(piece.kept / piece.length for piece in self._pieces(num)), self._num_kept(num)
-        code = coded(no_longer(self.values, num_kept), num_kept)
-        lost = 1 - code.delta * (share if code.delta > 0 else 1.0)
-        return Contraction(lost, code.in_expectation, unbiased=code.unbiased and share == 1)
 
     def num_bytes(self, num: int) -> int:
         """Exact size of a message for ``num`` values."""

@@ -62,11 +62,6 @@ class Corpus:
         return int(self.text_byte_ends[-1])
 
     @property
-    def max_token_id(self) -> int:
-        """The largest id that may occur: a model's vocabulary must be larger."""
-        return self.vocab_size - 1
-
-    @property
     def bytes_per_token(self) -> float:
         """Bytes of text for each token, separators counted as tokens."""
         return self.num_text_bytes / self.num_tokens

@@ -32,11 +32,6 @@ class OpenedData:
     _validation: Corpus | None
 
     @property
-    def max_token_id(self) -> int:
-        """The largest id that may occur: a model's vocabulary must be larger."""
-        return self.vocab_size - 1
-
-    @property
     def validation_fingerprint(self) -> str:
         """Equal on all replicas that evaluate the same text, or none."""
         return digest(b"" if self._validation is None else self._validation.fingerprint.encode())

@@ -3,8 +3,8 @@
 Each member keeps g, the sum of all that it has sent. It compresses ``x - g``; the estimate is the mean of all g. Where
 x settles down the differences vanish, and their errors with them, however much the members differ.
 
-EF21-W (arXiv:2402.10774) is this method with a larger step size, see `lowcomm.feedback.step_size`, as long as the
-compressor commutes with positive factors; for others see `lowcomm.feedback.step_size.ef21_w_weights`.
+EF21-W (arXiv:2402.10774) is this method with a larger step size, see `benchmarks/step_size.py`, as long as the
+compressor commutes with positive factors; for others see `ef21_w_weights` there.
 
 Differs from the paper in: nothing; ``dense_first`` chooses between its two starts.
 """

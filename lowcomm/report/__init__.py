@@ -1,6 +1,1 @@
-"""One HTML file that compares runs."""
-
-from lowcomm.report.page import write_report
-from lowcomm.report.runs import load_runs
-
-__all__ = ["load_runs", "write_report"]
+"""What people see of runs: a table, and one HTML file that compares them."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lowcomm.metrics import SUMMARY_COLUMNS, summary_cells
 from lowcomm.optional import require
 from lowcomm.report.pictures import AXES, colour, dashes, picture, thin
 from lowcomm.report.runs import load_runs
+from lowcomm.report.table import SUMMARY_COLUMNS, summary_cells
 from lowcomm.report.timeline import timeline
 
 # title, kind of line, key

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lowcomm.report.gantt import TEXT_COLOUR, gantt
 from lowcomm.report.pictures import for_page
 from lowcomm.report.runs import Run
-from lowcomm.sim.trace import TEXT_COLOUR, Span, gantt, read_chrome_trace
+from lowcomm.sim.record.trace import Span, read_chrome_trace
 
 _NUM_ROUNDS = 3
 _MAX_ROWS = 16

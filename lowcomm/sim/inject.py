@@ -1,7 +1,7 @@
 """Schedules faults on the clock.
 
 A `Notice` changes nothing by itself, and a step through a `Pause` or a `SlowDown` of compute takes longer by
-`lowcomm.sim.hindered`.
+`lowcomm.sim.cluster.hindered`.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from lowcomm.sim.clock import Clock
-from lowcomm.sim.comm import World
-from lowcomm.sim.faults import Crash, Event, Partition, Pause, SlowDown
-from lowcomm.sim.hindered import slowness
-from lowcomm.sim.network import Network
+from lowcomm.sim.cluster.faults import Crash, Event, Partition, Pause, SlowDown
+from lowcomm.sim.cluster.hindered import slowness
+from lowcomm.sim.wire.clock import Clock
+from lowcomm.sim.wire.comm import World
+from lowcomm.sim.wire.network import Network
 
 
 def schedule_faults(events: Sequence[Event], clock: Clock, world: World, network: Network) -> None:

@@ -7,13 +7,13 @@ from functools import partial
 from typing import Any, TypeVar
 
 from lowcomm.comm.metered import Meter, MeteredComm
-from lowcomm.sim.clock import Clock
-from lowcomm.sim.cluster import Cluster
-from lowcomm.sim.comm import World
+from lowcomm.sim.cluster.cluster import Cluster
 from lowcomm.sim.inject import schedule_faults
-from lowcomm.sim.network import Network
 from lowcomm.sim.pace import Pace
-from lowcomm.sim.trace import Trace
+from lowcomm.sim.record.trace import Trace
+from lowcomm.sim.wire.clock import Clock
+from lowcomm.sim.wire.comm import World
+from lowcomm.sim.wire.network import Network
 
 T = TypeVar("T")
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lowcomm.sim.clock import Clock
-from lowcomm.sim.compute import ComputeModel
-from lowcomm.sim.trace import Trace
+from lowcomm.sim.cluster.compute import ComputeModel
+from lowcomm.sim.record.trace import Trace
+from lowcomm.sim.wire.clock import Clock
 
 
 class Pace:

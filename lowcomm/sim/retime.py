@@ -16,13 +16,13 @@ import yaml
 from lowcomm.checkpoint import Checkpoints
 from lowcomm.config import Run, describe
 from lowcomm.metrics import Metrics, Record, read
-from lowcomm.sim.cluster import Cluster
+from lowcomm.sim.cluster.cluster import Cluster
+from lowcomm.sim.cluster.faults import Crash, Rejoin
 from lowcomm.sim.engine import SimEngine
-from lowcomm.sim.faults import Crash, Rejoin
 from lowcomm.sim.machines import Machines
+from lowcomm.sim.record.timing import assemble_shapes, explained, shapes_of
+from lowcomm.sim.record.trace import write_chrome_trace
 from lowcomm.sim.simulate import metrics_name
-from lowcomm.sim.timing import assemble_shapes, explained, shapes_of
-from lowcomm.sim.trace import write_chrome_trace
 from lowcomm.train import train
 
 _TIMES = ("time_s", "comm_wait_s", "compute_s", "tokens_per_s", "mfu")

@@ -23,15 +23,15 @@ from lowcomm.config import Run, describe
 from lowcomm.engine.base import Engine
 from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.metrics import Metrics, ProgressSink, Sink
-from lowcomm.sim.calibrate import measured_step_s
-from lowcomm.sim.cluster import Cluster
+from lowcomm.sim.cluster.calibrate import measured_step_s
+from lowcomm.sim.cluster.cluster import Cluster
+from lowcomm.sim.cluster.faults import Rejoin
 from lowcomm.sim.engine import SimEngine
-from lowcomm.sim.faults import Rejoin
 from lowcomm.sim.machines import Machines
 from lowcomm.sim.memory import Residence
+from lowcomm.sim.record.timing import assemble_shapes, explained, shapes_of
+from lowcomm.sim.record.trace import write_chrome_trace
 from lowcomm.sim.stacked import Stack, require_stackable
-from lowcomm.sim.timing import assemble_shapes, explained, shapes_of
-from lowcomm.sim.trace import write_chrome_trace
 from lowcomm.state import state_tree
 from lowcomm.train import train
 

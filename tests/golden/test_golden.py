@@ -18,12 +18,12 @@ from lowcomm.algorithms.eager_diloco import EagerDiLoCo
 from lowcomm.algorithms.gasloc import GASLoC
 from lowcomm.algorithms.local_sgd import LocalSGD
 from lowcomm.algorithms.noloco import NoLoCo
-from lowcomm.algorithms.participation import DroppedRounds
-from lowcomm.algorithms.qsr import QSR
 from lowcomm.algorithms.sparta import SPARTA
 from lowcomm.algorithms.streaming_diloco import StreamingDiLoCo
 from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.reduce import Reducer
+from lowcomm.rounds.participation import DroppedRounds
+from lowcomm.rounds.qsr import QSR
 from tests.compressors import DCT, EF14, Cast, Half, TopK
 from tests.world import run_world
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.network_model import Case, rows_of, time_cells
-from lowcomm.sim.links import Transport
+from lowcomm.sim.wire.links import Transport
 from tests.multiprocess.test_slow_network import missing
 
 CASE = Case(3, 50.0, 20.0)

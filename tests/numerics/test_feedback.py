@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import step_size
 from lowcomm.codecs.absmax import Absmax
 from lowcomm.comm.base import PeerLost
 from lowcomm.compress.base import Compressor
@@ -17,7 +18,6 @@ from lowcomm.compress.gathered import Gathered
 from lowcomm.compress.identity import Identity
 from lowcomm.compress.quantized import Quantized
 from lowcomm.compress.top_k import TopK
-from lowcomm.feedback import step_size
 from lowcomm.feedback.econtrol import EControl
 from lowcomm.feedback.ef14 import EF14
 from lowcomm.feedback.ef21 import EF21
@@ -26,8 +26,8 @@ from lowcomm.feedback.ef_bv import EFBV
 from lowcomm.feedback.none import NoFeedback
 from lowcomm.metrics import read
 from lowcomm.reduce import Reducer
-from lowcomm.sim.clock import Clock
-from lowcomm.sim.comm import World
+from lowcomm.sim.wire.clock import Clock
+from lowcomm.sim.wire.comm import World
 from lowcomm.tensors import digest
 from tests.multiprocess.launch import launch, write_tiny
 from tests.world import run_world
@@ -66,9 +66,6 @@ class ExactTopK(Compressor[None]):
         return sent, (yield comm.all_gather(sent)).sum(0) / len(comm.members), state
 
     def sent_bytes(self, shape, element_bytes, num_members):
-        raise AssertionError("nobody asks")
-
-    def contraction(self, shape, num_members):
         raise AssertionError("nobody asks")
 
 

@@ -8,11 +8,11 @@ import torch
 from lowcomm.algorithms.base import step
 from lowcomm.algorithms.diloco import DiLoCo
 from lowcomm.algorithms.gasloc import GASLoC
-from lowcomm.algorithms.gossip import disagreement, groups
 from lowcomm.comm.metered import Meter, MeteredComm
 from lowcomm.comm.solo import SoloComm
 from lowcomm.outer.nesterov import Nesterov
 from lowcomm.outer.sgd import SGD
+from lowcomm.rounds.gossip import disagreement, groups
 from lowcomm.tensors import num_bytes
 from tests.replicas import adamw, flat, make_batch, make_engine, make_model, sgd, step_all, train
 from tests.world import run_world

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from lowcomm.algorithms.gasloc import mixed
-from lowcomm.algorithms.gossip import disagreement, group_mean, groups, largest_pull
 from lowcomm.algorithms.noloco import outer_step
 from lowcomm.codecs.absmax import Absmax
 from lowcomm.comm.metered import Meter, MeteredComm
@@ -20,6 +19,7 @@ from lowcomm.feedback.ef14 import EF14
 from lowcomm.feedback.ef21 import EF21
 from lowcomm.feedback.none import NoFeedback
 from lowcomm.reduce import Reducer
+from lowcomm.rounds.gossip import disagreement, group_mean, groups, largest_pull
 from lowcomm.tensors import rng
 from tests.world import run_world
 

@@ -11,7 +11,6 @@ from lowcomm.algorithms.composed import After
 from lowcomm.algorithms.data_parallel import DataParallel
 from lowcomm.algorithms.diloco import DiLoCo
 from lowcomm.algorithms.local_sgd import LocalSGD
-from lowcomm.algorithms.participation import DroppedRounds
 from lowcomm.comm.echo import EchoComm
 from lowcomm.comm.solo import SoloComm
 from lowcomm.compress.cast import Cast
@@ -23,6 +22,7 @@ from lowcomm.feedback.ef14 import EF14
 from lowcomm.outer.nesterov import Nesterov
 from lowcomm.outer.sgd import SGD
 from lowcomm.reduce import Reducer
+from lowcomm.rounds.participation import DroppedRounds
 from tests.replicas import adamw, flat, make_batch, make_engine, make_model, mse, sgd, step_all, train
 from tests.world import run_world
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from lowcomm.algorithms.base import step
-from lowcomm.algorithms.gossip import disagreement, groups
 from lowcomm.algorithms.noloco import NoLoCo, outer_step
 from lowcomm.comm.solo import SoloComm
 from lowcomm.compress.quantized import Quantized
 from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.reduce import Reducer
+from lowcomm.rounds.gossip import disagreement, groups
 from tests.replicas import adamw, flat, make_batch, make_engine, make_model, mse, sgd, step_all, train, train_on
 from tests.world import run_world
 

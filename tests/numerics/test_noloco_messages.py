@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from lowcomm.algorithms.base import step
-from lowcomm.algorithms.gossip import groups
 from lowcomm.algorithms.noloco import NoLoCo
 from lowcomm.comm.metered import Meter, MeteredComm
 from lowcomm.compress.cast import Cast
@@ -14,6 +13,7 @@ from lowcomm.compress.random_k import RandomK
 from lowcomm.feedback.ef14 import EF14
 from lowcomm.feedback.ef21 import EF21
 from lowcomm.reduce import Reducer
+from lowcomm.rounds.gossip import groups
 from lowcomm.tensors import num_bytes
 from tests.replicas import adamw, flat, make_batch, make_engine, train_on
 from tests.world import Passing, run_world

@@ -12,8 +12,6 @@ from lowcomm.algorithms.base import step
 from lowcomm.algorithms.composed import After
 from lowcomm.algorithms.data_parallel import DataParallel
 from lowcomm.algorithms.diloco import DiLoCo
-from lowcomm.algorithms.exchanges import cut_backwards
-from lowcomm.algorithms.participation import DroppedRounds
 from lowcomm.algorithms.streaming_diloco import StreamingDiLoCo
 from lowcomm.codecs.absmax import Absmax
 from lowcomm.comm.solo import SoloComm
@@ -23,6 +21,8 @@ from lowcomm.compress.identity import Identity
 from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.feedback.ef14 import EF14
 from lowcomm.reduce import Reducer
+from lowcomm.rounds.exchanges import cut_backwards
+from lowcomm.rounds.participation import DroppedRounds
 from tests.replicas import flat, make_batch, make_engine, make_model, mse, train
 from tests.world import run_world
 

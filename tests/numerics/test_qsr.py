@@ -13,7 +13,6 @@ from lowcomm.algorithms.composed import After
 from lowcomm.algorithms.data_parallel import DataParallel
 from lowcomm.algorithms.diloco import DiLoCo
 from lowcomm.algorithms.local_sgd import LocalSGD
-from lowcomm.algorithms.qsr import QSR
 from lowcomm.cli import parse_run
 from lowcomm.comm.echo import EchoComm
 from lowcomm.comm.metered import Meter, MeteredComm
@@ -26,6 +25,7 @@ from lowcomm.outer.nesterov import Nesterov
 from lowcomm.outer.sgd import SGD
 from lowcomm.predict import predict
 from lowcomm.reduce import Reducer
+from lowcomm.rounds.qsr import QSR
 from lowcomm.state import restore, state_tree
 from tests.replicas import flat, make_batch, make_model, mse
 from tests.world import run_world

@@ -7,7 +7,6 @@ import torch
 
 from lowcomm.algorithms.base import step
 from lowcomm.algorithms.local_sgd import LocalSGD
-from lowcomm.algorithms.qsr import QSR
 from lowcomm.algorithms.savic import SAVIC
 from lowcomm.comm.metered import Meter, MeteredComm
 from lowcomm.comm.solo import SoloComm
@@ -17,7 +16,8 @@ from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.models.llama import Llama
 from lowcomm.optim.scaled_sgd import ScaledSGD
 from lowcomm.reduce import Reducer
-from lowcomm.sim.timing import TimingEngine, shapes_of
+from lowcomm.rounds.qsr import QSR
+from lowcomm.sim.record.timing import TimingEngine, shapes_of
 from tests.replicas import adamw, flat, make_batch, make_engine, make_model, mse, scaled_sgd, train
 from tests.world import run_world
 

@@ -131,7 +131,7 @@ def test_the_second_message_sets_out_before_its_average_is_due(delay, arrived, m
     first = [10, 20, 30, 40]
     expected = sorted([*first, *(t + arrived for t in first if t + arrived <= 45)])
     assert all(steps == expected for steps, _ in staggered)
-    monkeypatch.setattr("lowcomm.algorithms.exchanges.Exchange.advance", lambda *_: None)
+    monkeypatch.setattr("lowcomm.rounds.exchanges.Exchange.advance", lambda *_: None)
     for (_, seen), (steps, held_back) in zip(staggered, run_world(2, program), strict=True):
         assert steps != expected or delay == arrived
         assert torch.equal(seen, held_back)

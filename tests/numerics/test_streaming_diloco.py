@@ -8,7 +8,6 @@ import torch
 
 from lowcomm.algorithms.base import step
 from lowcomm.algorithms.diloco import DiLoCo
-from lowcomm.algorithms.fragments import cut, offsets
 from lowcomm.algorithms.streaming_diloco import StreamingDiLoCo
 from lowcomm.codecs.absmax import Absmax
 from lowcomm.codecs.e3m0 import E3M0
@@ -25,6 +24,7 @@ from lowcomm.feedback.ef14 import EF14
 from lowcomm.outer.nesterov import Nesterov
 from lowcomm.outer.sgd import SGD
 from lowcomm.reduce import Reducer
+from lowcomm.rounds.fragments import cut, offsets
 from lowcomm.state import restore, state_tree
 from lowcomm.tensors import digest
 from tests.replicas import adamw, flat, make_batch, make_engine, make_model, mse, train

@@ -4,9 +4,9 @@ from functools import partial
 
 import torch
 
-from lowcomm.sim.clock import Clock
-from lowcomm.sim.collectives import Ring
-from lowcomm.sim.comm import World
+from lowcomm.sim.wire.clock import Clock
+from lowcomm.sim.wire.collectives import Ring
+from lowcomm.sim.wire.comm import World
 
 
 class SlowNetwork:

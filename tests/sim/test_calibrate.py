@@ -12,7 +12,7 @@ import yaml
 from lowcomm.assemble import assemble
 from lowcomm.cli import main, parse_run
 from lowcomm.metrics import read
-from lowcomm.sim.calibrate import measured_step_s
+from lowcomm.sim.cluster.calibrate import measured_step_s
 from tests.multiprocess.launch import write_tiny
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.utils._device
 
-from lowcomm.sim.clock import Clock, Deadlock
+from lowcomm.sim.wire.clock import Clock, Deadlock
 
 
 def run(*programs, isolate_torch=False):

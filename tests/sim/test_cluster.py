@@ -11,15 +11,15 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from lowcomm.config import describe
-from lowcomm.sim.cluster import Cluster, Custom, Hosts, Layout
-from lowcomm.sim.collectives import Hierarchical, Schedule, Star, Tree
-from lowcomm.sim.compute import ComputeModel, Constant, Diurnal, Measured, Product, Replay, Scaled
-from lowcomm.sim.drawn import LogNormal, Markov
-from lowcomm.sim.faults import Crash, Pause, RegionShock
-from lowcomm.sim.gloo import Gloo
-from lowcomm.sim.lifetimes import Weibull
-from lowcomm.sim.links import Transport
-from lowcomm.sim.presets import AWS10, DTFM, LAN, DataCentre, Home, Uniform
+from lowcomm.sim.cluster.cluster import Cluster, Custom, Hosts, Layout
+from lowcomm.sim.cluster.compute import ComputeModel, Constant, Diurnal, Measured, Product, Replay, Scaled
+from lowcomm.sim.cluster.drawn import LogNormal, Markov
+from lowcomm.sim.cluster.faults import Crash, Pause, RegionShock
+from lowcomm.sim.cluster.lifetimes import Weibull
+from lowcomm.sim.cluster.presets import AWS10, DTFM, LAN, DataCentre, Home, Uniform
+from lowcomm.sim.wire.collectives import Hierarchical, Schedule, Star, Tree
+from lowcomm.sim.wire.gloo import Gloo
+from lowcomm.sim.wire.links import Transport
 from tests.refusals import refused
 
 TWO_SITES = Layout(

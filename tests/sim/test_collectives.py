@@ -7,10 +7,10 @@ import torch
 
 from lowcomm.comm.echo import EchoComm
 from lowcomm.comm.metered import Meter, MeteredComm
-from lowcomm.sim.collectives import Hierarchical, Pairwise, Ring, Schedule, Star, Transfer, Tree, TwoShot
-from lowcomm.sim.gloo import Gloo
-from lowcomm.sim.links import BARE, Links
-from lowcomm.sim.network import Network
+from lowcomm.sim.wire.collectives import Hierarchical, Pairwise, Ring, Schedule, Star, Transfer, Tree, TwoShot
+from lowcomm.sim.wire.gloo import Gloo
+from lowcomm.sim.wire.links import BARE, Links
+from lowcomm.sim.wire.network import Network
 from tests.sim.fake_clock import FakeClock
 
 ISLANDS = Hierarchical(((0, 1, 2), (3, 4), (9,), (7, 8, 5, 6)))

@@ -11,10 +11,10 @@ from typing import get_type_hints
 import pytest
 import torch
 
-from lowcomm.sim.compute import ComputeModel, Constant, Diurnal, Measured, Product, Replay, Scaled
-from lowcomm.sim.drawn import Bimodal, Drawn, LogNormal, Markov, Pareto, ShiftedExponential
-from lowcomm.sim.faults import Crash, Pause, SlowDown
-from lowcomm.sim.hindered import Hindered
+from lowcomm.sim.cluster.compute import ComputeModel, Constant, Diurnal, Measured, Product, Replay, Scaled
+from lowcomm.sim.cluster.drawn import Bimodal, Drawn, LogNormal, Markov, Pareto, ShiftedExponential
+from lowcomm.sim.cluster.faults import Crash, Pause, SlowDown
+from lowcomm.sim.cluster.hindered import Hindered
 from tests.refusals import refused
 
 DRAWN: list[type[Drawn]] = [LogNormal, ShiftedExponential, Pareto, Bimodal, Markov]

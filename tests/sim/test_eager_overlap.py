@@ -9,14 +9,14 @@ from lowcomm.algorithms.diloco import DiLoCo
 from lowcomm.algorithms.eager_diloco import EagerDiLoCo
 from lowcomm.compress.cast import Cast
 from lowcomm.reduce import Reducer
-from lowcomm.sim.clock import Clock
-from lowcomm.sim.comm import World
-from lowcomm.sim.compute import Constant
+from lowcomm.sim.cluster.compute import Constant
 from lowcomm.sim.engine import SimEngine
-from lowcomm.sim.links import BARE, Links
-from lowcomm.sim.network import Network
 from lowcomm.sim.pace import Pace
-from lowcomm.sim.trace import Trace
+from lowcomm.sim.record.trace import Trace
+from lowcomm.sim.wire.clock import Clock
+from lowcomm.sim.wire.comm import World
+from lowcomm.sim.wire.links import BARE, Links
+from lowcomm.sim.wire.network import Network
 from tests.replicas import make_batch, make_engine
 
 

@@ -5,8 +5,8 @@ import torch
 
 from lowcomm.comm.base import PeerLost
 from lowcomm.pairwise import Pairwise
-from lowcomm.sim.collectives import Hierarchical, Ring, Star, Transfer, Tree, TwoShot
-from lowcomm.sim.collectives import Pairwise as EverybodyToEverybody
+from lowcomm.sim.wire.collectives import Hierarchical, Ring, Star, Transfer, Tree, TwoShot
+from lowcomm.sim.wire.collectives import Pairwise as EverybodyToEverybody
 from tests.sim.slow import byte, simulate
 
 SCHEDULES = [Ring(), Tree(), TwoShot(), Star(0), EverybodyToEverybody(), Hierarchical(((0, 1), (2, 3)))]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lowcomm.sim.faults import (
+from lowcomm.sim.cluster.faults import (
     Availability,
     Crash,
     Event,
@@ -23,7 +23,7 @@ from lowcomm.sim.faults import (
     Rejoin,
     SlowDown,
 )
-from lowcomm.sim.lifetimes import Poisson, Preemptions, RegionShocks, Weibull
+from lowcomm.sim.cluster.lifetimes import Poisson, Preemptions, RegionShocks, Weibull
 from tests.refusals import refused
 
 REGIONS = ["eu", "eu", "us", "us"]

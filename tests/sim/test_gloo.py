@@ -7,11 +7,11 @@ from functools import partial
 import pytest
 import torch
 
-from lowcomm.sim.clock import Clock
-from lowcomm.sim.comm import World
-from lowcomm.sim.gloo import Gloo, ring_latencies
-from lowcomm.sim.links import Links, Transport
-from lowcomm.sim.network import Network
+from lowcomm.sim.wire.clock import Clock
+from lowcomm.sim.wire.comm import World
+from lowcomm.sim.wire.gloo import Gloo, ring_latencies
+from lowcomm.sim.wire.links import Links, Transport
+from lowcomm.sim.wire.network import Network
 from tests.sim.fake_clock import FakeClock
 
 PLAIN = Transport(bandwidth_factor=1.0, window_bytes=None, initial_window_bytes=None)

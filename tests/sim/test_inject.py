@@ -5,12 +5,12 @@ from functools import partial
 import pytest
 import torch
 
-from lowcomm.sim.clock import Clock
-from lowcomm.sim.comm import World
-from lowcomm.sim.faults import Crash, FaultPlan, Partition, Pause, SlowDown
+from lowcomm.sim.cluster.faults import Crash, FaultPlan, Partition, Pause, SlowDown
 from lowcomm.sim.inject import schedule_faults
-from lowcomm.sim.links import BARE, Links
-from lowcomm.sim.network import Network
+from lowcomm.sim.wire.clock import Clock
+from lowcomm.sim.wire.comm import World
+from lowcomm.sim.wire.links import BARE, Links
+from lowcomm.sim.wire.network import Network
 from tests.sim.slow import byte
 
 

@@ -6,11 +6,11 @@ from functools import partial
 import pytest
 import torch
 
-from lowcomm.algorithms.rounds import Rounds
 from lowcomm.comm.base import Late, PeerLost
 from lowcomm.membership import Members
-from lowcomm.sim.clock import Clock
-from lowcomm.sim.comm import SimComm, World
+from lowcomm.rounds.base import Rounds
+from lowcomm.sim.wire.clock import Clock
+from lowcomm.sim.wire.comm import SimComm, World
 from lowcomm.state import state_tree
 from tests.algorithms import all_algorithms, inner_of
 from tests.replicas import flat, make_batch, make_engine

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowcomm.sim.links import BARE, Links
-from lowcomm.sim.network import Network
+from lowcomm.sim.wire.links import BARE, Links
+from lowcomm.sim.wire.network import Network
 from tests.sim.fake_clock import FakeClock
 
 MBIT = 1e6

@@ -17,14 +17,14 @@ from lowcomm.compress.identity import Identity
 from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.outer.sgd import SGD
 from lowcomm.reduce import Reducer
-from lowcomm.sim.clock import Clock
-from lowcomm.sim.comm import World
-from lowcomm.sim.compute import Constant
+from lowcomm.sim.cluster.compute import Constant
 from lowcomm.sim.engine import SimEngine
-from lowcomm.sim.links import BARE, Links
-from lowcomm.sim.network import Network
 from lowcomm.sim.pace import Pace
-from lowcomm.sim.trace import Span, Trace
+from lowcomm.sim.record.trace import Span, Trace
+from lowcomm.sim.wire.clock import Clock
+from lowcomm.sim.wire.comm import World
+from lowcomm.sim.wire.links import BARE, Links
+from lowcomm.sim.wire.network import Network
 from tests.replicas import adamw, flat, make_batch, make_engine, train
 from tests.world import run_world
 

@@ -8,10 +8,10 @@ from statistics import mean
 
 import pytest
 
-from lowcomm.sim.collectives import Ring, Transfer, TwoShot
-from lowcomm.sim.gloo import Gloo
-from lowcomm.sim.links import Links, Transport
-from lowcomm.sim.network import Network
+from lowcomm.sim.wire.collectives import Ring, Transfer, TwoShot
+from lowcomm.sim.wire.gloo import Gloo
+from lowcomm.sim.wire.links import Links, Transport
+from lowcomm.sim.wire.network import Network
 from tests.sim.fake_clock import FakeClock
 
 MIB = 2**20

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from lowcomm.algorithms.data_parallel import DataParallel
-from lowcomm.algorithms.rounds import GradientsState, Rounds
 from lowcomm.assemble import open_ledger
 from lowcomm.cli import main, parse_run, parse_simulation
 from lowcomm.metrics import read
-from lowcomm.sim.compute import Measured, Replay
-from lowcomm.sim.faults import Crash
-from lowcomm.sim.presets import LAN, Home
+from lowcomm.rounds.base import GradientsState, Rounds
+from lowcomm.sim.cluster.compute import Measured, Replay
+from lowcomm.sim.cluster.faults import Crash
+from lowcomm.sim.cluster.presets import LAN, Home
 from lowcomm.sim.retime import retime as retime_of
 from lowcomm.sim.simulate import simulate
 from tests.multiprocess.launch import write_tiny

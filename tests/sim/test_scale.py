@@ -9,9 +9,9 @@ import pytest
 from lowcomm import DiLoCo, DroppedRounds, Reducer
 from lowcomm.config import Checkpointing, Run
 from lowcomm.models.llama import Llama
-from lowcomm.sim.collectives import MANY
-from lowcomm.sim.presets import Home
+from lowcomm.sim.cluster.presets import Home
 from lowcomm.sim.simulate import simulate
+from lowcomm.sim.wire.collectives import MANY
 from tests.compressors import Cast, Identity
 
 FEW, MORE = 80, 240

@@ -1,8 +1,8 @@
 """Sharing is done where something changed and nowhere else; that it is fair is in test_network.py."""
 
-from lowcomm.sim.links import Links
-from lowcomm.sim.network import Network
-from lowcomm.sim.sharing import fair_rates
+from lowcomm.sim.wire.links import Links
+from lowcomm.sim.wire.network import Network
+from lowcomm.sim.wire.sharing import fair_rates
 from tests.sim.fake_clock import FakeClock
 
 
@@ -15,7 +15,7 @@ def num_rates(num_groups, monkeypatch):
             counted.append(flow)
             yield flow, rate
 
-    monkeypatch.setattr("lowcomm.sim.network.fair_rates", counting)
+    monkeypatch.setattr("lowcomm.sim.wire.network.fair_rates", counting)
     clock = FakeClock()
     rates = [(5.0 + i % 7) * 8e6 for i in range(5)] * num_groups
     network = Network(clock, Links(rates, rates, lambda a, b: 0.0))

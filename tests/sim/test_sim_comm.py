@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lowcomm.sim.clock import Clock, Deadlock
-from lowcomm.sim.collectives import Ring, Star, Tree
-from lowcomm.sim.comm import World
+from lowcomm.sim.wire.clock import Clock, Deadlock
+from lowcomm.sim.wire.collectives import Ring, Star, Tree
+from lowcomm.sim.wire.comm import World
 from lowcomm.tensors import digest
 from tests.algorithms import inner_of
 from tests.replicas import train

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lowcomm.comm.base import PeerLost
-from lowcomm.sim.clock import Clock
-from lowcomm.sim.collectives import Ring
-from lowcomm.sim.comm import World
+from lowcomm.sim.wire.clock import Clock
+from lowcomm.sim.wire.collectives import Ring
+from lowcomm.sim.wire.comm import World
 from tests.sim.slow import SlowNetwork, byte, simulate
 
 KINDS = {

@@ -6,7 +6,7 @@ import pytest
 
 from lowcomm.cli import main
 from lowcomm.metrics import read
-from lowcomm.sim.trace import read_chrome_trace
+from lowcomm.sim.record.trace import read_chrome_trace
 from tests.multiprocess.launch import write_tiny
 
 # 14 steps of a second, in two rounds; the wire is slow enough to be seen, and has no latency

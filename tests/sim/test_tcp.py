@@ -2,10 +2,10 @@
 
 import pytest
 
-from lowcomm.sim.collectives import Turns
-from lowcomm.sim.links import Links, Transport
-from lowcomm.sim.network import Network
-from lowcomm.sim.tcp import Connections, turns_s
+from lowcomm.sim.wire.collectives import Turns
+from lowcomm.sim.wire.links import Links, Transport
+from lowcomm.sim.wire.network import Network
+from lowcomm.sim.wire.tcp import Connections, turns_s
 from tests.sim.fake_clock import FakeClock
 
 BYTES_PER_S, ROUND_TRIP_S = 12.5e6, 0.04  # 500,000 bytes fill the way there and back

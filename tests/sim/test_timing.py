@@ -11,9 +11,9 @@ from lowcomm.cli import main
 from lowcomm.config import Checkpointing, Optimizer, Run
 from lowcomm.metrics import read
 from lowcomm.optim.schedule import Cosine
-from lowcomm.sim.presets import Uniform
+from lowcomm.sim.cluster.presets import Uniform
+from lowcomm.sim.record.timing import TimingEngine, shapes_of
 from lowcomm.sim.simulate import simulate
-from lowcomm.sim.timing import TimingEngine, shapes_of
 from tests.algorithms import FLAGS
 from tests.multiprocess.launch import write_tiny
 from tests.roles import players

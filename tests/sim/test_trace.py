@@ -12,8 +12,9 @@ import pytest
 
 from lowcomm.cli import main
 from lowcomm.metrics import read
-from lowcomm.sim.network import FlowRecord
-from lowcomm.sim.trace import Kind, Span, Trace, chrome_trace, gantt, read_chrome_trace, write_chrome_trace
+from lowcomm.report.gantt import gantt
+from lowcomm.sim.record.trace import Kind, Span, Trace, chrome_trace, read_chrome_trace, write_chrome_trace
+from lowcomm.sim.wire.network import FlowRecord
 from tests.multiprocess.launch import write_tiny
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 import lowcomm
-from lowcomm.algorithms.anchors import anchor_of, deltas
-from lowcomm.algorithms.exchanges import Exchange, Sending
-from lowcomm.algorithms.rounds import Rounds, RoundsState
+from lowcomm.rounds.anchors import anchor_of, deltas
+from lowcomm.rounds.base import Rounds, RoundsState
+from lowcomm.rounds.exchanges import Exchange, Sending
 from lowcomm.tensors import add_
 
 

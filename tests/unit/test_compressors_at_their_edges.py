@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 
+from benchmarks.step_size import ef_bv
 from lowcomm.codecs.absmax import Absmax
 from lowcomm.codecs.float32 import Float32
 from lowcomm.codecs.half import Half
@@ -24,7 +25,6 @@ from lowcomm.compress.random_k import RandomK
 from lowcomm.compress.sketch import Sketch
 from lowcomm.compress.top_k import TopK
 from lowcomm.feedback.ef_bv import EFBV
-from lowcomm.feedback.step_size import ef_bv
 from lowcomm.tensors import digest, rng
 from tests.world import run_world
 

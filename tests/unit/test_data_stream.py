@@ -23,7 +23,7 @@ def corpus():
 
 def test_corpus_counts(corpus):
     assert (corpus.num_tokens, corpus.num_documents, corpus.num_text_bytes) == (65, 10, 55)
-    assert corpus.max_token_id == 255
+    assert corpus.vocab_size == 256
     assert corpus.bytes_per_token == 55 / 65
     assert bytes(corpus.read(0, 9).astype(np.uint8)) == b"a\0bb\0ccc\0"
 

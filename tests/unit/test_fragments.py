@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowcomm.algorithms.fragments import cut, offsets
 from lowcomm.models.llama import Llama
+from lowcomm.rounds.fragments import cut, offsets
 
 DEEP = ["embed.weight", *(f"layers.{i}.{part}" for i in range(7) for part in ("a.0.weight", "b")), "head.weight"]
 

@@ -11,7 +11,7 @@ from lowcomm.models.llama import Llama
 from lowcomm.optim.groups import parameter_groups
 from lowcomm.optim.muon_adamw import MuonAdamW, is_hidden
 from lowcomm.optim.schedule import Linear
-from lowcomm.sim.timing import shapes_of
+from lowcomm.sim.record.timing import shapes_of
 from tests.refusals import refused
 
 PATH = "lowcomm.optim.muon_adamw.MuonAdamW"

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from lowcomm.cli import main
-from lowcomm.metrics import SUMMARY_COLUMNS, Metrics
-from lowcomm.report import write_report
+from lowcomm.metrics import Metrics
+from lowcomm.report.page import write_report
 from lowcomm.report.pictures import thin
+from lowcomm.report.table import SUMMARY_COLUMNS
 
 ODD = "<b>odd & 'name'"
 VOID = {"meta", "line"}

@@ -9,9 +9,10 @@ from xml.etree import ElementTree
 import pytest
 
 from lowcomm.metrics import Metrics
-from lowcomm.report import load_runs, write_report
+from lowcomm.report.page import write_report
+from lowcomm.report.runs import load_runs
 from lowcomm.report.timeline import middle_steps, span_of_steps, timeline
-from lowcomm.sim.trace import Span, write_chrome_trace
+from lowcomm.sim.record.trace import Span, write_chrome_trace
 
 
 def write_simulation(dir: Path, num_ranks: int = 2, num_rounds: int = 10, *, traced: bool = True) -> Path:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowcomm.feedback import step_size
+from benchmarks import step_size
 from lowcomm.tensors import rng
 from tests.compressors import EFBV, EControl
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from lowcomm.algorithms.exchanges import UnderWay
 from lowcomm.comm.echo import EchoComm
 from lowcomm.compress.cast import Cast
 from lowcomm.compress.gathered import Gathered
@@ -11,6 +10,7 @@ from lowcomm.compress.identity import Identity
 from lowcomm.compress.power_sgd import PowerSGD
 from lowcomm.compress.quantized import Quantized
 from lowcomm.reduce import Reducer
+from lowcomm.rounds.exchanges import UnderWay
 from lowcomm.tensors import digest
 
 

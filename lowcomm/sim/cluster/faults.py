@@ -1,6 +1,6 @@
 """Faults: events on the virtual clock, and a plan that merges and checks them.
 
-`lowcomm.sim.lifetimes` draws faults at random. Times are virtual seconds from 0.
+`lowcomm.sim.cluster.lifetimes` draws faults at random. Times are virtual seconds from 0.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Literal
 
-from lowcomm.sim.inputs import check_positive, parsed, read_csv
+from lowcomm.sim.cluster.inputs import check_positive, parsed, read_csv
 
 
 class Fault(ABC):

@@ -1,6 +1,6 @@
 """A cluster as a config: hosts in regions, their links, compute times and faults.
 
-`lowcomm.sim.presets` has ready ones. One rank runs on each host; ranks are numbered group by group.
+`lowcomm.sim.cluster.presets` has ready ones. One rank runs on each host; ranks are numbered group by group.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lowcomm.sim.collectives import Schedule
-from lowcomm.sim.compute import ComputeModel, Constant, Scaled
-from lowcomm.sim.faults import Event, Fault, FaultPlan, Pause, SlowDown
-from lowcomm.sim.gloo import Gloo
-from lowcomm.sim.hindered import Hindered
-from lowcomm.sim.inputs import check_positive
-from lowcomm.sim.links import Links, Pairs, Transport
+from lowcomm.sim.cluster.compute import ComputeModel, Constant, Scaled
+from lowcomm.sim.cluster.faults import Event, Fault, FaultPlan, Pause, SlowDown
+from lowcomm.sim.cluster.hindered import Hindered
+from lowcomm.sim.cluster.inputs import check_positive
+from lowcomm.sim.wire.collectives import Schedule
+from lowcomm.sim.wire.gloo import Gloo
+from lowcomm.sim.wire.links import Links, Pairs, Transport
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Cluster(ABC):
 
     Attributes:
         compute: the time of inner steps on a host of speed 1.
-        faults: see `lowcomm.sim.faults.FaultPlan`.
+        faults: see `lowcomm.sim.cluster.faults.FaultPlan`.
         transport: how messages use the links.
         schedule: the messages of each collective. It determines seconds and the trace's flows; the bytes in the metrics
             are always a ring's, see `lowcomm.comm.metered`.

@@ -1,6 +1,7 @@
 """Times of inner steps: the interface, deterministic models, and products of models.
 
-`lowcomm.sim.drawn` has the random ones. Times are seconds; a model is a function of (rank, t) and of the step's start.
+`lowcomm.sim.cluster.drawn` has the random ones. Times are seconds; a model is a function of (rank, t) and of the step's
+start.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from lowcomm.sim.inputs import check_positive, of_rank, parsed, read_csv
+from lowcomm.sim.cluster.inputs import check_positive, of_rank, parsed, read_csv
 
 
 class ComputeModel(ABC):
@@ -146,7 +147,7 @@ class Measured(ComputeModel):
     """The measured time of a real step on this machine; `Scaled` makes it faster or slower.
 
     Attributes:
-        step_s: None until `calibrated` with the time of a real step, see `lowcomm.sim.calibrate`.
+        step_s: None until `calibrated` with the time of a real step, see `lowcomm.sim.cluster.calibrate`.
     """
 
     step_s: float | None = None

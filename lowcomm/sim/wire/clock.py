@@ -17,7 +17,7 @@ from typing import Any
 
 from greenlet import GreenletExit, getcurrent, greenlet
 
-from lowcomm.sim.torch_state import TorchState, take
+from lowcomm.sim.wire.torch_state import TorchState, take
 
 _FEW_VOID = 64
 _COLLECT_AFTER = 100_000  # new objects

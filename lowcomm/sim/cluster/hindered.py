@@ -7,8 +7,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lowcomm.sim.compute import Around
-from lowcomm.sim.faults import Event, Pause, SlowDown
+from lowcomm.sim.cluster.compute import Around
+from lowcomm.sim.cluster.faults import Event, Pause, SlowDown
 
 
 def slowness(windows: Sequence[tuple[float, float, float]]) -> tuple[list[float], list[float]]:

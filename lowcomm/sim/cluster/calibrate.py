@@ -1,4 +1,4 @@
-"""How long an inner step really takes on this machine, for `lowcomm.sim.compute.Measured`."""
+"""How long an inner step really takes on this machine, for `lowcomm.sim.cluster.compute.Measured`."""
 
 from __future__ import annotations
 

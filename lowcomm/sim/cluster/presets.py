@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lowcomm.sim.cluster import Cluster, Hosts, Layout
+from lowcomm.sim.cluster.cluster import Cluster, Hosts, Layout
 
 _HOST_BITS_PER_S = 10e9
 

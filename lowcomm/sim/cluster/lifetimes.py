@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lowcomm.sim.faults import Event, Fault, Preempt, RegionShock, check_repair, outage
-from lowcomm.sim.inputs import check_positive
+from lowcomm.sim.cluster.faults import Event, Fault, Preempt, RegionShock, check_repair, outage
+from lowcomm.sim.cluster.inputs import check_positive
 from lowcomm.tensors import rng
 
 

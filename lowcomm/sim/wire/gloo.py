@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowcomm.sim.collectives import Schedule, Transfer, Turns
+from lowcomm.sim.wire.collectives import Schedule, Transfer, Turns
 
 MAX_MESSAGE_BYTES = 2**20  # of a ring's sum
 # Of several messages that a rank sends at once, how much of one is through before the next is on its way: its buffer is

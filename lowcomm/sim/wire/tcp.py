@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import inf
 
-from lowcomm.sim.collectives import Turns
+from lowcomm.sim.wire.collectives import Turns
 
 MIN_IDLE_S = 0.2  # Linux: what a connection waits at least, beyond a round trip, before it takes a packet for lost
 

@@ -1,7 +1,7 @@
 """The simulated network: flows that share links fairly.
 
-A message is a flow. It first waits for its latencies and for TCP and readiness waits (`lowcomm.sim.tcp`, as if it were
-alone on its links); then its bytes move at
+A message is a flow. It first waits for its latencies and for TCP and readiness waits (`lowcomm.sim.wire.tcp`, as if it
+were alone on its links); then its bytes move at
 
     rate = min(max-min fair share of the source's up-link, the destination's down-link and the path,
                streams * window_bytes / round-trip time, if it sends more than two windows at once)
@@ -20,11 +20,11 @@ from functools import partial
 from math import inf
 from typing import NamedTuple
 
-from lowcomm.sim.clock import Alarm, Clock
-from lowcomm.sim.collectives import Turns
-from lowcomm.sim.links import Links
-from lowcomm.sim.sharing import Flow, Link, fair_rates
-from lowcomm.sim.tcp import Connections, turns_s
+from lowcomm.sim.wire.clock import Alarm, Clock
+from lowcomm.sim.wire.collectives import Turns
+from lowcomm.sim.wire.links import Links
+from lowcomm.sim.wire.sharing import Flow, Link, fair_rates
+from lowcomm.sim.wire.tcp import Connections, turns_s
 
 # How much more than a window a connection takes before it is held to one for each round trip: the first leaves at once,
 # and the second as room is made for it.

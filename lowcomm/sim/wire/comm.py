@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from lowcomm.comm.base import Call, Comm, Late, PeerLost, Work, named
-from lowcomm.sim.clock import Clock
-from lowcomm.sim.collectives import Schedule
-from lowcomm.sim.exchange import Asked, Carrier, Exchange
-from lowcomm.sim.gloo import Gloo
-from lowcomm.sim.mail import Mailbox, check_like
+from lowcomm.sim.wire.clock import Clock
+from lowcomm.sim.wire.collectives import Schedule
+from lowcomm.sim.wire.exchange import Asked, Carrier, Exchange
+from lowcomm.sim.wire.gloo import Gloo
+from lowcomm.sim.wire.mail import Mailbox, check_like
 
 T = TypeVar("T")
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from lowcomm.comm.base import PeerLost, named
-from lowcomm.sim.clock import Clock
-from lowcomm.sim.collectives import Schedule, Transfer, Turns
+from lowcomm.sim.wire.clock import Clock
+from lowcomm.sim.wire.collectives import Schedule, Transfer, Turns
 
 
 class Carrier(Protocol):
-    """Moves bytes in virtual time, such as `lowcomm.sim.network.Network`."""
+    """Moves bytes in virtual time, such as `lowcomm.sim.wire.network.Network`."""
 
     def send(
         self,

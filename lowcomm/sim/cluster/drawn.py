@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lowcomm.sim.compute import ComputeModel
-from lowcomm.sim.inputs import check_positive
+from lowcomm.sim.cluster.compute import ComputeModel
+from lowcomm.sim.cluster.inputs import check_positive
 from lowcomm.tensors import rng
 
 _BLOCK = 64  # steps drawn at once: the cost of a generator, some 20 microseconds, is paid once for all of them

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from lowcomm.comm.base import PeerLost, named
-from lowcomm.sim.clock import Clock
-from lowcomm.sim.collectives import Schedule
-from lowcomm.sim.exchange import Carrier
+from lowcomm.sim.wire.clock import Clock
+from lowcomm.sim.wire.collectives import Schedule
+from lowcomm.sim.wire.exchange import Carrier
 
 
 @dataclass(eq=False, slots=True)

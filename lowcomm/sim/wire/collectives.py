@@ -1,8 +1,8 @@
 """The transfers of each collective: bytes, ends and latencies.
 
-The default is `lowcomm.sim.gloo`. Every schedule here is an ideal pipeline of chunks: all transfers of a collective run
-at once, and its time is that of the busiest link plus the latencies of the steps. For n members with S bytes each, over
-uplinks and downlinks of B and one-way latencies a:
+The default is `lowcomm.sim.wire.gloo`. Every schedule here is an ideal pipeline of chunks: all transfers of a
+collective run at once, and its time is that of the busiest link plus the latencies of the steps. For n members with S
+bytes each, over uplinks and downlinks of B and one-way latencies a:
 
     Ring          all_sum 2(n-1)/n S/B + 2(n-1) a     all_gather (n-1) S/B + (n-1) a    broadcast (n-1) S/B + a
     Tree          all_sum 3 S/B + 2d a                all_gather (2n+1) S/B + 2d a      broadcast 2 S/B + d a
@@ -33,7 +33,7 @@ KINDS = ("all_sum", "all_gather", "all_to_all", "broadcast", "exchange")
 
 
 class Turns(NamedTuple):
-    """Waits of a transfer beside its latencies; see `lowcomm.sim.tcp.turns_s`.
+    """Waits of a transfer beside its latencies; see `lowcomm.sim.wire.tcp.turns_s`.
 
     Attributes:
         num: number of waits for the receiver's readiness, each for two messages.

@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lowcomm.algorithms.exchanges import Sending
 from lowcomm.reduce import Reducer
+from lowcomm.rounds.exchanges import Sending
 from lowcomm.tensors import mul_, valueless, zeros
 
 

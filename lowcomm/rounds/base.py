@@ -15,11 +15,11 @@ from typing import TypeVar, cast
 from torch import Tensor
 
 from lowcomm.algorithms.base import Algorithm
-from lowcomm.algorithms.exchanges import Exchange, Sending, Turn, in_turn
-from lowcomm.algorithms.qsr import QSR, round_steps
 from lowcomm.comm.base import Comm, Late, PeerLost
 from lowcomm.engine.base import Engine, Ready
 from lowcomm.reduce import NonFinite, Reducer, ReducerState
+from lowcomm.rounds.exchanges import Exchange, Sending, Turn, in_turn
+from lowcomm.rounds.qsr import QSR, round_steps
 from lowcomm.tensors import copy_
 
 

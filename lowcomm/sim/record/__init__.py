@@ -1,0 +1,1 @@
+"""What a simulated run leaves: its timeline, and its times without values."""

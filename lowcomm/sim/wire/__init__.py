@@ -1,0 +1,1 @@
+"""What carries words between simulated ranks: the clock, the links, and how messages use them."""
