@@ -6,9 +6,9 @@ Then(SPARTA(), DiLoCo()):             at each step what SPARTA does, then what D
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -33,8 +33,42 @@ class AfterState:
     t: int = 0
 
 
+class _States(Protocol):
+    first: Any
+    then: Any
+
+
+S = TypeVar("S", bound=_States)
+
+
+class _Two(Algorithm[S], ABC):
+    """What two methods do alike, whichever's turn it is.
+
+    Attributes:
+        first, then: the methods; the state has a state of each by the same name.
+    """
+
+    first: Algorithm
+    then: Algorithm
+
+    def settle(self, state: S) -> None:
+        self.first.settle(state.first)
+        self.then.settle(state.then)
+
+    def forgo(self, state: S) -> None:
+        self.first.forgo(state.first)
+        self.then.forgo(state.then)
+
+    def enter(self, engine: Engine, state: S, comm: Comm) -> None:
+        self.first.enter(engine, state.first, comm)
+        self.then.enter(engine, state.then, comm)
+
+    def num_rounds(self, state: S) -> int:
+        return self.first.num_rounds(state.first) + self.then.num_rounds(state.then)
+
+
 @dataclass(frozen=True)
-class After(Algorithm[AfterState]):
+class After(_Two[AfterState]):
     """One method for `num_steps` steps, then another.
 
     The second continues with the first's parameters and optimizer states, and counts rounds from there.
@@ -84,10 +118,6 @@ class After(Algorithm[AfterState]):
         if t == self.num_steps:
             state.then = self.then.init(engine, comm, t)
 
-    def settle(self, state: AfterState) -> None:
-        self.first.settle(state.first)
-        self.then.settle(state.then)
-
     def drain(self, t: int, engine: Engine, state: AfterState, comm: Comm) -> None:
         method, its = self._at(t, state)
         method.drain(t, engine, its, comm)
@@ -99,17 +129,6 @@ class After(Algorithm[AfterState]):
     def finish(self, t: int, engine: Engine, state: AfterState, comm: Comm) -> None:
         method, its = self._at(t, state)
         method.finish(t, engine, its, comm)
-
-    def forgo(self, state: AfterState) -> None:
-        self.first.forgo(state.first)
-        self.then.forgo(state.then)
-
-    def enter(self, engine: Engine, state: AfterState, comm: Comm) -> None:
-        self.first.enter(engine, state.first, comm)
-        self.then.enter(engine, state.then, comm)
-
-    def num_rounds(self, state: AfterState) -> int:
-        return self.first.num_rounds(state.first) + self.then.num_rounds(state.then)
 
     def consensus(self, engine: Engine, state: AfterState) -> list[Tensor]:
         method, its = self._at(state.t, state)
@@ -133,7 +152,7 @@ class ThenState:
 
 
 @dataclass(frozen=True)
-class Then(Algorithm[ThenState]):
+class Then(_Two[ThenState]):
     """Two methods at every step: the second works on the result of the first, and ends the run.
 
     Attributes:
@@ -163,12 +182,10 @@ class Then(Algorithm[ThenState]):
         self.then.before_update(t, engine, state.then, comm)
 
     def after_update(self, t: int, engine: Engine, state: ThenState, comm: Comm) -> None:
-        self._once(t, state, lambda: self.first.after_update(t, engine, state.first, comm))
+        if state.first_t < t:
+            self.first.after_update(t, engine, state.first, comm)
+            state.first_t = t
         self.then.after_update(t, engine, state.then, comm)
-
-    def settle(self, state: ThenState) -> None:
-        self.first.settle(state.first)
-        self.then.settle(state.then)
 
     def drain(self, t: int, engine: Engine, state: ThenState, comm: Comm) -> None:
         self.first.drain(t, engine, state.first, comm)
@@ -184,21 +201,5 @@ class Then(Algorithm[ThenState]):
         self.first.drain(t, engine, state.first, comm)
         self.then.finish(t, engine, state.then, comm)
 
-    def forgo(self, state: ThenState) -> None:
-        self.first.forgo(state.first)
-        self.then.forgo(state.then)
-
-    def enter(self, engine: Engine, state: ThenState, comm: Comm) -> None:
-        self.first.enter(engine, state.first, comm)
-        self.then.enter(engine, state.then, comm)
-
-    def num_rounds(self, state: ThenState) -> int:
-        return self.first.num_rounds(state.first) + self.then.num_rounds(state.then)
-
     def consensus(self, engine: Engine, state: ThenState) -> list[Tensor]:
         return self.then.consensus(engine, state.then)
-
-    def _once(self, t: int, state: ThenState, call: Callable[[], None]) -> None:
-        if state.first_t < t:
-            call()
-            state.first_t = t
