@@ -19,14 +19,14 @@ def run(tmp_path):
     flags = ["--config", str(write_tiny(tmp_path)), "--checkpoint.every", "0", "--num_steps", "14"]
     num_runs = 0
 
-    def go(*faults, cluster="Uniform", **changes):
+    def go(*faults, cluster="Uniform", on_loss="stop", **changes):
         nonlocal num_runs
         num_runs += 1
         described = [{"class_path": kind, "init_args": arguments} for kind, arguments in faults]
         path, out = tmp_path / f"cluster{num_runs}.yaml", tmp_path / f"out{num_runs}"
         init_args = (CLUSTER if cluster == "Uniform" else {}) | {"faults": described} | changes
         path.write_text(json.dumps({"class_path": cluster, "init_args": init_args}))
-        return main(["simulate", *flags, "--cluster", str(path), "--out", str(out)]), out
+        return main(["simulate", *flags, "--on_loss", on_loss, "--cluster", str(path), "--out", str(out)]), out
 
     return go
 
@@ -101,6 +101,14 @@ def test_a_crash_ends_the_run_of_those_who_wait_with_a_clear_message(fault, lost
     if lost is not None:
         assert f"ranks {lost} are gone" in error and f"raised this at {at_s}" in error
     assert files(one) == files(two) and "trace.json" in files(one)
+
+
+def test_the_others_go_on_without_the_lost_one(run):
+    code, out = run(("Crash", {"rank": 1, "at_s": 3.5}), on_loss="go_on")
+    last = summary(out)
+    assert code == 0 and (last["t"], last["members"]) == (14, 2)
+    other = read(out / "metrics.rank2.jsonl")[-1]
+    assert [last[key] for key in ("val_loss", "tokens")] == [other[key] for key in ("val_loss", "tokens")]
 
 
 def test_nobody_computes_after_its_crash_or_the_end_of_the_run(run, capsys):
