@@ -15,7 +15,7 @@ from lowcomm.compress.identity import Identity
 from lowcomm.feedback.base import Feedback
 from lowcomm.feedback.none import NoFeedback
 from lowcomm.joined import JoinedComm
-from lowcomm.tensors import buckets, extremes, flatten, num_bytes, unflatten
+from lowcomm.tensors import buckets, extremes, flatten, joined, num_bytes, unflatten
 
 # What to average at some places of a list, as fresh tensors, which are then the reducer's: asked once for each bucket.
 Values = Callable[[Sequence[int]], list[Tensor]]
@@ -194,7 +194,9 @@ class Reducer:
         xs = [like[i] for i in group] if values is None else values(group)
         if values is not None and len(xs) == 1:
             return xs[0].reshape(-1) if self.compressor.elementwise else xs[0][None]
-        return flatten(xs) if self.compressor.elementwise else torch.stack(xs)
+        if not self.compressor.elementwise:
+            return torch.stack(xs)
+        return flatten(xs) if values is None else joined(xs)
 
 
 def _remembered(old: list[BucketState], results: list[tuple[Tensor, BucketState, Tensor | None]]) -> list[BucketState]:

@@ -82,6 +82,19 @@ def flatten(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([x.reshape(-1) for x in tensors])
 
 
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """As `flatten`, but for tensors that fill one vector in order that vector, not a copy."""
+    flat = tensors[0]._base
+    if flat is None or flat.dim() != 1 or flat.numel() != sum(x.numel() for x in tensors):
+        return flatten(tensors)
+    at = flat.storage_offset()
+    for x in tensors:
+        if x._base is not flat or x.storage_offset() != at or not x.is_contiguous():
+            return flatten(tensors)
+        at += x.numel()
+    return flat
+
+
 def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Views into ``flat`` with the shapes of ``like``: the inverse of `flatten`."""
     if valueless(like) and flat.is_meta and {x.dtype for x in like} == {flat.dtype}:

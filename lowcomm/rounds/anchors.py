@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowcomm.reduce import Reducer
 from lowcomm.rounds.exchanges import Sending
-from lowcomm.tensors import mul_, valueless, zeros
+from lowcomm.tensors import mul_, unflatten, valueless, zeros
 
 
 def anchor_of(params: Sequence[Tensor]) -> list[Tensor]:
@@ -35,7 +35,13 @@ def delta(anchor: Sequence[Tensor], params: Sequence[Tensor], factor: float, num
         return zeros(anchor)
     # what this replica was loaded with, not the anchor: no step taken must mean no delta
     loaded = [a.to(p.dtype).to(a.dtype) for a, p in zip(anchor, params, strict=True)]
-    moved = list(torch._foreach_sub(loaded, params))
+    if {(x.dtype, x.is_cpu) for x in anchor} == {(anchor[0].dtype, True)}:
+        # into one vector, as it is sent: on a CPU a second copy costs as much as the all-reduce
+        moved = unflatten(anchor[0].new_empty(sum(x.numel() for x in anchor)), anchor)
+        for x, y, out in zip(loaded, params, moved, strict=True):
+            torch.sub(x, y, out=out)
+    else:
+        moved = list(torch._foreach_sub(loaded, params))
     if factor != 1:
         mul_(moved, factor)
     return moved
