@@ -4,8 +4,8 @@
 
 By hand it is ten lines: differences from the anchor in one vector, one all_reduce, torch's SGD with Nesterov momentum,
 the anchor into the parameters. Ours is `DiLoCo` through `lowcomm.attach`. Each wire's rounds alternate with rounds by
-hand, now the one first, now the other. A barrier aligns the ranks before each; the inner step, which moves the parameters, is in neither. The first round
-of each does not count. Milliseconds of rank 0: medians, with the quickest.
+hand, now the one first, now the other. A barrier aligns the ranks before each; the inner step, which moves the
+parameters, is in neither. The first round of each does not count. Milliseconds of rank 0: medians, with the quickest.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def main() -> None:
     flags = parser(__doc__, "round_cost")
     flags.add_argument("--millions", type=float, nargs="+", default=[3.0, 30.0], help="of parameters")
     flags.add_argument("--wires", nargs="+", default=[*WIRES], choices=[*WIRES])
-    flags.add_argument("--rounds", type=int, default=11, help="of each that count")
+    flags.add_argument("--rounds", type=int, default=61, help="of each that count")
     given = flags.parse_args()
     torch.set_num_threads(1)
     comm = lowcomm.connect("gloo")
