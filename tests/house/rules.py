@@ -39,6 +39,7 @@ PARTS: dict[str, set[str]] = {
         *("tensors", "comm.base", "engine.base", "codecs", "compress", "feedback", "outer", "reduce", "pairwise"),
         *("algorithms.base", "rounds"),
     },
+    "participation": set(),
     "models": {"tensors", "optional"},
     "data": {"tensors", "optional"},
 }
