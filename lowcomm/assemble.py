@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_model
 from torch import nn
 
+from lowcomm.attendance import Seat, attend
 from lowcomm.checkpoint import Checkpoints, state_bytes
 from lowcomm.comm.base import Comm
 from lowcomm.comm.distributed import connect, disconnect, under_torchrun
@@ -114,6 +115,7 @@ def assemble(
     device: torch.device,
     write: Callable[[dict[str, Any]], None],
     around: Callable[[Engine], Engine] = lambda engine: engine,
+    seat: Seat | None = None,
 ) -> Assembled:
     """Build one member's replica, and check that all members were started alike.
 
@@ -121,6 +123,7 @@ def assemble(
         loaded: ``run.data`` as this process read it.
         write: receives metrics lines.
         around: wraps the engine, such as in a virtual clock.
+        seat: at the meeting that decides who takes part in rounds; needed where the run has a `participation`.
     """
     num_replicas = len(comm.members)
     batch_size, num_steps = run.batch.of_replica(num_replicas), run.steps(num_replicas)
@@ -141,7 +144,9 @@ def assemble(
     ledger = open_ledger(run, model, comm, device, write)
     _seed_draws(run.seed, comm.rank, device)
     members = Members(comm, run.on_loss == "go_on")
-    replica = Replica(run.algorithm, engine, run.algorithm.init(engine, comm), data.train, ledger, members, device)
+    state = run.algorithm.init(engine, comm)
+    attendance = attend(run.participation, seat, comm, run.algorithm, state)
+    replica = Replica(run.algorithm, engine, state, data.train, ledger, members, device, attendance)
     plan = Plan(num_steps, run.evaluation.every, run.checkpoint.every, validation.batches, validation.bytes_per_token)
     return Assembled(replica, plan, model, run_id)
 

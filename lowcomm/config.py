@@ -23,6 +23,7 @@ from lowcomm.data import Data
 from lowcomm.models.base import ModelConfig
 from lowcomm.models.llama import Llama
 from lowcomm.optim.schedule import Cosine, Schedule
+from lowcomm.participation.options import Participation
 from lowcomm.rounds.qsr import QSR
 
 
@@ -171,6 +172,7 @@ class Run:
     """Everything that decides a run's result.
 
     Attributes:
+        participation: rounds that do not wait for everyone; null: they do.
         num_steps: inner steps; or give num_tokens.
         num_tokens: training tokens of all replicas together, rounded down to whole steps.
         precision: "fp32"; "bf16_mixed" keeps parameters in float32 and computes in bfloat16 (autocast); "bf16" keeps
@@ -189,6 +191,7 @@ class Run:
     model: ModelConfig = Llama()
     data: Data = Data()
     algorithm: Algorithm = DiLoCo()
+    participation: Participation | None = None
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Cosine()
     batch: Batch = Batch()
@@ -221,6 +224,14 @@ class Run:
                 f"QSR's num_warmup_steps is {every.num_warmup_steps}, but the learning rate rises for {warmup} steps: "
                 "so low a rate would make the first round last as long as the run; give QSR the schedule's number"
             )
+        if self.participation is not None and (self.evaluation.every, self.on_loss) != (0, "stop"):
+            if self.on_loss != "stop":
+                raise ValueError("participation goes with on_loss 'stop' so far")
+            if not isinstance(every, int) or self.evaluation.every % every:
+                raise ValueError(
+                    f"evaluation.every is {self.evaluation.every}, but replicas that need not wait for each other meet "
+                    f"only in rounds, every {every} steps; choose a multiple, or 0"
+                )
         if not self.timeout_s > 0:
             raise ValueError(f"timeout_s is {self.timeout_s}; it must be positive")
         if not self.grace_s > 0:

@@ -77,15 +77,18 @@ class Ledger:
         self.meter.settle()
         self._since_s, self._waited_s = self.now(), self.meter.wait_s
 
-    def step(self, t: int, loss: Tensor, lr: float, round: int, num_replicas: int) -> None:
+    def step(self, t: int, loss: Tensor, lr: float, round: int, num_replicas: int, tokens: int) -> None:
         """Count an inner step of the present replicas; write a line every `log_every` steps.
+
+        Args:
+            tokens: that the run has gained since the last step.
 
         Raises:
             Diverged: when a loss since the last line is not finite.
         """
         self._losses.append(loss.detach())
         self.t, self.num_replicas = t, num_replicas
-        self.tokens += num_replicas * self.step_tokens
+        self.tokens += tokens
         if t % self.log_every == 0:
             self.flush(lr, round)
 

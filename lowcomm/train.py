@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from lowcomm.algorithms.base import Algorithm
+from lowcomm.attendance import Attendance
 from lowcomm.checkpoint import Checkpoints
 from lowcomm.comm.metered import MeteredComm
 from lowcomm.engine.base import Engine
 from lowcomm.ledger import Ledger
 from lowcomm.membership import Members
+from lowcomm.rounds.base import Rounds
 from lowcomm.state import state_tree
 
 T = TypeVar("T")
@@ -40,6 +42,7 @@ class Replica:
 
     Attributes:
         members: the ranks that train now.
+        attendance: of rounds whose members a rule decides; None: all take part in all.
     """
 
     algorithm: Algorithm[Any]
@@ -49,6 +52,7 @@ class Replica:
     ledger: Ledger
     members: Members[MeteredComm]
     device: torch.device
+    attendance: Attendance[MeteredComm] | None = None
 
     @property
     def comm(self) -> MeteredComm:
@@ -58,6 +62,31 @@ class Replica:
     def talk(self, call: Callable[[MeteredComm], T]) -> T:
         """Make a call that communicates, see `Members.take`."""
         return self.members.take(self.algorithm, self.engine, self.state, call)
+
+    def meet(self, t: int, num_steps: int) -> int:
+        """Where a rule decides who takes part in the round of step ``t``, wait until it does.
+
+        Returns the step that the run is at, a later one for a replica that was late.
+        """
+        attendance, algorithm = self.attendance, self.algorithm
+        if attendance is not None:
+            assert isinstance(algorithm, Rounds), "refused at the start"
+            attendance.tokens_done += self.ledger.step_tokens
+            if algorithm.is_due(t, self.state):
+                t, self.members.comm = attendance.meet(t, num_steps, algorithm, self.engine, self.state)
+        return t
+
+    def committed(self) -> int:
+        """Training tokens that the run has gained since the last call, one step ago."""
+        if self.attendance is not None:
+            return self.attendance.committed()
+        return len(self.comm.members) * self.ledger.step_tokens
+
+    def gather(self, t: int) -> None:
+        """Meet everyone for the end of the run."""
+        if self.attendance is not None:
+            assert isinstance(self.algorithm, Rounds), "refused at the start"
+            self.members.comm = self.attendance.gather(t, self.algorithm, self.engine, self.state)
 
 
 @dataclass(frozen=True)
@@ -83,16 +112,20 @@ def train(replica: Replica, plan: Plan, checkpoints: Checkpoints) -> None:
     """Train from the replica's current step to the end of the plan."""
     algorithm, engine, state, ledger = replica.algorithm, replica.engine, replica.state, replica.ledger
     ledger.start()
-    for t in range(ledger.t + 1, plan.num_steps + 1):
+    t = ledger.t
+    while t < plan.num_steps:
+        t += 1
         lr, batch = engine.lr(), replica.stream.next().to(replica.device)
         loss = engine.backward(batch, algorithm.during_backward(t, engine, state, replica.comm))
         replica.talk(partial(algorithm.before_update, t, engine, state))
         engine.update()
+        t = replica.meet(t, plan.num_steps)
         replica.talk(partial(algorithm.after_update, t, engine, state))
         if t == plan.num_steps:
+            replica.gather(t)
             replica.talk(partial(algorithm.complete, t, engine, state))
             replica.talk(partial(algorithm.finish, t, engine, state))
-        ledger.step(t, loss, lr, algorithm.num_rounds(state), len(replica.comm.members))
+        ledger.step(t, loss, lr, algorithm.num_rounds(state), len(replica.comm.members), replica.committed())
 
         if _due(t, plan.evaluate_every) or t == plan.num_steps:
             ledger.flush(lr, algorithm.num_rounds(state))

@@ -90,7 +90,9 @@ class DiLoCo(Rounds[DiLoCoState]):
         """The deltas, unless all replicas' are dropped; the end of a run drops none."""
         dropped = self.dropped if self.is_due(t, state) else None
         mine = factor(state.round + 1, comm, state.replicas, self.weights, dropped)
-        return [] if mine is None else deltas(self.reducer, state.anchor, engine.slots()["param"], mine)
+        if mine is None or comm.share is None:
+            return []
+        return deltas(self.reducer, state.anchor, engine.slots()["param"], mine, share=comm.share)
 
     def commit(self, t: int, engine: Engine, state: DiLoCoState, sent: Exchange, means: list[Tensor]) -> None:
         """Take the outer step; replicas that took part load the new anchor."""
@@ -100,3 +102,6 @@ class DiLoCo(Rounds[DiLoCoState]):
 
     def stands(self, engine: Engine, state: DiLoCoState) -> list[Tensor]:
         return state.anchor
+
+    def shared(self, state: DiLoCoState) -> list[Tensor]:
+        return [*state.anchor, *self.outer.tensors(state.outer)]

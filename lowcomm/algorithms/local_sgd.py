@@ -78,7 +78,9 @@ class LocalSGD(Rounds[LocalSGDState]):
         """Differences to the last average, unless all replicas' are dropped; the end of a run drops none."""
         dropped = self.dropped if self.is_due(t, state) else None
         mine = factor(state.round + 1, comm, state.replicas, self.weights, dropped)
-        return [] if mine is None else deltas(self.reducer, state.anchor, engine.slots()["param"], mine)
+        if mine is None or comm.share is None:
+            return []
+        return deltas(self.reducer, state.anchor, engine.slots()["param"], mine, share=comm.share)
 
     def commit(self, t: int, engine: Engine, state: LocalSGDState, sent: Exchange, means: list[Tensor]) -> None:
         """Compute the new average; replicas that took part load it."""
@@ -87,4 +89,7 @@ class LocalSGD(Rounds[LocalSGDState]):
             copy_(engine.slots()["param"], state.anchor)
 
     def stands(self, engine: Engine, state: LocalSGDState) -> list[Tensor]:
+        return state.anchor
+
+    def shared(self, state: LocalSGDState) -> list[Tensor]:
         return state.anchor

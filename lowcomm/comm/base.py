@@ -73,10 +73,12 @@ class Comm(ABC):
     Attributes:
         rank: of this process, constant; all views use the same numbering.
         members: the sorted ranks of this view, this one included.
+        share: this rank's weight in averages over the view, times the number of members; None: nobody brings anything.
     """
 
     rank: int
     members: tuple[int, ...]
+    share: float | None = 1.0
 
     @property
     def place(self) -> int:

@@ -48,6 +48,9 @@ class Around(Engine, ABC):
     def lr(self) -> float:
         return self._inner.lr()
 
+    def skip(self, num_steps: int) -> None:
+        self._inner.skip(num_steps)
+
     def state_dict(self) -> dict[str, Any]:
         return self._inner.state_dict()
 

@@ -81,6 +81,10 @@ class Engine(ABC):
         """The learning rate of the next `update` (first parameter group)."""
 
     @abstractmethod
+    def skip(self, num_steps: int) -> None:
+        """Advance the learning-rate schedule by steps that this replica does not take."""
+
+    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Everything a restart needs: parameters, buffers, optimizer, schedule, random state."""
 

@@ -174,6 +174,11 @@ class TorchEngine(Engine):
     def lr(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
+    def skip(self, num_steps: int) -> None:
+        if self.schedule is not None:
+            for _ in range(num_steps):
+                self.schedule.step()
+
     def state_dict(self) -> dict[str, Any]:
         """Without gradients. Tensors of the model and optimizer are live: save or copy them before the next step."""
         on_cuda = self._device.type == "cuda"

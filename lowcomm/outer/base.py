@@ -17,6 +17,11 @@ class Outer(ABC, Generic[S]):
     def init(self, anchor: list[Tensor]) -> S:
         """The state before the first round."""
 
+    def tensors(self, state: S) -> list[Tensor]:
+        """Those of the state; by default there are none."""
+        del state
+        return []
+
     @abstractmethod
     def apply(self, anchor: list[Tensor], delta: list[Tensor], state: S) -> None:
         """Step in place. ``delta`` is anchor - local, averaged: it points like a gradient, so the step descends."""

@@ -54,6 +54,9 @@ class Nesterov(Outer[NesterovState]):
         """Zero momentum."""
         return NesterovState(zeros(anchor))
 
+    def tensors(self, state: NesterovState) -> list[Tensor]:
+        return state.buffer
+
     def apply(self, anchor: list[Tensor], delta: list[Tensor], state: NesterovState) -> None:
         """One step, in place, by torch's fused kernel: one pass over all of it."""
         if not anchor or valueless(anchor):

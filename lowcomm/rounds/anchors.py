@@ -22,10 +22,16 @@ def anchor_of(params: Sequence[Tensor]) -> list[Tensor]:
 
 
 def deltas(
-    reducer: Reducer, anchor: list[Tensor], params: list[Tensor], factor: float = 1.0, slot: str = "deltas"
+    reducer: Reducer,
+    anchor: list[Tensor],
+    params: list[Tensor],
+    factor: float = 1.0,
+    slot: str = "deltas",
+    share: float = 1.0,
 ) -> list[Sending]:
-    """A `Sending` of the deltas of all parameters; the factor is its memo."""
-    return [Sending(slot, reducer, anchor, partial(delta, anchor, params, factor), range(len(anchor)), memo=factor)]
+    """A `Sending` of the deltas of all parameters, times factor and share; the factor is its memo."""
+    values = partial(delta, anchor, params, factor * share)
+    return [Sending(slot, reducer, anchor, values, range(len(anchor)), memo=factor)]
 
 
 def delta(anchor: Sequence[Tensor], params: Sequence[Tensor], factor: float, numbers: Sequence[int]) -> list[Tensor]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from lowcomm.algorithms.base import Algorithm
@@ -20,7 +21,7 @@ from lowcomm.engine.base import Engine, Ready
 from lowcomm.reduce import NonFinite, Reducer, ReducerState
 from lowcomm.rounds.exchanges import Exchange, Sending, Turn, in_turn
 from lowcomm.rounds.qsr import QSR, round_steps
-from lowcomm.tensors import copy_
+from lowcomm.tensors import add_, copy_
 
 
 @dataclass(kw_only=True)
@@ -103,6 +104,14 @@ class Rounds(Algorithm[S], ABC):
     def rest(self, t: int, engine: Engine, state: S, comm: Comm) -> list[Sending] | None:
         """What is averaged at the end of a run of ``t`` steps; None: nothing. By default the partial round."""
         return self.round(t, engine, state, comm) if t > state.synced_t else None
+
+    def shared(self, state: S) -> list[Tensor] | None:
+        """What is equal on all replicas between rounds, an anchor of each parameter first; None: none may miss a round.
+
+        By default None.
+        """
+        del state
+        return None
 
     def drains_first(self, state: S, comm: Comm) -> bool:
         """Whether pending exchanges are applied before, not after, the rest is sent at the end of a run."""
@@ -228,6 +237,31 @@ class Rounds(Algorithm[S], ABC):
             slot: [self.reducer_of(slot).resync(kept, comm).result() for kept in groups]
             for slot, groups in state.kept.items()
         }
+
+    def catch_up(self, t: int, engine: Engine, state: S, comm: Comm, donor: int, carries: bool) -> int:
+        """Copy the result of rounds that this replica missed, and return the step of the last one's end.
+
+        All members of ``comm`` call it: ``donor``, who has the result, and those who miss it.
+
+        Args:
+            carries: keep this replica's difference to its anchor, as one to the new anchor.
+        """
+        mine = self.shared(state)
+        assert mine is not None and not state.under_way, "refused at the start"
+        counts = torch.tensor([t, state.round, state.synced_t, state.ends_t])
+        works = [comm.broadcast(x, donor) for x in [counts, *mine]]
+        counts, *theirs = [work.wait() for work in works]
+        if comm.rank == donor:
+            return t
+        params = engine.slots()["param"]
+        anchors = theirs[: len(params)]
+        if carries:
+            add_(params, [y - x for x, y in zip(mine, anchors, strict=False)])
+        else:
+            copy_(params, anchors)
+        copy_(mine, theirs)
+        t, state.round, state.synced_t, state.ends_t = counts.tolist()
+        return t
 
     def num_rounds(self, state: S) -> int:
         return state.round

@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from lowcomm.assemble import Assembled, assemble, autocast_of, describe_into, place, save_weights
+from lowcomm.attendance import Seat
 from lowcomm.checkpoint import Checkpoints
 from lowcomm.comm.metered import MeteredComm
 from lowcomm.config import Run, describe
@@ -31,6 +32,7 @@ from lowcomm.sim.machines import Machines
 from lowcomm.sim.memory import Residence
 from lowcomm.sim.record.timing import assemble_shapes, explained, shapes_of
 from lowcomm.sim.record.trace import write_chrome_trace
+from lowcomm.sim.seats import seats_of
 from lowcomm.sim.stacked import Stack, require_stackable
 from lowcomm.state import state_tree
 from lowcomm.train import train
@@ -71,13 +73,15 @@ def simulate(
         torch.cuda.init()  # before the clock notes what state torch is in
     build = _timing(run, num_ranks) if timing_only else _real(run, device)
     if cluster.compute.needs_calibration():
-        step_s = measured_step_s(lambda comm: build(comm, lambda record: None, lambda engine: engine), num_ranks)
+        step_s = measured_step_s(lambda comm: build(comm, lambda record: None, lambda engine: engine, None), num_ranks)
         print(f"a step takes {step_s:.4g} s on this machine")
         cluster = replace(cluster, compute=cluster.compute.calibrated(step_s))
     describe_into(run, out)
     (out / "cluster.yaml").write_text(yaml.safe_dump(describe(cluster), sort_keys=False), encoding="utf-8")
     machines = Machines(cluster, isolate_torch=not timing_only, before_turn=residence.enter if num_resident else None)
     kept: dict[str, Any] = {"vocab_size": run.data.tokenizer.vocab_size}  # what `lowcomm.sim.retime` asks for
+
+    seats = seats_of(run.participation, machines.clock, num_ranks)
 
     def program(rank: int) -> dict[str, Any]:
         sinks: list[Sink] = [ProgressSink(run.steps(num_ranks))] if rank == 0 else []
@@ -94,7 +98,7 @@ def simulate(
             return SimEngine(joined, pace, joined.announce)
 
         try:
-            assembled = build(machines.comm(rank), metrics.write, around)
+            assembled = build(machines.comm(rank), metrics.write, around, seats[rank])
             if not timing_only:
                 residence.own(rank, partial(_states, assembled))
             if rank == 0:
@@ -136,6 +140,8 @@ def _refuse(run: Run, cluster: Cluster, out: Path, timing_only: bool, num_reside
         raise ValueError(f"{out} already holds a run; choose another --out")
     if run.checkpoint.every:
         raise ValueError("a simulation is not checkpointed: set checkpoint.every to 0")
+    if run.participation is not None and cluster.fault_events():
+        raise ValueError("participation does not go with a cluster's faults yet: a rank that is lost is waited for")
     for event in cluster.fault_events():
         if isinstance(event, Rejoin):
             raise ValueError(
@@ -152,18 +158,18 @@ def _refuse(run: Run, cluster: Cluster, out: Path, timing_only: bool, num_reside
     cluster.check_steps(run.steps(cluster.num_ranks))
 
 
-# a rank's replica, given its comm, where its metrics go, and what is put around its engine
-_Build = Callable[[MeteredComm, Callable[[dict[str, Any]], None], Callable[[Engine], Engine]], Assembled]
+# a rank's replica, given its comm, where its metrics go, what is put around its engine, and its seat at the meeting
+_Build = Callable[[MeteredComm, Callable[[dict[str, Any]], None], Callable[[Engine], Engine], Seat | None], Assembled]
 
 
 def _real(run: Run, device: torch.device) -> _Build:
     loaded = run.data.load()
-    return lambda comm, write, around: assemble(run, loaded, comm, device, write, around)
+    return lambda comm, write, around, seat: assemble(run, loaded, comm, device, write, around, seat)
 
 
 def _timing(run: Run, num_ranks: int) -> _Build:
     shapes = shapes_of(run, num_ranks)
-    return lambda comm, write, around: assemble_shapes(run, shapes, comm, write, around)
+    return lambda comm, write, around, seat: assemble_shapes(run, shapes, comm, write, around, seat)
 
 
 def _states(assembled: Assembled) -> list[Any]:

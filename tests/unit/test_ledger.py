@@ -33,12 +33,12 @@ def test_waits_before_and_beside_training_are_not_its_own():
     passes(5.0, waiting=4.0)  # for a rank that began late
     ledger.start()
     passes(3.0, waiting=1.0)
-    ledger.step(1, torch.tensor(1.0), 0.1, 1, 2)
+    ledger.step(1, torch.tensor(1.0), 0.1, 1, 2, 2 * ledger.step_tokens)
     ledger.flush(0.1, 1)
     with ledger.paused():
         passes(2.0, waiting=1.5)
     passes(4.0, waiting=0.5)
-    ledger.step(2, torch.tensor(1.0), 0.1, 2, 2)
+    ledger.step(2, torch.tensor(1.0), 0.1, 2, 2, 2 * ledger.step_tokens)
     ledger.flush(0.1, 2)
     found = [(x["time_s"], x["comm_wait_s"], x["compute_s"]) for x in lines if x["kind"] == "step"]
     assert found == [(3.0, 1.0, 2.0), (9.0, 1.5, 5.5)]
@@ -57,7 +57,7 @@ def test_waits_of_a_stream_before_the_start_are_not_those_of_training():
     ledger.start()
     meter._events.append((Event(5.0), Event(6.0)))
     now[0] = 8.0
-    ledger.step(1, torch.tensor(1.0), 0.1, 1, 2)
+    ledger.step(1, torch.tensor(1.0), 0.1, 1, 2, 2 * ledger.step_tokens)
     assert (lines[0]["comm_wait_s"], lines[0]["compute_s"]) == (1.0, 2.0)
 
 
@@ -69,7 +69,7 @@ def noted(losses, log_every, seconds, **state):
     ledger.start()
     for t, (loss, passed) in enumerate(zip(losses, seconds, strict=True), ledger.t + 1):
         now[0] += passed
-        ledger.step(t, torch.tensor(loss), 0.1, t // 2, 2)
+        ledger.step(t, torch.tensor(loss), 0.1, t // 2, 2, 2 * ledger.step_tokens)
     return ledger, lines
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lowcomm.assemble import Assembled, build_engine, open_ledger, without_values
+from lowcomm.attendance import Seat, attend
 from lowcomm.comm.metered import MeteredComm
 from lowcomm.config import Batch, Run
 from lowcomm.engine.base import Engine, Ready
@@ -109,6 +110,9 @@ class TimingEngine(Engine):
     def lr(self) -> float:
         return self._shapes.lr(self._num_updates)
 
+    def skip(self, num_steps: int) -> None:
+        self._num_updates += num_steps
+
     def state_dict(self) -> dict[str, Any]:
         """The number of updates."""
         return {"num_updates": self._num_updates}
@@ -157,12 +161,14 @@ def assemble_shapes(
     comm: MeteredComm,
     write: Callable[[dict[str, Any]], None],
     around: Callable[[Engine], Engine],
+    seat: Seat | None = None,
 ) -> Assembled:
     """One member's replica, as `lowcomm.assemble.assemble` would build it, but of shapes.
 
     Args:
         write: where metrics lines go.
         around: what is put around the engine: a virtual clock.
+        seat: as `lowcomm.assemble.assemble`'s.
     """
     device = torch.device("cpu")  # of what the loop itself sums
     engine = around(TimingEngine(shapes))
@@ -175,7 +181,9 @@ def assemble_shapes(
 
     ledger = open_ledger(run, shapes.model, comm, device, write_known)
     members = Members(comm, run.on_loss == "go_on")
-    replica = Replica(run.algorithm, engine, run.algorithm.init(engine, comm), NoText(), ledger, members, device)
+    state = run.algorithm.init(engine, comm)
+    attendance = attend(run.participation, seat, comm, run.algorithm, state)
+    replica = Replica(run.algorithm, engine, state, NoText(), ledger, members, device, attendance)
     holds_out = run.data.validation is not None or run.data.validation_fraction > 0
     window = torch.empty(1, 2, dtype=torch.int64)  # however many there are, their losses make one sum
     plan = Plan(run.steps(len(comm.members)), run.evaluation.every, 0, [window] if holds_out else [], math.nan)
