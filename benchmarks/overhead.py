@@ -41,7 +41,8 @@ from lowcomm.membership import Members
 from lowcomm.metrics import Metrics
 from lowcomm.models.llama import Llama
 from lowcomm.optim.schedule import Cosine
-from lowcomm.train import Plan, Replica, train
+from lowcomm.replica import Replica
+from lowcomm.train import Plan, train
 
 LOG_EVERY = 10
 NUM_WARMUP_STEPS = 10

@@ -32,10 +32,11 @@ from lowcomm.metrics import Metrics, ProgressSink, Sink, TensorBoardSink, WandbS
 from lowcomm.models.flops import flops_per_token, peak_flops
 from lowcomm.models.length import check_length
 from lowcomm.optim.groups import parameter_groups
+from lowcomm.replica import Replica
 from lowcomm.resume import check_beginning, resume
 from lowcomm.state import state_tree
 from lowcomm.tensors import digest, num_bytes, rng
-from lowcomm.train import Plan, Replica, train
+from lowcomm.train import Plan, train
 
 _DTYPES = {"fp32": torch.float32, "bf16_mixed": torch.float32, "bf16": torch.bfloat16}
 

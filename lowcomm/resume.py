@@ -12,8 +12,8 @@ from lowcomm.checkpoint import Checkpoints
 from lowcomm.comm.metered import MeteredComm
 from lowcomm.config import Run, decisive, describe
 from lowcomm.metrics import read
+from lowcomm.replica import Replica
 from lowcomm.state import restore
-from lowcomm.train import Replica
 
 
 def resume(replica: Replica, checkpoints: Checkpoints) -> int:

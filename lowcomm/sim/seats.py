@@ -31,7 +31,6 @@ class Hall:
             self.meeting.join(rank, self.clock.now)
 
     def meet(self, rank: int, step: int, version: int, tokens_done: float) -> View | None:
-        """See `Seat.meet`."""
         if self._is_over:
             return None
         self.meeting.arrive(Arrival(rank, self.clock.now, version, step, tokens_done))

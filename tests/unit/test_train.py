@@ -11,7 +11,8 @@ from lowcomm.comm.base import Comm
 from lowcomm.comm.metered import Meter, MeteredComm
 from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.membership import Members
-from lowcomm.train import Plan, Replica, evaluate, train
+from lowcomm.replica import Replica
+from lowcomm.train import Plan, evaluate, train
 from tests.world import run_world
 
 

@@ -22,7 +22,8 @@ from lowcomm.config import Batch, Run
 from lowcomm.engine.base import Engine, Ready
 from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.membership import Members
-from lowcomm.train import Plan, Replica
+from lowcomm.replica import Replica
+from lowcomm.train import Plan
 
 
 class Shapes:
