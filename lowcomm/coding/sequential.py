@@ -117,9 +117,9 @@ class Repeated(Schedule):
         return self.bursts.length if self.bursts.window > 1 else 0
 
     def parts(self, round: int, num_jobs: int, progress: Progress) -> list[list[Part]]:
-        earlier = round - self.bursts.length
+        earlier = round - self.delay  # the job that is due now
         missing = [i for i in range(self.num_workers) if not progress.of(earlier, i)]
-        again = set(missing[: max(0, len(missing) - self.num_missing)]) if earlier >= 1 else set()
+        again = set(missing[: max(0, len(missing) - self.num_missing)]) if 1 <= earlier < round else set()
         usual = [Part(round, group=0)] if round <= num_jobs else []
         return [[Part(earlier, group=0)] if i in again else usual for i in range(self.num_workers)]
 

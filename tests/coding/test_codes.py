@@ -21,12 +21,12 @@ LARGE: list[Code] = [CyclicRepetition(n, s) for n, s in ((16, 3), (32, 8), (48, 
 LARGE += [FractionalRepetition(n, s) for n, s in ((16, 3), (32, 7), (48, 2), (64, 15))]
 
 
-def gradients(num: int, dtype: torch.dtype = torch.float64) -> dict[int, list[torch.Tensor]]:
+def gradients(num, dtype=torch.float64):
     drawn = torch.randn(num, 7, generator=rng(num, "gradients"), dtype=torch.float64).to(dtype)
     return {i: [drawn[i, :3].reshape(3, 1), drawn[i, 3:]] for i in range(num)}
 
 
-def worst_error(code: Code, left_out: list[tuple[int, ...]]) -> float:
+def worst_error(code, left_out):
     """Over sets of missing workers, relative to the largest value."""
     n, of = code.num_workers, gradients(code.num_workers)
     messages = {worker: encode(code, worker, of) for worker in range(n)}
@@ -68,7 +68,8 @@ def test_each_worker_computes_its_load_and_no_more(code):
 
 
 def test_factors_are_worked_out_once_for_each_set(monkeypatch):
-    code, asked = CyclicRepetition(5, 1), []
+    code = CyclicRepetition(5, 1)
+    asked: list[frozenset[int]] = []
     weights = CyclicRepetition.weights
     monkeypatch.setattr(CyclicRepetition, "weights", lambda self, who: asked.append(who) or weights(self, who))
     decoder, messages = Decoder(code), {worker: encode(code, worker, gradients(5)) for worker in range(5)}
@@ -113,7 +114,7 @@ def test_impossible_codes_are_refused(make, said):
 def test_coded_and_uncoded_training_give_equal_parameters(code):
     """A small model, six partitions of each batch, and other workers missing at every step."""
 
-    def trained(coded: bool) -> list[torch.Tensor]:
+    def trained(coded):
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).double()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

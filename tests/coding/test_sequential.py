@@ -36,6 +36,7 @@ def known_in_time(schedule: Schedule, patterns: list[frozenset[int]], num_jobs: 
         due = round - schedule.delay
         if due >= 1 and not schedule.is_known(due, progress):
             return False
+        progress.forget(due)
     return True
 
 
