@@ -40,6 +40,7 @@ PARTS: dict[str, set[str]] = {
         *("algorithms.base", "rounds"),
     },
     "participation": set(),
+    "coding": {"tensors", "codecs"},
     "models": {"tensors", "optional"},
     "data": {"tensors", "optional"},
 }
