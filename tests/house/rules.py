@@ -61,6 +61,7 @@ RUN: dict[str, set[str]] = {
     "predict": {*PARTS, "config", "assemble"},
     "attach": {"comm.base", "comm", "engine.base", "engine", "algorithms.base", "state", "membership"},
     "hooks": {"comm.base", "comm", "reduce", "state"},
+    "coordinator": {"optional", "participation"},
     "report": {"optional", "config", "metrics", "report.si", "sim.record"},
 }
 MAY_IMPORT: dict[str, set[str]] = {
@@ -73,7 +74,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("tensors", "optional", "comm", "engine.base", "engine", "membership", "train", "config", "assemble"),
         "sim.wire",
     },
-    "sim": {*PARTS, *RUN, "sim.wire", "sim.cluster", "sim.record"} - {"report"},  # only the command line imports it
+    "sim": {*PARTS, *RUN, "sim.wire", "sim.cluster", "sim.record"} - {"report", "coordinator"},  # only the command line imports them
     "parsing": set(),
     "cli": {*PARTS, *RUN, "sim", "sim.wire", "sim.cluster", "parsing", "__init__"},
     "__main__": {"cli"},
@@ -84,7 +85,7 @@ IMPURE_MODULES = ("torch.distributed", "time", "random", "numpy.random", "thread
 TORCH_DISTRIBUTED_IN = {"lowcomm/comm/distributed.py", "lowcomm/checkpoint.py"}
 # optional or slow to import: only inside the functions that need them
 LAZY = (
-    *("ray", "deepspeed", "torchft", "triton", "transformers", "datasets", "tokenizers", "pyarrow"),
+    *("ray", "deepspeed", "aiohttp", "triton", "transformers", "datasets", "tokenizers", "pyarrow"),
     *("wandb", "tensorboard", "torch.utils.tensorboard", "matplotlib", "jinja2"),
 )
 # files of the method rooms that are no published method

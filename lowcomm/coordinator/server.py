@@ -1,0 +1,284 @@
+"""The coordinator's side of the ranks' WebSockets: it hears, decides, saves, and only then tells.
+
+What is said to ranks goes through an outbox that is emptied after the state is on disk, so no rank ever knows what a
+restarted coordinator would not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lowcomm.coordinator.history import History
+from lowcomm.coordinator.messages import (
+    MOST_BYTES,
+    Arrive,
+    Ended,
+    FromCoordinator,
+    Join,
+    Leave,
+    Lost,
+    Malformed,
+    Refused,
+    Welcome,
+    Without,
+    decode,
+    encode,
+)
+from lowcomm.coordinator.persist import StateFile
+from lowcomm.coordinator.readers import Guard, Readers
+from lowcomm.coordinator.session import Member, Refusal, Session
+from lowcomm.participation.base import Wait
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+_MOST_UNSENT_BYTES = 4 << 20  # to a rank that does not read; then its connection is cut
+_BATCH_S = 0.001  # arrivals that come within it are decided on together
+
+
+@dataclass(frozen=True)
+class Liveness:
+    """How the dead and the stopped are told.
+
+    Attributes:
+        heartbeat_s: between two pings of each rank.
+        dead_after_s: a rank that says nothing for so long, not even to a ping, is dead or stopped.
+        return_s: after a restart, how long members may take to come back.
+    """
+
+    heartbeat_s: float = 1.0
+    dead_after_s: float = 5.0
+    return_s: float = 30.0
+
+
+@dataclass(eq=False)
+class Connection:
+    """A rank's WebSocket; ``heard_s`` is when it last said or answered anything."""
+
+    socket: web.WebSocketResponse
+    transport: asyncio.Transport
+    heard_s: float
+    member: Member | None = None
+
+
+class Server:
+    """One coordinator; times are of the monotonic clock."""
+
+    def __init__(self, session: Session, file: StateFile, liveness: Liveness, secret: str | None = None) -> None:
+        """
+        Args:
+            session: that has not resumed yet.
+        """
+        self.session = session
+        self._file, self._liveness, self._secret = file, liveness, secret
+        now_s = time.monotonic()
+        self.session.resume(file.load(), now_s)
+        self.history = History(now_s)
+        self._frozen_until_s = now_s + liveness.return_s
+        self._connections: set[Connection] = set()
+        self._outbox: list[tuple[Connection, str]] = []
+        self._wake = asyncio.Event()
+        self.tasks: list[asyncio.Task[None]] = []  # while the application runs; they end only by an error
+
+    def application(self) -> web.Application:
+        """All routes, and what runs beside them."""
+        from aiohttp import web
+
+        guard = Guard(self._secret, self._count_refused)
+
+        @web.middleware
+        async def admit(
+            request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+        ) -> web.StreamResponse:
+            return await guard.admit(request, handler)
+
+        app = web.Application(middlewares=[admit])
+        app.add_routes([*Readers(self.status).routes(), web.get("/rank", self._rank)])
+        app.cleanup_ctx.append(self._beside)
+        return app
+
+    def status(self) -> dict[str, Any]:
+        """What readers are shown."""
+        meeting = self.session.meeting
+        return {
+            "epoch": meeting.epoch,
+            "round": meeting.round,
+            "rule": str(meeting.rule),
+            "expected": self.session.absent,
+            **self.history.status(time.monotonic()),
+        }
+
+    # ---- one rank
+
+    async def _rank(self, request: web.Request) -> web.StreamResponse:
+        from aiohttp import WSMsgType, web
+
+        socket = web.WebSocketResponse(
+            timeout=1.0, autoping=False, compress=False, max_msg_size=MOST_BYTES, writer_limit=2**40
+        )
+        await socket.prepare(request)
+        assert isinstance(request.transport, asyncio.Transport)
+        connection = Connection(socket, request.transport, time.monotonic())
+        self._connections.add(connection)
+        try:
+            async for said in socket:
+                now_s = time.monotonic()
+                if said.type is WSMsgType.TEXT:
+                    self._hear(connection, said.data, now_s)
+                elif said.type is WSMsgType.PING:
+                    await socket.pong(said.data)
+                elif said.type is not WSMsgType.PONG:
+                    raise Malformed(f"messages are texts, not {said.type.name}")
+                if connection.member is not None:  # who does not join is no better than silent
+                    connection.heard_s = now_s
+        except (Malformed, Refusal) as error:
+            self._count_refused()
+            with suppress(ConnectionError, RuntimeError):
+                await socket.send_str(encode(Refused(str(error), final=True)))
+        finally:
+            self._connections.discard(connection)
+            self._drop(connection, "its connection closed")
+            await socket.close()
+        return socket
+
+    def _hear(self, connection: Connection, text: str, now_s: float) -> None:
+        """Raises `Malformed` or `Refusal`."""
+        member = connection.member
+        if member is None:
+            connection.member = member = self._join(decode(text, [Join]), now_s)
+            self._tell(connection, Welcome(member.epoch, self.session.meeting.round))
+        else:
+            said: Arrive | Ended | Leave = decode(text, [Arrive, Ended, Leave])
+            self.session.check(member, said)
+            if isinstance(said, Arrive):
+                self._arrive(connection, member, said, now_s)
+            elif isinstance(said, Ended):
+                self.session.ended(member, said)
+                self.history.ended(member.replica, said, now_s)
+            else:
+                self._drop(connection, "it left")
+        self._wake.set()
+
+    def _join(self, said: Join, now_s: float) -> Member:
+        member = self.session.join(said, now_s)
+        for other in [c for c in self._connections if c.member and c.member.replica == member.replica]:
+            other.transport.abort()
+        self.history.joined(member.replica, member.name, now_s)
+        return member
+
+    def _arrive(self, connection: Connection, member: Member, said: Arrive, now_s: float) -> None:
+        lost = self.session.lost(said)
+        known = self.session.arrive(member, said, now_s)
+        if known is not None:
+            self._tell(connection, known)
+            return
+        self.history.arrived(member.replica, said.version, said.step, now_s)
+        for replica in lost:
+            self.history.gone(replica, f"replica {member.replica} lost it in an exchange", now_s)
+        self._tell_of_lost(lost)
+
+    def _drop(self, connection: Connection, why: str) -> None:
+        """A rank is no member any more, unless another connection has taken its place."""
+        member, connection.member = connection.member, None
+        if member is not None and self.session.members.get(member.replica) is member:
+            self.session.gone(member.replica)
+            self.history.gone(member.replica, why, time.monotonic())
+            self._tell_of_lost([member.replica])
+            self._wake.set()
+
+    def _count_refused(self) -> None:
+        self.history.num_refused += 1
+
+    # ---- all ranks
+
+    def _tell(self, connection: Connection, message: FromCoordinator) -> None:
+        self._outbox.append((connection, encode(message)))
+
+    def _tell_of_lost(self, replicas: list[int]) -> None:
+        view = self.session.view
+        gone = tuple(r for r in replicas if view and r in view.members and r not in self.session.done)
+        if view is not None and gone:
+            self._tell_all(set(view.members) - set(gone), Lost(view.round, gone))
+
+    def _tell_all(self, replicas: set[int], message: FromCoordinator) -> None:
+        text = encode(message)
+        told = [c for c in self._connections if c.member is not None and c.member.replica in replicas]
+        self._outbox += [(connection, text) for connection in told]
+
+    async def _beside(self, app: web.Application) -> AsyncIterator[None]:
+        self.tasks += [asyncio.create_task(self._decide()), asyncio.create_task(self._ping())]
+        yield
+        for task in self.tasks:
+            task.cancel()
+        for connection in list(self._connections):
+            connection.transport.abort()  # ranks come back to the next coordinator on this address
+        self._file.close()
+
+    async def _decide(self) -> None:
+        """Decide what can be, whenever anything has come or a rule asked for it; save, then tell."""
+        while True:
+            self._wake.clear()
+            decided = self._poll()
+            if self.session.changed:
+                self._file.save(self.session.state_dict())
+                self.session.changed = False
+            outbox, self._outbox = self._outbox, []
+            for connection, text in outbox:
+                await self._send(connection, text)
+            wait_s = None if decided.until_s is None else max(0.0, decided.until_s - time.monotonic())
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), wait_s)
+            await asyncio.sleep(_BATCH_S)
+
+    def _poll(self) -> Wait:
+        while True:
+            now_s = time.monotonic()
+            decided = self.session.poll(now_s)
+            if isinstance(decided, Wait):
+                return decided
+            members = set(decided.members)
+            self._tell_all(members, decided)
+            curious = {r for r, member in self.session.members.items() if member.notices and r not in members}
+            if curious:
+                self._tell_all(curious, Without(decided.epoch, decided.round))
+            self.history.decided(decided, self.session.meeting.present, now_s)
+
+    async def _send(self, connection: Connection, text: str) -> None:
+        """Never waits for a rank: one that does not read is cut off."""
+        if connection.transport.get_write_buffer_size() > _MOST_UNSENT_BYTES:
+            connection.transport.abort()
+            return
+        with suppress(ConnectionError):
+            await connection.socket.send_str(text)
+
+    async def _ping(self) -> None:
+        """Ping ranks, and give up those who are silent for too long, or do not come back after a restart."""
+        pinged_s = looked_s = time.monotonic()
+        limits = self._liveness
+        pause_s = min(0.2, limits.heartbeat_s / 2)
+        while True:
+            await asyncio.sleep(pause_s)
+            now_s = time.monotonic()
+            own_pause_s, looked_s = now_s - looked_s - pause_s, now_s
+            if own_pause_s > limits.heartbeat_s:  # this process itself was stopped, so nobody could be heard
+                for connection in self._connections:
+                    connection.heard_s += own_pause_s
+            for connection in list(self._connections):
+                if now_s - connection.heard_s > limits.dead_after_s:
+                    self._drop(connection, f"no answer for {limits.dead_after_s:g} s: dead, stopped or cut off")
+                    connection.transport.abort()
+                elif now_s - pinged_s >= limits.heartbeat_s:
+                    with suppress(ConnectionError):
+                        await connection.socket.ping()
+            if now_s - pinged_s >= limits.heartbeat_s:
+                pinged_s = now_s
+            if now_s > self._frozen_until_s:
+                for replica in self.session.absent:
+                    self.session.gone(replica)
+                    self._tell_of_lost([replica])
+                    self._wake.set()
