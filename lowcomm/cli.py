@@ -24,7 +24,8 @@ import lowcomm
 from lowcomm.assemble import run_replica
 from lowcomm.comm.base import Late, PeerLost
 from lowcomm.config import Run, describe
-from lowcomm.coordinator.serving import Serving, serve
+from lowcomm.coordinator.server import serve
+from lowcomm.coordinator.settings import Serving
 from lowcomm.data import BPE, Source, Tokenizer, train_bpe, write_shards
 from lowcomm.data.shards import check_target
 from lowcomm.ledger import Diverged
@@ -272,7 +273,19 @@ def _coordinator(argv: list[str]) -> int:
 
 def _parser(command: str, description: str) -> ArgumentParser:
     # Short class names (--algorithm LocalSGD) are known once their modules are.
-    for room in ("rounds", "algorithms", "codecs", "compress", "feedback", "outer", "models", "data", "optim", "sim", "participation"):
+    for room in (
+        "rounds",
+        "algorithms",
+        "codecs",
+        "compress",
+        "feedback",
+        "outer",
+        "models",
+        "data",
+        "optim",
+        "sim",
+        "participation",
+    ):
         package = importlib.import_module(f"lowcomm.{room}")
         for module in pkgutil.walk_packages(package.__path__, f"lowcomm.{room}."):
             importlib.import_module(module.name)

@@ -18,20 +18,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from lowcomm.coordinator.messages import (
-    Arrive,
-    Ended,
-    FromCoordinator,
-    Join,
-    Leave,
-    Lost,
-    Malformed,
-    Refused,
-    Welcome,
-    Without,
-    decode,
-    encode,
-)
+from lowcomm.coordinator import messages as m
 from lowcomm.optional import require
 from lowcomm.participation.base import Arrival
 from lowcomm.participation.meeting import View
@@ -93,9 +80,9 @@ class Coordinator:
         """
         require("aiohttp", "lowcomm[elastic]")
         self._access, self._changed = access, threading.Condition()
-        self._join = Join(replica, secrets.token_hex(8), 0, version, dict(agree), socket.gethostname(), notices)
+        self._join = m.Join(replica, secrets.token_hex(8), 0, version, dict(agree), socket.gethostname(), notices)
         self._seen = self._newest = 0
-        self._asked: Arrive | None = None
+        self._asked: m.Arrive | None = None
         self._told: View | None = None
         self._lost: frozenset[int] = frozenset()
         self._is_in = self._is_over = False
@@ -130,7 +117,7 @@ class Coordinator:
         """
         a = arrival
         with self._changed:
-            said = Arrive(
+            said = m.Arrive(
                 *(self._join.incarnation, 0, self._seen, a.version, a.step, float(a.tokens_done), float(a.seconds)),
                 *(a.measured, broke, tuple(lost)),
             )
@@ -152,7 +139,7 @@ class Coordinator:
 
     def ended(self, round: int, first_byte_s: float, done_s: float, num_bytes: int, loss: float | None = None) -> None:
         """Say that a round is committed; times count from its decision. Does not block."""
-        self._say(Ended(self._join.incarnation, 0, round, first_byte_s, done_s, num_bytes, loss))
+        self._say(m.Ended(self._join.incarnation, 0, round, first_byte_s, done_s, num_bytes, loss))
 
     @property
     def lost(self) -> frozenset[int]:
@@ -166,7 +153,7 @@ class Coordinator:
 
     def leave(self) -> None:
         """End: nobody waits for this replica any more. The object is of no more use."""
-        self._end(Leave(self._join.incarnation, 0))
+        self._end(m.Leave(self._join.incarnation, 0))
 
     def close(self) -> None:
         """End as a process that dies would."""
@@ -192,7 +179,7 @@ class Coordinator:
             while not self._is_over:
                 try:
                     await self._converse(session)
-                except (ClientConnectorCertificateError, Malformed) as error:
+                except (ClientConnectorCertificateError, m.Malformed) as error:
                     self._fail(Expelled(f"{access.url} is no coordinator to trust: {error}"))
                 except WSServerHandshakeError as error:
                     cause = f"it answers {error.status}"
@@ -230,28 +217,28 @@ class Coordinator:
             with self._changed:
                 held = self._asked.version if self._asked else max(self._seen, self._join.version)
                 joining = replace(self._join, version=held)
-            await heard.send_str(encode(joining))
+            await heard.send_str(m.encode(joining))
             async for said in heard:
                 if said.type is WSMsgType.TEXT:
-                    message: FromCoordinator = decode(said.data, [Welcome, View, Without, Lost, Refused])
+                    message: m.FromCoordinator = m.decode(said.data, [m.Welcome, View, m.Without, m.Lost, m.Refused])
                     self._hear(message)
-                    if isinstance(message, Welcome):
+                    if isinstance(message, m.Welcome):
                         self._socket = heard
                         if self._asked is not None:
                             await self._send(self._asked)
 
-    def _hear(self, said: FromCoordinator) -> None:
-        if isinstance(said, Refused):
+    def _hear(self, said: m.FromCoordinator) -> None:
+        if isinstance(said, m.Refused):
             self._fail(Expelled(f"the coordinator refuses this process: {said.reason}"))
         with self._changed:
-            if isinstance(said, Welcome):
+            if isinstance(said, m.Welcome):
                 self._is_in = True
-            if isinstance(said, Welcome | Without | View):
+            if isinstance(said, m.Welcome | m.Without | View):
                 self._join = replace(self._join, epoch=max(said.epoch, self._join.epoch))
                 self._newest = max(said.round, self._newest)
             if isinstance(said, View) and said.round > self._seen:
                 self._told, self._seen, self._asked, self._lost = said, said.round, None, frozenset()
-            if isinstance(said, Lost) and said.round == self._seen:
+            if isinstance(said, m.Lost) and said.round == self._seen:
                 self._lost |= set(said.replicas)
             self._changed.notify_all()
 
@@ -260,24 +247,24 @@ class Coordinator:
             self._error, self._is_over = self._error or error, True
             self._changed.notify_all()
 
-    def _say(self, message: Arrive | Ended | Leave) -> None:
+    def _say(self, message: m.Arrive | m.Ended | m.Leave) -> None:
         """Send it if there is a connection; what waits for an answer is said again at the next."""
         with suppress(RuntimeError):  # the thread has ended
             asyncio.run_coroutine_threadsafe(self._send(message), self._loop)
 
-    async def _send(self, message: Arrive | Ended | Leave) -> None:
+    async def _send(self, message: m.Arrive | m.Ended | m.Leave) -> None:
         if self._socket is not None:
             with suppress(ConnectionError):
-                await self._socket.send_str(encode(replace(message, epoch=self._join.epoch)))
+                await self._socket.send_str(m.encode(replace(message, epoch=self._join.epoch)))
 
-    async def _finish(self, message: Leave | None) -> None:
+    async def _finish(self, message: m.Leave | None) -> None:
         self._is_over = True
         if self._socket is not None:
             if message is not None:
                 await self._send(message)
             await self._socket.close()
 
-    def _end(self, message: Leave | None) -> None:
+    def _end(self, message: m.Leave | None) -> None:
         with suppress(RuntimeError, TimeoutError):
             asyncio.run_coroutine_threadsafe(self._finish(message), self._loop).result(_HANDSHAKE_S)
         self._thread.join(_HANDSHAKE_S)

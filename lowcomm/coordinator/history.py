@@ -7,6 +7,7 @@ slow machines from slow links so.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -139,14 +140,21 @@ class History:
                 past.losses += [] if said.loss is None else [said.loss]
                 break
 
-    def status(self, now_s: float) -> dict[str, Any]:
-        """All of it, as JSON, with ages instead of times."""
+    def status(self, now_s: float, silent_s: Mapping[int, float]) -> dict[str, Any]:
+        """All of it, as JSON, with ages instead of times.
+
+        Args:
+            silent_s: for how long a replica has answered no ping, where that is too long.
+        """
         recent = list(self.rounds)[-20:]
         span_s = sum(past.took_s for past in recent) + now_s - self._decided_s
         replicas = []
         for number, known in sorted(self.replicas.items()):
             row = asdict(known) | {"replica": number, "for_s": now_s - known.since_s}
-            row.pop("since_s")
+            if known.state == "working" and now_s - known.since_s > 1.5 * (known.work_s or math.inf):
+                row["why"] = f"still at work; its last took {known.work_s:.2f} s"
+            if number in silent_s:
+                row["why"] = f"silent for {silent_s[number]:.1f} s"
             replicas.append(row)
         rounds = [asdict(past) | {"loss": median(past.losses) if past.losses else None} for past in self.rounds]
         return {

@@ -7,53 +7,29 @@ restarted coordinator would not.
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowcomm.coordinator import messages as m
 from lowcomm.coordinator.history import History
-from lowcomm.coordinator.messages import (
-    MOST_BYTES,
-    Arrive,
-    Ended,
-    FromCoordinator,
-    Join,
-    Leave,
-    Lost,
-    Malformed,
-    Refused,
-    Welcome,
-    Without,
-    decode,
-    encode,
-)
 from lowcomm.coordinator.persist import StateFile
 from lowcomm.coordinator.readers import Guard, Readers
 from lowcomm.coordinator.session import Member, Refusal, Session
+from lowcomm.coordinator.settings import Serving
+from lowcomm.optional import require
 from lowcomm.participation.base import Wait
+from lowcomm.participation.meeting import Meeting
 
 if TYPE_CHECKING:
     from aiohttp import web
 
 _MOST_UNSENT_BYTES = 4 << 20  # to a rank that does not read; then its connection is cut
 _BATCH_S = 0.001  # arrivals that come within it are decided on together
-
-
-@dataclass(frozen=True)
-class Liveness:
-    """How the dead and the stopped are told.
-
-    Attributes:
-        heartbeat_s: between two pings of each rank.
-        dead_after_s: a rank that says nothing for so long, not even to a ping, is dead or stopped.
-        return_s: after a restart, how long members may take to come back.
-    """
-
-    heartbeat_s: float = 1.0
-    dead_after_s: float = 5.0
-    return_s: float = 30.0
 
 
 @dataclass(eq=False)
@@ -69,20 +45,22 @@ class Connection:
 class Server:
     """One coordinator; times are of the monotonic clock."""
 
-    def __init__(self, session: Session, file: StateFile, liveness: Liveness, secret: str | None = None) -> None:
+    def __init__(self, serving: Serving) -> None:
         """
-        Args:
-            session: that has not resumed yet.
+        Raises:
+            ValueError: for a state, a secret or a certificate that cannot be used, or without aiohttp.
         """
-        self.session = session
-        self._file, self._liveness, self._secret = file, liveness, secret
+        require("aiohttp", "lowcomm[elastic]")
         now_s = time.monotonic()
-        self.session.resume(file.load(), now_s)
+        self.serving, self._secret, self.tls = serving, serving.secret(), serving.tls()
+        self._file = StateFile(Path(serving.state))
+        self.session = Session(Meeting(serving.rule, serving.num_replicas, serving.late), serving.num_replicas)
+        self.session.resume(self._file.load(), now_s)
         self.history = History(now_s)
-        self._frozen_until_s = now_s + liveness.return_s
         self._connections: set[Connection] = set()
         self._outbox: list[tuple[Connection, str]] = []
         self._wake = asyncio.Event()
+        self._returned_s = now_s + serving.return_s  # until then members of before a restart may return
         self.tasks: list[asyncio.Task[None]] = []  # while the application runs; they end only by an error
 
     def application(self) -> web.Application:
@@ -99,18 +77,20 @@ class Server:
 
         app = web.Application(middlewares=[admit])
         app.add_routes([*Readers(self.status).routes(), web.get("/rank", self._rank)])
-        app.cleanup_ctx.append(self._beside)
+        app.on_startup.append(self._start)
+        app.on_shutdown.append(self._stop)
         return app
 
     def status(self) -> dict[str, Any]:
         """What readers are shown."""
-        meeting = self.session.meeting
+        now_s, meeting = time.monotonic(), self.session.meeting
+        silent_s = {c.member.replica: now_s - c.heard_s for c in self._connections if c.member}
         return {
             "epoch": meeting.epoch,
             "round": meeting.round,
             "rule": str(meeting.rule),
             "expected": self.session.absent,
-            **self.history.status(time.monotonic()),
+            **self.history.status(now_s, {r: s for r, s in silent_s.items() if s > 2 * self.serving.heartbeat_s}),
         }
 
     # ---- one rank
@@ -119,7 +99,7 @@ class Server:
         from aiohttp import WSMsgType, web
 
         socket = web.WebSocketResponse(
-            timeout=1.0, autoping=False, compress=False, max_msg_size=MOST_BYTES, writer_limit=2**40
+            timeout=1.0, autoping=False, compress=False, max_msg_size=m.MOST_BYTES, writer_limit=2**40
         )
         await socket.prepare(request)
         assert isinstance(request.transport, asyncio.Transport)
@@ -133,13 +113,13 @@ class Server:
                 elif said.type is WSMsgType.PING:
                     await socket.pong(said.data)
                 elif said.type is not WSMsgType.PONG:
-                    raise Malformed(f"messages are texts, not {said.type.name}")
+                    raise m.Malformed(f"messages are texts, not {said.type.name}")
                 if connection.member is not None:  # who does not join is no better than silent
                     connection.heard_s = now_s
-        except (Malformed, Refusal) as error:
+        except (m.Malformed, Refusal) as error:
             self._count_refused()
             with suppress(ConnectionError, RuntimeError):
-                await socket.send_str(encode(Refused(str(error), final=True)))
+                await socket.send_str(m.encode(m.Refused(str(error), final=True)))
         finally:
             self._connections.discard(connection)
             self._drop(connection, "its connection closed")
@@ -150,28 +130,28 @@ class Server:
         """Raises `Malformed` or `Refusal`."""
         member = connection.member
         if member is None:
-            connection.member = member = self._join(decode(text, [Join]), now_s)
-            self._tell(connection, Welcome(member.epoch, self.session.meeting.round))
+            connection.member = member = self._join(m.decode(text, [m.Join]), now_s)
+            self._tell(connection, m.Welcome(member.epoch, self.session.meeting.round))
         else:
-            said: Arrive | Ended | Leave = decode(text, [Arrive, Ended, Leave])
+            said: m.Arrive | m.Ended | m.Leave = m.decode(text, [m.Arrive, m.Ended, m.Leave])
             self.session.check(member, said)
-            if isinstance(said, Arrive):
+            if isinstance(said, m.Arrive):
                 self._arrive(connection, member, said, now_s)
-            elif isinstance(said, Ended):
+            elif isinstance(said, m.Ended):
                 self.session.ended(member, said)
                 self.history.ended(member.replica, said, now_s)
             else:
                 self._drop(connection, "it left")
         self._wake.set()
 
-    def _join(self, said: Join, now_s: float) -> Member:
+    def _join(self, said: m.Join, now_s: float) -> Member:
         member = self.session.join(said, now_s)
         for other in [c for c in self._connections if c.member and c.member.replica == member.replica]:
             other.transport.abort()
         self.history.joined(member.replica, member.name, now_s)
         return member
 
-    def _arrive(self, connection: Connection, member: Member, said: Arrive, now_s: float) -> None:
+    def _arrive(self, connection: Connection, member: Member, said: m.Arrive, now_s: float) -> None:
         lost = self.session.lost(said)
         known = self.session.arrive(member, said, now_s)
         if known is not None:
@@ -186,37 +166,42 @@ class Server:
         """A rank is no member any more, unless another connection has taken its place."""
         member, connection.member = connection.member, None
         if member is not None and self.session.members.get(member.replica) is member:
-            self.session.gone(member.replica)
-            self.history.gone(member.replica, why, time.monotonic())
-            self._tell_of_lost([member.replica])
-            self._wake.set()
+            self._lose(member.replica, why)
+
+    def _lose(self, replica: int, why: str) -> None:
+        self.session.gone(replica)
+        self.history.gone(replica, why, time.monotonic())
+        self._tell_of_lost([replica])
+        self._wake.set()
 
     def _count_refused(self) -> None:
         self.history.num_refused += 1
 
     # ---- all ranks
 
-    def _tell(self, connection: Connection, message: FromCoordinator) -> None:
-        self._outbox.append((connection, encode(message)))
+    def _tell(self, connection: Connection, message: m.FromCoordinator) -> None:
+        self._outbox.append((connection, m.encode(message)))
 
     def _tell_of_lost(self, replicas: list[int]) -> None:
         view = self.session.view
         gone = tuple(r for r in replicas if view and r in view.members and r not in self.session.done)
         if view is not None and gone:
-            self._tell_all(set(view.members) - set(gone), Lost(view.round, gone))
+            self._tell_all(set(view.members) - set(gone), m.Lost(view.round, gone))
 
-    def _tell_all(self, replicas: set[int], message: FromCoordinator) -> None:
-        text = encode(message)
+    def _tell_all(self, replicas: set[int], message: m.FromCoordinator) -> None:
+        text = m.encode(message)
         told = [c for c in self._connections if c.member is not None and c.member.replica in replicas]
         self._outbox += [(connection, text) for connection in told]
 
-    async def _beside(self, app: web.Application) -> AsyncIterator[None]:
+    async def _start(self, app: web.Application) -> None:
         self.tasks += [asyncio.create_task(self._decide()), asyncio.create_task(self._ping())]
-        yield
+
+    async def _stop(self, app: web.Application) -> None:
+        """As a kill would: members stay in the state, and come back to the next coordinator on this address."""
         for task in self.tasks:
             task.cancel()
         for connection in list(self._connections):
-            connection.transport.abort()  # ranks come back to the next coordinator on this address
+            connection.transport.abort()
         self._file.close()
 
     async def _decide(self) -> None:
@@ -245,7 +230,7 @@ class Server:
             self._tell_all(members, decided)
             curious = {r for r, member in self.session.members.items() if member.notices and r not in members}
             if curious:
-                self._tell_all(curious, Without(decided.epoch, decided.round))
+                self._tell_all(curious, m.Without(decided.epoch, decided.round))
             self.history.decided(decided, self.session.meeting.present, now_s)
 
     async def _send(self, connection: Connection, text: str) -> None:
@@ -258,8 +243,7 @@ class Server:
 
     async def _ping(self) -> None:
         """Ping ranks, and give up those who are silent for too long, or do not come back after a restart."""
-        pinged_s = looked_s = time.monotonic()
-        limits = self._liveness
+        limits, pinged_s, looked_s = self.serving, 0.0, time.monotonic()
         pause_s = min(0.2, limits.heartbeat_s / 2)
         while True:
             await asyncio.sleep(pause_s)
@@ -268,17 +252,52 @@ class Server:
             if own_pause_s > limits.heartbeat_s:  # this process itself was stopped, so nobody could be heard
                 for connection in self._connections:
                     connection.heard_s += own_pause_s
+            if is_due := now_s - pinged_s >= limits.heartbeat_s:
+                pinged_s = now_s
             for connection in list(self._connections):
                 if now_s - connection.heard_s > limits.dead_after_s:
                     self._drop(connection, f"no answer for {limits.dead_after_s:g} s: dead, stopped or cut off")
                     connection.transport.abort()
-                elif now_s - pinged_s >= limits.heartbeat_s:
+                elif is_due:
                     with suppress(ConnectionError):
                         await connection.socket.ping()
-            if now_s - pinged_s >= limits.heartbeat_s:
-                pinged_s = now_s
-            if now_s > self._frozen_until_s:
+            if now_s > self._returned_s:
                 for replica in self.session.absent:
-                    self.session.gone(replica)
-                    self._tell_of_lost([replica])
-                    self._wake.set()
+                    self._lose(replica, "it did not come back after a restart of the coordinator")
+
+
+def serve(serving: Serving) -> int:
+    """Be the coordinator until a signal says to stop; returns that signal.
+
+    Raises:
+        ValueError: for a state, a secret or a certificate that cannot be used, or without aiohttp.
+        OSError: when the address is taken.
+    """
+    return asyncio.run(_serve(Server(serving)))
+
+
+async def _serve(server: Server) -> int:
+    from aiohttp import web
+
+    stopped: asyncio.Queue[int] = asyncio.Queue()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(signum, stopped.put_nowait, signum)
+    runner = web.AppRunner(server.application(), access_log=None, shutdown_timeout=1)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, server.serving.host, server.serving.port, ssl_context=server.tls)
+        await site.start()
+        host, port = runner.addresses[0][:2]
+        place, s = f"{f'[{host}]' if ':' in host else host}:{port}", "s" if server.tls else ""
+        print(
+            f"coordinator at ws{s}://{place}, its page at http{s}://{place}/; epoch {server.session.meeting.epoch}, "
+            f"{server.session.meeting.round} rounds decided",
+            flush=True,
+        )
+        signalled = asyncio.create_task(stopped.get())
+        done, _ = await asyncio.wait([signalled, *server.tasks], return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()  # the server's end only by an error, such as a full disk
+        return signalled.result()
+    finally:
+        await runner.cleanup()

@@ -1,20 +1,13 @@
-"""How a coordinator is set up and run: what `lowcomm coordinator` takes, and the process that it becomes."""
+"""How a coordinator is set up: what `lowcomm coordinator` takes."""
 
 from __future__ import annotations
 
-import asyncio
-import signal
 import ssl
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 
-from lowcomm.coordinator.persist import StateFile
-from lowcomm.coordinator.server import Liveness, Server
-from lowcomm.coordinator.session import Session
-from lowcomm.optional import require
 from lowcomm.participation.base import Late, Rule
-from lowcomm.participation.meeting import Meeting
 from lowcomm.participation.rules import All
 
 
@@ -70,13 +63,6 @@ class Serving:
                 "random word, or listen on 127.0.0.1"
             )
 
-    def server(self) -> Server:
-        """Its state is loaded, and locked against other coordinators."""
-        meeting = Meeting(self.rule, self.num_replicas, self.late)
-        liveness = Liveness(self.heartbeat_s, self.dead_after_s, self.return_s)
-        secret = self.secret()
-        return Server(Session(meeting, self.num_replicas), StateFile(Path(self.state)), liveness, secret)
-
     def secret(self) -> str | None:
         """What the secret file holds, without white space around it."""
         if self.secret_file is None:
@@ -99,45 +85,6 @@ class Serving:
         except OSError as error:
             raise ValueError(f"tls_cert {self.tls_cert} with tls_key {self.tls_key} cannot be used ({error})") from None
         return context
-
-
-def serve(serving: Serving) -> int:
-    """Be the coordinator until a signal says to stop; returns that signal.
-
-    Raises:
-        ValueError: for a state, a secret or a certificate that cannot be used, or without aiohttp.
-        OSError: when the address is taken.
-    """
-    require("aiohttp", "lowcomm[elastic]")
-    return asyncio.run(_serve(serving))
-
-
-async def _serve(serving: Serving) -> int:
-    from aiohttp import web
-
-    stopped: asyncio.Queue[int] = asyncio.Queue()
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(signum, stopped.put_nowait, signum)
-    tls, server = serving.tls(), serving.server()
-    runner = web.AppRunner(server.application(), access_log=None)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, serving.host, serving.port, ssl_context=tls, shutdown_timeout=1)
-        await site.start()
-        host, port = runner.addresses[0][:2]
-        place, s = f"{f'[{host}]' if ':' in host else host}:{port}", "s" if tls else ""
-        print(
-            f"coordinator at ws{s}://{place}, its page at http{s}://{place}/; epoch {server.session.meeting.epoch}, "
-            f"{server.session.meeting.round} rounds decided",
-            flush=True,
-        )
-        signalled = asyncio.create_task(stopped.get())
-        done, _ = await asyncio.wait([signalled, *server.tasks], return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()  # the server's end only by an error, such as a full disk
-        return signalled.result()
-    finally:
-        await runner.cleanup()
 
 
 def _is_this_machine(host: str) -> bool:
