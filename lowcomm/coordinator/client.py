@@ -83,6 +83,7 @@ class Coordinator:
         self._join = m.Join(replica, secrets.token_hex(8), 0, version, dict(agree), socket.gethostname(), notices)
         self._seen = self._newest = 0
         self._asked: m.Arrive | None = None
+        self._ended: m.Ended | None = None
         self._told: View | None = None
         self._lost: frozenset[int] = frozenset()
         self._is_in = self._is_over = False
@@ -119,9 +120,9 @@ class Coordinator:
         with self._changed:
             said = m.Arrive(
                 *(self._join.incarnation, 0, self._seen, a.version, a.step, float(a.tokens_done), float(a.seconds)),
-                *(a.measured, broke, tuple(lost)),
+                *(a.measured, broke, tuple(lost), self._ended),
             )
-            self._asked = said
+            self._asked, self._ended = said, None
         self._say(said)
 
     def decision(self, timeout_s: float | None = None) -> View | None:
@@ -138,8 +139,8 @@ class Coordinator:
         return view
 
     def ended(self, round: int, first_byte_s: float, done_s: float, num_bytes: int, loss: float | None = None) -> None:
-        """Say that a round is committed; times count from its decision. Does not block."""
-        self._say(m.Ended(self._join.incarnation, 0, round, first_byte_s, done_s, num_bytes, loss))
+        """Note how a round went that is committed; times count from its decision. It is told with the next arrival."""
+        self._ended = m.Ended(round, first_byte_s, done_s, num_bytes, loss)
 
     @property
     def lost(self) -> frozenset[int]:
@@ -153,7 +154,7 @@ class Coordinator:
 
     def leave(self) -> None:
         """End: nobody waits for this replica any more. The object is of no more use."""
-        self._end(m.Leave(self._join.incarnation, 0))
+        self._end(m.Leave(self._join.incarnation, 0, self._ended))
 
     def close(self) -> None:
         """End as a process that dies would."""
@@ -247,12 +248,12 @@ class Coordinator:
             self._error, self._is_over = self._error or error, True
             self._changed.notify_all()
 
-    def _say(self, message: m.Arrive | m.Ended | m.Leave) -> None:
+    def _say(self, message: m.Arrive | m.Leave) -> None:
         """Send it if there is a connection; what waits for an answer is said again at the next."""
         with suppress(RuntimeError):  # the thread has ended
             asyncio.run_coroutine_threadsafe(self._send(message), self._loop)
 
-    async def _send(self, message: m.Arrive | m.Ended | m.Leave) -> None:
+    async def _send(self, message: m.Arrive | m.Leave) -> None:
         if self._socket is not None:
             with suppress(ConnectionError):
                 await self._socket.send_str(m.encode(replace(message, epoch=self._join.epoch)))

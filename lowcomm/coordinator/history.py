@@ -26,9 +26,9 @@ class Replica:
     """What is known of one; times are on the coordinator's clock, None where nothing has been said yet.
 
     Attributes:
-        state: "working", "waiting" for a decision, "exchanging" or "gone".
+        state: "working" (or exchanging what a round is about), "waiting" for a decision, or "gone".
         since_s: when that began.
-        work_s: the last time from being told of a round, or the end of that round's exchange, to the next arrival.
+        work_s: the last time from a decision to the next arrival, without the exchange.
         why: in words, when it is late or gone.
         num_late: rounds decided without it while it was present.
         slow_work, slow_link: rounds in a row in which its work, or its exchange, was an outlier.
@@ -100,7 +100,7 @@ class History:
         """It waits for a decision."""
         known = self.replicas[replica]
         if known.state != "waiting":
-            known.work_s = now_s - known.since_s
+            known.work_s = max(0.0, now_s - known.since_s - (known.done_s or 0.0))
             known.state, known.since_s = "waiting", now_s
         known.version, known.step = version, step
 
@@ -112,28 +112,27 @@ class History:
         work = {replica: known.work_s for replica, known in taking.items() if known.work_s is not None} | waited
         link = {replica: known.done_s for replica, known in taking.items() if known.done_s is not None}
         slow_work, slow_link = outliers(work), outliers(link)
+        usual_s = median(work.values()) if work else 0.0
         for replica in (*taking, *late):
             known = self.replicas[replica]
             known.slow_work = known.slow_work + 1 if replica in slow_work else 0
             known.slow_link = known.slow_link + 1 if replica in slow_link else 0
-            known.why = self._why(known, median(work.values()) if work else 0.0, replica in late)
-            known.num_late += replica in late
+            known.why = self._why(known, usual_s, replica not in taking)
+            known.num_late += replica not in taking
         for replica, tokens in zip(view.members, view.tokens, strict=True):
             if replica in taking:
                 known = taking[replica]
-                known.state, known.since_s = "exchanging", now_s
+                known.state, known.since_s = "working", now_s
                 known.num_rounds, known.tokens = known.num_rounds + 1, known.tokens + tokens
         took_s, total = now_s - self._decided_s, sum(view.tokens)
         self.rounds.append(Round(view.round, view.epoch, took_s, len(view.members), late[:20], total))
         self._decided_s, self.num_rounds, self.num_tokens = now_s, self.num_rounds + 1, self.num_tokens + total
 
-    def ended(self, replica: int, said: Ended, now_s: float) -> None:
-        """It committed a round and works on."""
+    def ended(self, replica: int, said: Ended) -> None:
+        """It committed a round."""
         known = self.replicas[replica]
         known.first_byte_s, known.done_s, known.loss = said.first_byte_s, said.done_s, said.loss
         known.bytes, self.num_bytes = known.bytes + said.bytes, self.num_bytes + said.bytes
-        if known.state == "exchanging":
-            known.state, known.since_s = "working", now_s
         for past in reversed(self.rounds):
             if past.round == said.round:
                 past.bytes += said.bytes

@@ -55,6 +55,24 @@ class Join:
 
 
 @dataclass(frozen=True)
+class Ended:
+    """How a round went, from a member that committed it. Times count from when it was told of the round.
+
+    Attributes:
+        first_byte_s: until the first byte of another replica came.
+        done_s: until all had come.
+        bytes: that it sent.
+        loss: of its training, for readers.
+    """
+
+    round: int
+    first_byte_s: float
+    done_s: float
+    bytes: int
+    loss: float | None
+
+
+@dataclass(frozen=True)
 class Arrive:
     """It is ready for a round. What it brings is as in `lowcomm.participation.base.Arrival`.
 
@@ -62,6 +80,7 @@ class Arrive:
         seen: the newest round that it was told of and takes part in.
         broke: the round whose exchange failed, so that it has to be taken again; 0 for none.
         lost: replicas that it found gone in that exchange.
+        ended: the last round that it committed, when it has not said so before.
     """
 
     incarnation: str
@@ -74,6 +93,7 @@ class Arrive:
     measured: Measured | None
     broke: int
     lost: tuple[int, ...]
+    ended: Ended | None
 
     def __post_init__(self) -> None:
         if self.tokens_done < 0 or self.seconds < 0:
@@ -81,31 +101,12 @@ class Arrive:
 
 
 @dataclass(frozen=True)
-class Ended:
-    """It committed a round. Times count from when it was told of the round.
-
-    Attributes:
-        first_byte_s: until the first byte of another replica came.
-        done_s: until all had come.
-        bytes: that it sent.
-        loss: of its training, for readers.
-    """
-
-    incarnation: str
-    epoch: int
-    round: int
-    first_byte_s: float
-    done_s: float
-    bytes: int
-    loss: float | None
-
-
-@dataclass(frozen=True)
 class Leave:
-    """It ends, and is not waited for."""
+    """It ends, and is not waited for; ``ended`` as in `Arrive`."""
 
     incarnation: str
     epoch: int
+    ended: Ended | None
 
 
 # ---- the coordinator says; a decision is the `View` itself
@@ -143,7 +144,7 @@ class Refused:
     final: bool
 
 
-FromRank = Join | Arrive | Ended | Leave
+FromRank = Join | Arrive | Leave
 FromCoordinator = Welcome | View | Without | Lost | Refused
 
 
@@ -182,13 +183,14 @@ def _made(kind: type[M], said: dict[str, Any]) -> M:
             raise Malformed(f"{field} of {kind.__name__} cannot be {str(said[field])[:100]!r}")
         if type(said[field]) is list:
             said[field] = tuple(said[field])
-    if type(said.get("measured")) is dict:
-        said["measured"] = _made(Measured, said["measured"])
+    for field, part in (("measured", Measured), ("ended", Ended)):
+        if type(said.get(field)) is dict:
+            said[field] = _made(part, said[field])
     return kind(**said)
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and -_LARGEST < value < _LARGEST
+    return abs(value) < _LARGEST if type(value) is float else type(value) is int and abs(value) < _MOST_WHOLE
 
 
 def _is_natural(value: Any) -> bool:
@@ -205,6 +207,7 @@ _FITS: dict[Any, Callable[[Any], bool]] = {
     float: _is_number,
     float | None: lambda value: value is None or _is_number(value),
     Measured | None: lambda value: value is None or type(value) is dict,
+    Ended | None: lambda value: value is None or type(value) is dict,
     str: _is_short,
     tuple[int, ...]: lambda value: type(value) is list and all(map(_is_natural, value)),
     tuple[float, ...]: lambda value: type(value) is list and all(map(_is_number, value)),

@@ -39,10 +39,7 @@ def text(status: Mapping[str, Any]) -> str:
         lines += [*_head(name, kind, meaning), f"lowcomm_{name} {float(status[key])!r}"]
     states = [row["state"] for row in status["replicas"]]
     lines += _head("replicas", "gauge", "Replicas by what they do.")
-    lines += [
-        f'lowcomm_replicas{{state="{state}"}} {states.count(state)}'
-        for state in ("working", "waiting", "exchanging", "gone")
-    ]
+    lines += [f'lowcomm_replicas{{state="{state}"}} {states.count(state)}' for state in ("working", "waiting", "gone")]
     for name, kind, meaning, key in _OF_A_REPLICA:
         lines += _head(name, kind, meaning)
         lines += [

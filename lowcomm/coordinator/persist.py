@@ -41,7 +41,7 @@ class StateFile:
         """Returns when the state is on disk."""
         partial = self.path.with_name(f"{self.path.name}.partial")
         with open(partial, "w", encoding="utf-8") as file:
-            json.dump(state, file)
+            file.write(json.dumps(state))
             file.flush()
             os.fsync(file.fileno())
         os.rename(partial, self.path)

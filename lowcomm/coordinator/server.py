@@ -7,6 +7,7 @@ restarted coordinator would not.
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import time
 from collections.abc import Awaitable, Callable
@@ -133,14 +134,14 @@ class Server:
             connection.member = member = self._join(m.decode(text, [m.Join]), now_s)
             self._tell(connection, m.Welcome(member.epoch, self.session.meeting.round))
         else:
-            said: m.Arrive | m.Ended | m.Leave = m.decode(text, [m.Arrive, m.Ended, m.Leave])
+            said: m.Arrive | m.Leave = m.decode(text, [m.Arrive, m.Leave])
             self.session.check(member, said)
+            if said.ended is not None:
+                self.history.ended(member.replica, said.ended)
             if isinstance(said, m.Arrive):
                 self._arrive(connection, member, said, now_s)
-            elif isinstance(said, m.Ended):
-                self.session.ended(member, said)
-                self.history.ended(member.replica, said, now_s)
             else:
+                self.session.ended(member, said)
                 self._drop(connection, "it left")
         self._wake.set()
 
@@ -258,7 +259,7 @@ class Server:
                 if now_s - connection.heard_s > limits.dead_after_s:
                     self._drop(connection, f"no answer for {limits.dead_after_s:g} s: dead, stopped or cut off")
                     connection.transport.abort()
-                elif is_due:
+                elif is_due and now_s - connection.heard_s > limits.heartbeat_s / 2:
                     with suppress(ConnectionError):
                         await connection.socket.ping()
             if now_s > self._returned_s:
@@ -282,6 +283,7 @@ async def _serve(server: Server) -> int:
     stopped: asyncio.Queue[int] = asyncio.Queue()
     for signum in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(signum, stopped.put_nowait, signum)
+    gc.freeze()  # what torch brought along is looked through no more
     runner = web.AppRunner(server.application(), access_log=None, shutdown_timeout=1)
     await runner.setup()
     try:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lowcomm.coordinator.messages import Arrive, Ended, Join, Leave, decode, encode
+from lowcomm.coordinator.messages import Arrive, Join, Leave, decode, encode
 from lowcomm.participation.base import Arrival, Wait
 from lowcomm.participation.meeting import Meeting, View
 
@@ -53,6 +53,7 @@ class Session:
     _incarnations: dict[int, str] = field(default_factory=dict)  # the newest of each replica, also of those gone
     _agree: dict[str, str] = field(default_factory=dict)
     _owed: set[int] = field(default_factory=set)  # members of the view who may not have been told
+    _taken_for_lost: set[int] = field(default_factory=set)  # by others; they are back once they speak
     _broken: dict[int, Arrival] = field(default_factory=dict)  # who could not end the view's exchange
 
     def resume(self, saved: Mapping[str, Any] | None, now_s: float) -> None:
@@ -114,10 +115,11 @@ class Session:
         self.meeting.join(said.replica, now_s, max(said.version, owed), is_fresh)
         member = Member(said.replica, said.incarnation, self.meeting.epoch, said.name, said.notices)
         self.members[said.replica] = member
+        self._taken_for_lost.discard(said.replica)
         self.changed = True
         return member
 
-    def check(self, member: Member, said: Arrive | Ended | Leave) -> None:
+    def check(self, member: Member, said: Arrive | Leave) -> None:
         """Raise `Refusal` unless the message is from the newest process of its replica, and of its time."""
         if self.members.get(member.replica) is not member or said.incarnation != member.incarnation:
             raise Refusal(f"another process has joined as replica {member.replica} after this one")
@@ -133,13 +135,15 @@ class Session:
 
     def arrive(self, member: Member, said: Arrive, now_s: float) -> View | None:
         """A replica is ready; the view, if that was decided before and it does not know."""
+        self.ended(member, said)
         replica = member.replica
         self._check_version(replica, said.version)
         if self.view and replica in self._owed:
             if said.seen < self.view.round:
                 return self.view
             self._owed.discard(replica)
-        if replica not in self.meeting.present:  # another found it lost, but here it is
+        if replica in self._taken_for_lost:
+            self._taken_for_lost.discard(replica)
             self.meeting.join(replica, now_s, said.version, fresh=False)
         arrival = Arrival(replica, now_s, said.version, said.step, said.tokens_done, said.seconds, said.measured)
         if self.view and said.version >= self.view.round:
@@ -149,6 +153,7 @@ class Session:
             for lost in self.lost(said):
                 self.meeting.leave(lost)
                 self._owed.discard(lost)
+                self._taken_for_lost.add(lost)
         else:
             self.meeting.arrive(arrival)
         self._take_again()
@@ -160,17 +165,17 @@ class Session:
             return []
         return [r for r in said.lost if r in self.view.members and r not in self._broken]
 
-    def ended(self, member: Member, said: Ended) -> None:
-        """A member holds the result of a round."""
-        if self.view is not None and said.round == self.view.round:
+    def ended(self, member: Member, said: Arrive | Leave) -> None:
+        """Note that a member holds the result of the round, if it says so."""
+        if self.view is not None and said.ended is not None and said.ended.round == self.view.round:
             self.done.add(member.replica)
-            self._take_again()
 
     def gone(self, replica: int) -> None:
         """A replica has left, or is dead."""
         self.members.pop(replica, None)
         self._owed.discard(replica)
         self._broken.pop(replica, None)
+        self._taken_for_lost.discard(replica)
         self.meeting.leave(replica)
         self._take_again()
         self.changed = True
