@@ -13,7 +13,7 @@ class StateFile:
     """A file that holds the newest state that was saved, also after the process or the machine dies.
 
     Raises:
-        ValueError: when another process uses it, or what it holds is no such state.
+        ValueError: when another process uses it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -29,13 +29,11 @@ class StateFile:
             ) from None
 
     def load(self) -> Any:
-        """What was saved last; None when there is no such file yet."""
+        """What was saved last; None when there is no such file yet. Raises ValueError for what is no JSON."""
         try:
             return json.loads(self.path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise ValueError(f"{self.path} holds no state of a coordinator ({error}); name another --state") from None
 
     def save(self, state: Any) -> None:
         """Returns when the state is on disk."""

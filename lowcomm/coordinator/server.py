@@ -56,7 +56,13 @@ class Server:
         self.serving, self._secret, self.tls = serving, serving.secret(), serving.tls()
         self._file = StateFile(Path(serving.state))
         self.session = Session(Meeting(serving.rule, serving.num_replicas, serving.late), serving.num_replicas)
-        self.session.resume(self._file.load(), now_s)
+        try:
+            self.session.resume(self._file.load(), now_s)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self._file.close()
+            raise ValueError(
+                f"state {serving.state} holds no state of a coordinator ({error!r}); name another"
+            ) from None
         self.history = History(now_s)
         self._connections: set[Connection] = set()
         self._outbox: list[tuple[Connection, str]] = []

@@ -160,10 +160,11 @@ class Session:
         return None
 
     def lost(self, said: Arrive) -> list[int]:
-        """Of those that a member found gone in the newest round, who has not spoken since."""
+        """Of those that a member found gone in the newest round, who is present and has not spoken since."""
         if self.view is None or said.broke != self.view.round:
             return []
-        return [r for r in said.lost if r in self.view.members and r not in self._broken]
+        able = set(self.view.members) & set(self.meeting.present) - self._broken.keys()
+        return sorted(able.intersection(said.lost))
 
     def ended(self, member: Member, said: Arrive | Leave) -> None:
         """Note that a member holds the result of the round, if it says so."""

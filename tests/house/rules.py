@@ -74,7 +74,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("tensors", "optional", "comm", "engine.base", "engine", "membership", "train", "config", "assemble"),
         "sim.wire",
     },
-    "sim": {*PARTS, *RUN, "sim.wire", "sim.cluster", "sim.record"} - {"report", "coordinator"},  # only the command line imports them
+    "sim": {*PARTS, *RUN, "sim.wire", "sim.cluster", "sim.record"}
+    - {"report", "coordinator"},  # only the command line imports them
     "parsing": set(),
     "cli": {*PARTS, *RUN, "sim", "sim.wire", "sim.cluster", "parsing", "__init__"},
     "__main__": {"cli"},
