@@ -20,11 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.record import ROOT, parser, table, write_record
 from lowcomm.coordinator.messages import Arrive, Ended, Join, Leave, encode
+from lowcomm.participation.base import Measured
 
 SERVE = """
 import sys
@@ -191,14 +193,87 @@ async def measure(load: str, num_members: int, seconds: float) -> Row:
     return row
 
 
+def fuzzed(draw: random.Random) -> bytes:
+    """Bytes for a new connection: mostly a handshake and a message that is nearly right, or nothing of the kind."""
+    kind = draw.random()
+    if kind < 0.05:
+        return draw.randbytes(draw.randrange(1, 200))
+    if kind < 0.1:
+        return HELLO + draw.randbytes(draw.randrange(1, 200))
+    joining = Join(draw.randrange(900, 1000), "fuzz", 0, 0, {"config": "same"}, "fuzz", False)
+    arrival = Arrive("fuzz", 1, 0, 0, 1, 1.0, 1.0, Measured(1, 1.0, 1.0, 1.0), 0, (), Ended(1, 0.1, 0.2, 3, None))
+    said = HELLO
+    for message in draw.choices([joining, arrival, Leave("fuzz", 1, None)], k=2) if kind < 0.3 else [joining, arrival]:
+        text = encode(message)
+        if draw.random() < 0.8:
+            fields = json.loads(text)
+            fields[draw.choice(sorted(fields))] = draw.choice(ODD)
+            text = json.dumps(fields)
+        payload = bytearray(text.encode())
+        if draw.random() < 0.3:
+            for _ in range(draw.randrange(1, 6)):
+                payload[draw.randrange(len(payload))] = draw.randrange(256)
+        said += frame(bytes(payload), draw.choice([TEXT] * 12 + [BINARY, CLOSE, PING, PONG, 3]))
+    return said + frame(b"", CLOSE)
+
+
+ODD = [None, True, -1, 0, 1, 2, 2**53, 1e308, "fuzz", "", "x" * 1000, [], [0, 1], ["a"], {}, {"a": "b"}, [[[]]]]
+
+
+async def fuzz(num_messages: int) -> str:
+    """Send so many, each on a connection of its own, while two members go on with their rounds."""
+    served = Process("everyone", 2, 2)
+    loop = asyncio.get_running_loop()
+    good = []
+    for replica in (50, 51):  # whom no fuzzed number names
+        _, member = await loop.create_connection(lambda r=replica: Member(r, ROUND_S, []), "127.0.0.1", served.port)
+        good.append(member)
+    draw, num_sent, began_s = random.Random(0), 0, time.monotonic()
+
+    async def one() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+        writer.write(fuzzed(draw))
+        with suppress(ConnectionError, TimeoutError):  # where even the close is no frame, the server waits for more
+            async with asyncio.timeout(2):
+                await reader.read()
+        writer.transport.abort()
+
+    while num_sent < num_messages:
+        await asyncio.gather(*(one() for _ in range(50)))
+        num_sent += 50
+    before = good[0].round
+    await asyncio.sleep(10 * ROUND_S)
+    assert good[0].round > before, "the members do not get on with their rounds"
+    errors = served.end()
+    assert not errors, errors
+    return f"{num_sent:,} messages in {time.monotonic() - began_s:.0f} s, {before:,} rounds meanwhile, no error"
+
+
 def main() -> None:
     """Measure, print, and write the record."""
     flags = parser(__doc__, "coordinator")
     flags.add_argument("--num_members", type=int, default=1000)
     flags.add_argument("--seconds", type=float, default=10.0)
+    flags.add_argument("--num_fuzzed", type=int, default=100_000)
     given = flags.parse_args()
+    rows = []
     for load in ("tenth", "everyone"):
-        print(asyncio.run(measure(load, given.num_members, given.seconds)), flush=True)
+        rows.append(asyncio.run(measure(load, given.num_members, given.seconds)))
+        print(rows[-1], flush=True)
+    said = asyncio.run(fuzz(given.num_fuzzed))
+    print(said)
+    columns = [
+        "load",
+        "decisions a second",
+        "arrivals a second",
+        "members of a round",
+        "cores",
+        "ms to a decision",
+        "MiB",
+    ]
+    cells = [[row.load, *(f"{value:.3g}" for value in list(asdict(row).values())[1:])] for row in rows]
+    results = {"loads": [asdict(row) for row in rows], "fuzzed": said}
+    print(write_record(given, results, f"{table(columns, cells)}\n\nFuzzed: {said}."))
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ class History:
         replicas = []
         for number, known in sorted(self.replicas.items()):
             row = asdict(known) | {"replica": number, "for_s": now_s - known.since_s}
-            if known.state == "working" and now_s - known.since_s > 1.5 * (known.work_s or math.inf):
+            if not known.why and known.state == "working" and now_s - known.since_s > 1.5 * (known.work_s or math.inf):
                 row["why"] = f"still at work; its last took {known.work_s:.2f} s"
             if number in silent_s:
                 row["why"] = f"silent for {silent_s[number]:.1f} s"

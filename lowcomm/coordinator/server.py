@@ -108,7 +108,10 @@ class Server:
         socket = web.WebSocketResponse(
             timeout=1.0, autoping=False, compress=False, max_msg_size=m.MOST_BYTES, writer_limit=2**40
         )
-        await socket.prepare(request)
+        try:
+            await socket.prepare(request)
+        except ConnectionError:  # it hung up at once
+            return socket
         assert isinstance(request.transport, asyncio.Transport)
         connection = Connection(socket, request.transport, time.monotonic())
         self._connections.add(connection)
