@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     commands = {"train": _train, "simulate": _simulate, "retime": _retime, "data": _data, "report": _report}
-    commands["coordinator"] = _coordinator
+    commands |= {"coordinator": _coordinator}
     if argv and argv[0] in commands:
         try:
             return commands[argv[0]](list(argv[1:]))
@@ -273,19 +273,8 @@ def _coordinator(argv: list[str]) -> int:
 
 def _parser(command: str, description: str) -> ArgumentParser:
     # Short class names (--algorithm LocalSGD) are known once their modules are.
-    for room in (
-        "rounds",
-        "algorithms",
-        "codecs",
-        "compress",
-        "feedback",
-        "outer",
-        "models",
-        "data",
-        "optim",
-        "sim",
-        "participation",
-    ):
+    rooms = ["rounds", "algorithms", "codecs", "compress", "feedback", "outer", "models", "data", "optim", "sim"]
+    for room in (*rooms, "participation"):
         package = importlib.import_module(f"lowcomm.{room}")
         for module in pkgutil.walk_packages(package.__path__, f"lowcomm.{room}."):
             importlib.import_module(module.name)

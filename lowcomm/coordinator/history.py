@@ -40,12 +40,12 @@ class Replica:
     why: str = ""
     version: int = 0
     step: int = 0
-    tokens: float = 0.0
+    num_tokens: float = 0.0
     loss: float | None = None
     work_s: float | None = None
     first_byte_s: float | None = None
     done_s: float | None = None
-    bytes: int = 0
+    num_bytes: int = 0
     num_rounds: int = 0
     num_late: int = 0
     slow_work: int = 0
@@ -123,7 +123,7 @@ class History:
             if replica in taking:
                 known = taking[replica]
                 known.state, known.since_s = "working", now_s
-                known.num_rounds, known.tokens = known.num_rounds + 1, known.tokens + tokens
+                known.num_rounds, known.num_tokens = known.num_rounds + 1, known.num_tokens + tokens
         took_s, total = now_s - self._decided_s, sum(view.tokens)
         self.rounds.append(Round(view.round, view.epoch, took_s, len(view.members), late[:20], total))
         self._decided_s, self.num_rounds, self.num_tokens = now_s, self.num_rounds + 1, self.num_tokens + total
@@ -132,7 +132,7 @@ class History:
         """It committed a round."""
         known = self.replicas[replica]
         known.first_byte_s, known.done_s, known.loss = said.first_byte_s, said.done_s, said.loss
-        known.bytes, self.num_bytes = known.bytes + said.bytes, self.num_bytes + said.bytes
+        known.num_bytes, self.num_bytes = known.num_bytes + said.bytes, self.num_bytes + said.bytes
         for past in reversed(self.rounds):
             if past.round == said.round:
                 past.bytes += said.bytes

@@ -24,41 +24,16 @@ _SAFE = {
 }
 
 
-@dataclass(frozen=True)
-class Readers:
-    """The routes of readers.
+def read(path: str, status: dict[str, Any]) -> web.Response:
+    """The page, what it asks for, or metrics."""
+    from aiohttp import web
 
-    Attributes:
-        status: what there is to read.
-    """
-
-    status: Callable[[], dict[str, Any]]
-
-    def routes(self) -> list[web.RouteDef]:
-        """The page at /, what it asks for at /status.json, and /metrics."""
-        from aiohttp import web
-
-        return [
-            web.get("/", self._page),
-            web.get("/status.json", self._json),
-            web.get("/metrics", self._metrics),
-        ]
-
-    async def _page(self, request: web.Request) -> web.StreamResponse:
-        from aiohttp import web
-
-        return web.Response(text=_PAGE.read_text(encoding="utf-8"), content_type="text/html", headers=_SAFE)
-
-    async def _json(self, request: web.Request) -> web.StreamResponse:
-        from aiohttp import web
-
-        return web.json_response(self.status(), headers=_SAFE)
-
-    async def _metrics(self, request: web.Request) -> web.StreamResponse:
-        from aiohttp import web
-
+    if path == "/metrics":
         kind = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-        return web.Response(body=metrics.text(self.status()).encode(), headers=kind | _SAFE)
+        return web.Response(body=metrics.text(status).encode(), headers=kind | _SAFE)
+    if path == "/status.json":
+        return web.json_response(status, headers=_SAFE)
+    return web.Response(text=_PAGE.read_text(encoding="utf-8"), content_type="text/html", headers=_SAFE)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from lowcomm.coordinator import messages as m
 from lowcomm.coordinator.history import History
 from lowcomm.coordinator.persist import StateFile
-from lowcomm.coordinator.readers import Guard, Readers
+from lowcomm.coordinator.readers import Guard, read
 from lowcomm.coordinator.session import Member, Refusal, Session
 from lowcomm.coordinator.settings import Serving
 from lowcomm.optional import require
@@ -83,7 +83,8 @@ class Server:
             return await guard.admit(request, handler)
 
         app = web.Application(middlewares=[admit])
-        app.add_routes([*Readers(self.status).routes(), web.get("/rank", self._rank)])
+        app.add_routes([web.get("/rank", self._rank)])
+        app.add_routes([web.get(path, self._read) for path in ("/", "/status.json", "/metrics")])
         app.on_startup.append(self._start)
         app.on_shutdown.append(self._stop)
         return app
@@ -99,6 +100,9 @@ class Server:
             "expected": self.session.absent,
             **self.history.status(now_s, {r: s for r, s in silent_s.items() if s > 2 * self.serving.heartbeat_s}),
         }
+
+    async def _read(self, request: web.Request) -> web.StreamResponse:
+        return read(request.path, self.status())
 
     # ---- one rank
 

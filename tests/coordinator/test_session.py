@@ -166,7 +166,11 @@ def test_survivors_take_it_again_when_the_last_who_could_end_it_dies() -> None:
 def test_a_round_that_one_committed_stands(broken_first: bool) -> None:
     session, members = broken_round()
     ended = m.Ended(1, 0.0, 0.0, 0, None)
-    order = [(1, {"seen": 1, "broke": 1}), (2, {"seen": 1, "broke": 1}), (0, {"ended": ended})]
+    order: list[tuple[int, dict[str, Any]]] = [
+        (1, {"seen": 1, "broke": 1}),
+        (2, {"seen": 1, "broke": 1}),
+        (0, {"ended": ended}),
+    ]
     for replica, changes in order if broken_first else order[::-1]:
         arrive(session, members[replica], 0 if "broke" in changes else 1, **changes)
     view = view_of(session)
