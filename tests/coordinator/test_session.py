@@ -107,16 +107,17 @@ def test_a_decided_round_is_told_again_after_a_restart() -> None:
         arrive(session, join(session, replica), 0)
     view = view_of(session)
     session = restarted(session)  # nobody was told
-    late = join(session, 2)
-    assert arrive(session, late, 0) is None
+    for late in (2, 3):
+        assert arrive(session, join(session, late), 0) is None
     assert session.poll(3.0) == Wait()  # who holds round 1, or will, has not come back
     first, second = join(session, 0, epoch=1), join(session, 1, epoch=1)
+    assert session.poll(3.0) == Wait()  # they have come, and do not know yet that they take part in it
     assert arrive(session, first, 0) == view
     assert arrive(session, second, 0) == view
     assert arrive(session, first, 1) is None
     assert arrive(session, second, 1) is None
     after = view_of(session)
-    assert after.round == 2 and after.epoch > view.epoch and after.members == (0, 1, 2)
+    assert after.round == 2 and after.epoch > view.epoch and after.members == (0, 1, 2, 3)
 
 
 def test_an_arrival_that_crosses_the_decision_does_not_count_twice() -> None:

@@ -112,7 +112,6 @@ DRAWS = ("rand", "randn", "randint", "randperm", "normal", "bernoulli", "multino
 GLOBAL_DRAWS = ("manual_seed", "seed", "rand_like", "randn_like", "randint_like")
 DRAWS_IN_PLACE = ("random_", "normal_", "log_normal_", "uniform_", "bernoulli_", "exponential_", "geometric_")
 
-
 # docstrings that only say whose docstring to read, as "See `Engine.update`." and "The inner one's." do
 ECHO = re.compile(
     r"(see (`[^`]+`|the class)|(as |that of |those of )?the (base|inner( \w+)?)'s|(as|that of) the (base|inner)[\w ]*"
