@@ -20,14 +20,12 @@ class Measured:
         loss: on the parameters that the round began with.
         mean_square: squared norm of the mean that the round brought.
         apart_square: squared norm of what this replica gave minus that mean.
-        lr: by how much the mean is multiplied to become a step: 1 for deltas.
     """
 
     round: int
     loss: float
     mean_square: float
     apart_square: float
-    lr: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -123,11 +121,15 @@ class Rule(ABC, Generic[S]):
         """
 
     def hear(self, state: S, arrival: Arrival) -> S:
-        """The state after an arrival, late ones included. By default nothing is learnt from it."""
+        """The state after an arrival, also a late one; by default the same."""
         return state
 
     def observe(self, state: S, ended: RoundReport) -> S:
-        """The state after a decision. By default nothing is learnt from it."""
+        """The state after a decision; by default the same."""
+        return state
+
+    def learn(self, state: S, measured: Measured) -> S:
+        """The state after a member of a round has told what it saw of it; by default the same."""
         return state
 
 

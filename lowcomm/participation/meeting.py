@@ -135,6 +135,8 @@ class Meeting:
         self._waiting.pop(replica, None)
         self._waiting[replica] = arrival
         self._state = self.rule.hear(self._state, arrival)
+        if arrival.measured is not None:
+            self._state = self.rule.learn(self._state, arrival.measured)
 
     def poll(self, now_s: float) -> View | Wait:
         """The next round's view, if it goes on now; else until when to wait."""
@@ -182,7 +184,7 @@ class Meeting:
             "may_hold": [list(pair) for pair in self._may_hold.items()],
             "void": sorted(self._void),
             "counted": [list(pair) for pair in self._counted.items()],
-            "brought": [[replica, at, arrival.tokens_done] for replica, (at, arrival) in self._brought.items()],
+            "brought": [[at, a.replica, a.version, a.step, a.tokens_done] for at, a in self._brought.values()],
         }
 
     def load_state_dict(self, kept: dict[str, Any], now_s: float) -> None:
@@ -194,7 +196,8 @@ class Meeting:
         self._may_hold = dict(kept["may_hold"])
         self._void = set(kept["void"])
         self._counted = dict(kept["counted"])
-        self._brought = {r: (at, Arrival(r, now_s, 0, 0, tokens)) for r, at, tokens in kept["brought"]}
+        brought = [(at, Arrival(r, now_s, version, step, done)) for at, r, version, step, done in kept["brought"]]
+        self._brought = {arrival.replica: (at, arrival) for at, arrival in brought}
         self._begun_s, self._fenced = now_s, True
 
     def _brings(self, arrival: Arrival) -> float:

@@ -17,7 +17,7 @@ from tests.coordinator.ranks import ALL, ARRIVE, JOIN
 ENDED = m.Ended(3, 0.1, 0.2, 1000, 2.5)
 MESSAGES: list[Any] = [
     *(JOIN, ARRIVE, m.Leave("p", 1, None), m.Leave("p", 1, ENDED)),
-    m.Arrive("p", 1, 2, 3, 4, 5.0, 6.0, Measured(2, 2.5, -0.0, 1e-9, 1.0), 7, (1, 2), ENDED),
+    m.Arrive("p", 1, 2, 3, 4, 5.0, 6.0, Measured(2, 2.5, -0.0, 1e-9), 7, (1, 2), ENDED),
     *(m.Welcome(1, 2), View(1, 2, (0, 3), (5.0, 0.5), (1, 0)), m.Without(1, 2), m.Lost(3, (1,)), m.Refused("no", True)),
 ]
 KINDS = [m.Join, m.Arrive, m.Leave, *ALL]

@@ -30,6 +30,7 @@ BUDGETS: dict[str, tuple[tuple[str, ...], int]] = {
     ),
     "participation": (("participation",), 600),
     "coordinator": (("coordinator",), 600),
+    "coding": (("coding",), 600),
     "tests": (("tests",), 14500),
 }
 # part: what it may hold meanwhile, and why. The number only ever falls.

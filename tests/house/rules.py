@@ -40,6 +40,7 @@ PARTS: dict[str, set[str]] = {
         *("algorithms.base", "rounds"),
     },
     "participation": set(),
+    "coding": {"tensors", "codecs"},
     "models": {"tensors", "optional"},
     "data": {"tensors", "optional"},
 }
@@ -91,13 +92,10 @@ LAZY = (
 )
 # files of the method rooms that are no published method
 NOT_A_METHOD = {
-    "lowcomm/compress/hierarchical.py",
-    "lowcomm/compress/identity.py",
-    "lowcomm/compress/cast.py",
-    "lowcomm/compress/quantized.py",
-    "lowcomm/compress/two_shot.py",
-    "lowcomm/compress/gathered.py",
-    "lowcomm/compress/chosen.py",
+    *(
+        f"lowcomm/compress/{name}.py"
+        for name in ("hierarchical", "identity", "cast", "quantized", "two_shot", "gathered", "chosen")
+    ),
     "lowcomm/feedback/none.py",
     "lowcomm/feedback/tracked.py",
     "lowcomm/outer/sgd.py",

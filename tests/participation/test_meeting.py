@@ -55,6 +55,14 @@ class Replicas(RuleBasedStateMachine):
         self.kept = json.dumps(self.meeting.state_dict())
         self.live: dict[int, Process] = {}
         self.seen = Ledger()
+        for replica in range(4):
+            self.start(replica)
+
+    def some(self, data, able):
+        """One of the replicas of whose process this is true."""
+        found = sorted(replica for replica, process in self.live.items() if able(process))
+        assume(found)
+        return data.draw(st.sampled_from(found))
 
     @rule(replica=REPLICAS)
     def start(self, replica):
@@ -64,24 +72,25 @@ class Replicas(RuleBasedStateMachine):
         self.live[replica] = Process(self.ids)
         self.meeting.join(replica, self.now_s)
 
-    @rule(replica=REPLICAS)
-    def die(self, replica):
-        assume(replica in self.live)
+    @rule(data=st.data())
+    def die(self, data):
+        replica = self.some(data, lambda p: True)
         self.meeting.leave(replica)
         del self.live[replica]
 
-    @rule(replica=REPLICAS)
-    def seem_dead_and_return(self, replica):
-        assume(replica in self.live)
+    @rule(data=st.data())
+    def seem_dead_and_return(self, data):
+        replica = self.some(data, lambda p: True)
         self.meeting.leave(replica)
         self.poll()
         process = self.live[replica]
         process.came = None
         self.meeting.join(replica, self.now_s, process.view.round if process.view else process.holds[0], fresh=False)
 
-    @rule(replica=REPLICAS, num_tokens=st.integers(0, 5))
-    def arrive(self, replica, num_tokens):
-        assume(replica in self.live and self.live[replica].view is None)
+    @precondition(lambda self: any(p.view is None for p in self.live.values()))
+    @rule(data=st.data(), num_tokens=st.integers(0, 5))
+    def arrive(self, data, num_tokens):
+        replica = self.some(data, lambda p: p.view is None)
         process = self.live[replica]
         process.tokens_done += num_tokens
         process.came = process.work()
@@ -89,20 +98,26 @@ class Replicas(RuleBasedStateMachine):
             process.lost = process.came
         self.meeting.arrive(Arrival(replica, self.now_s, process.holds[0], 0, process.tokens_done))
 
-    @rule(replica=REPLICAS, ends=st.booleans())
-    def exchange(self, replica, ends):
-        assume(replica in self.live and self.live[replica].view is not None)
+    @precondition(lambda self: any(p.view is not None for p in self.live.values()))
+    @rule(data=st.data(), ends=st.booleans())
+    def exchange(self, data, ends):
+        replica = self.some(data, lambda p: p.view is not None)
         process = self.live[replica]
         process.view = None
         if ends:
             process.holds = process.result
 
-    @precondition(lambda self: self.seen.last is not None)
+    def breakable(self):
+        """Whether members of the last view are left, and nobody has its result."""
+        last = self.seen.last
+        left = last and any(r in self.live and self.live[r].id == id for r, id, _ in self.brought)
+        return left and all(process.holds[0] < last.round for process in self.live.values())
+
+    @precondition(lambda self: self.breakable())
     @rule(num_lost=st.integers(0, 2))
     def break_everywhere(self, num_lost):
         view = self.seen.last
         members = [r for r, id, _ in self.brought if r in self.live and self.live[r].id == id]
-        assume(members and all(process.holds[0] < view.round for process in self.live.values()))
         for replica in members[:num_lost]:
             del self.live[replica]
         again = [self.live[replica] for replica in members[num_lost:]]
@@ -130,7 +145,7 @@ class Replicas(RuleBasedStateMachine):
         for replica, process in self.live.items():
             process.came = None
             held = process.view.round if process.view else process.holds[0]
-            self.meeting.join(replica, self.now_s, held, fresh=process.tokens_done == 0)
+            self.meeting.join(replica, self.now_s, held, fresh=False)
 
     @rule(seconds=st.floats(0, 4))
     def wait(self, seconds):
@@ -170,7 +185,7 @@ class Replicas(RuleBasedStateMachine):
             assert self.poll() is not None
 
 
-Replicas.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+Replicas.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
 TestReplicas = Replicas.TestCase
 
 

@@ -1,0 +1,1 @@
+"""Gradient coding: workers compute more than their share, so that the sum is known without the slowest."""
