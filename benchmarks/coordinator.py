@@ -60,6 +60,7 @@ class Member(asyncio.Protocol):
         self.replica, self.work_s, self.latencies_s = replica, work_s, latencies_s
         self.round = self.epoch = self.num_arrivals = 0
         self._unread, self._is_open, self._arrived_s = b"", False, 0.0
+        self._due_s = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
@@ -95,12 +96,17 @@ class Member(asyncio.Protocol):
             assert said["kind"] in ("Welcome", "View", "Lost"), said
             if said["kind"] == "Welcome":
                 self.epoch = said["epoch"]
-                asyncio.get_running_loop().call_later(self.work_s * random.random(), self._arrive)
+                self._due_s = self.latest_s() + self.work_s
+                asyncio.get_running_loop().call_at(self._due_s, self._arrive)
             elif said["kind"] == "View":
                 self.round, self.epoch = said["round"], said["epoch"]
                 self.latencies_s.append(time.monotonic() - self._arrived_s)
-                rest_s = self.work_s - time.monotonic() % self.work_s  # all work in step, as after an exchange
-                asyncio.get_running_loop().call_later(rest_s, self._arrive)
+                self._due_s = max(self._due_s + self.work_s, self.latest_s())
+                asyncio.get_running_loop().call_at(self._due_s, self._arrive)
+
+    def latest_s(self) -> float:
+        """The newest multiple of a round's time, so that all arrive in step, as after an exchange."""
+        return time.monotonic() // ROUND_S * ROUND_S
 
     def _arrive(self) -> None:
         self.num_arrivals += 1
