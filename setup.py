@@ -9,6 +9,8 @@ ROOT = Path(__file__).parent
 
 HF = ["transformers>=4.57", "datasets>=4.0", "tokenizers>=0.22", "pyarrow>=18"]
 REPORT = ["matplotlib>=3.9", "jinja2>=3.1"]
+# the coordinator that decides who takes part in a round
+ELASTIC = ["aiohttp>=3.11"]
 # what benchmarks set beside lowcomm or read data with
 BENCH = ["bitsandbytes>=0.50", "torchao>=0.18", "simpy>=4.1", "scikit-learn>=1.6"]
 DEV = [
@@ -23,6 +25,7 @@ DEV = [
     "pytorch_optimizer>=4.1",
     *HF,
     *REPORT,
+    *ELASTIC,
     "tensorboard>=2.18",
 ]
 
@@ -45,7 +48,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["lowcomm", "lowcomm.*"]),
-    package_data={"lowcomm": ["py.typed"], "lowcomm.report": ["*.html.j2", "*.css"]},
+    package_data={"lowcomm": ["py.typed"], "lowcomm.report": ["*.html.j2", "*.css"], "lowcomm.coordinator": ["*.html"]},
     install_requires=[
         "torch>=2.9",
         "greenlet>=3.1",
@@ -58,7 +61,7 @@ setup(
     extras_require={
         "ray": ["ray>=2.50"],
         "deepspeed": ["deepspeed>=0.18"],
-        "elastic": ["torchft>=0.2"],
+        "elastic": ELASTIC,
         "hf": HF,
         "report": REPORT,
         "dev": DEV,

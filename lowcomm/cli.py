@@ -1,4 +1,4 @@
-"""The command line: ``lowcomm train``, ``simulate``, ``retime``, ``data`` and ``report``.
+"""The command line: ``lowcomm train``, ``simulate``, ``retime``, ``data``, ``report`` and ``coordinator``.
 
 Flags mirror the config objects (``--algorithm.every 50``); a YAML file given with --config has the same shape.
 Exit codes: 0 done, 1 failed while training, 2 bad input (nothing was started or lost), 130 and 143 interrupted.
@@ -24,6 +24,8 @@ import lowcomm
 from lowcomm.assemble import run_replica
 from lowcomm.comm.base import Late, PeerLost
 from lowcomm.config import Run, describe
+from lowcomm.coordinator.server import serve
+from lowcomm.coordinator.settings import Serving
 from lowcomm.data import BPE, Source, Tokenizer, train_bpe, write_shards
 from lowcomm.data.shards import check_target
 from lowcomm.ledger import Diverged
@@ -45,6 +47,8 @@ _USAGE = """usage: lowcomm COMMAND [FLAGS]
   retime     give a simulated run the times of another cluster, without training again
   data       write tokens into memory-mapped shards
   report     compare runs: a table, and pictures in one HTML file
+  coordinator
+             decide who takes part in each round of a run, and show it on a live page
 
 lowcomm COMMAND --help lists the flags of a command.
 """
@@ -62,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     commands = {"train": _train, "simulate": _simulate, "retime": _retime, "data": _data, "report": _report}
+    commands |= {"coordinator": _coordinator}
     if argv and argv[0] in commands:
         try:
             return commands[argv[0]](list(argv[1:]))
@@ -256,9 +261,20 @@ def _report(argv: list[str]) -> int:
     return 0
 
 
+def _coordinator(argv: list[str]) -> int:
+    parser = _parser("coordinator", "Decide who takes part in each round of a run, and show it on a live page.")
+    parser.add_argument("--config", action="config", help="YAML in the shape of these flags")
+    parser.add_class_arguments(Serving)
+    given = vars(instantiate(parser, parser.parse_args(argv, defaults=False), get_type_hints(Serving)))
+    given.pop("config", None)
+    stopped = serve(Serving(**given))
+    return _say(f"stopped by {signal.Signals(stopped).name}; it goes on when started again", 128 + stopped)
+
+
 def _parser(command: str, description: str) -> ArgumentParser:
     # Short class names (--algorithm LocalSGD) are known once their modules are.
-    for room in ("rounds", "algorithms", "codecs", "compress", "feedback", "outer", "models", "data", "optim", "sim"):
+    rooms = ["rounds", "algorithms", "codecs", "compress", "feedback", "outer", "models", "data", "optim", "sim"]
+    for room in (*rooms, "participation"):
         package = importlib.import_module(f"lowcomm.{room}")
         for module in pkgutil.walk_packages(package.__path__, f"lowcomm.{room}."):
             importlib.import_module(module.name)

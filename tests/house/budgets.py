@@ -29,6 +29,7 @@ BUDGETS: dict[str, tuple[tuple[str, ...], int]] = {
         1900,
     ),
     "participation": (("participation", "attendance"), 600),
+    "coordinator": (("coordinator",), 600),
     "coding": (("coding",), 600),
     "tests": (("tests",), 14500),
 }

@@ -64,6 +64,7 @@ RUN: dict[str, set[str]] = {
     "predict": {*PARTS, "config", "assemble"},
     "attach": {"comm.base", "comm", "engine.base", "engine", "algorithms.base", "state", "membership"},
     "hooks": {"comm.base", "comm", "reduce", "state"},
+    "coordinator": {"optional", "participation"},
     "report": {"optional", "config", "metrics", "report.si", "sim.record"},
 }
 MAY_IMPORT: dict[str, set[str]] = {
@@ -76,7 +77,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("tensors", "optional", "comm", "engine.base", "engine", "membership", "attendance", "replica", "train"),
         *("config", "assemble", "sim.wire"),
     },
-    "sim": {*PARTS, *RUN, "sim.wire", "sim.cluster", "sim.record"} - {"report"},  # only the command line imports it
+    "sim": {*PARTS, *RUN, "sim.wire", "sim.cluster", "sim.record"}
+    - {"report", "coordinator"},  # only the command line imports them
     "parsing": set(),
     "cli": {*PARTS, *RUN, "sim", "sim.wire", "sim.cluster", "parsing", "__init__"},
     "__main__": {"cli"},
@@ -87,17 +89,15 @@ IMPURE_MODULES = ("torch.distributed", "time", "random", "numpy.random", "thread
 TORCH_DISTRIBUTED_IN = {"lowcomm/comm/distributed.py", "lowcomm/checkpoint.py"}
 # optional or slow to import: only inside the functions that need them
 LAZY = (
-    *("ray", "deepspeed", "torchft", "triton", "transformers", "datasets", "tokenizers", "pyarrow"),
+    *("ray", "deepspeed", "aiohttp", "triton", "transformers", "datasets", "tokenizers", "pyarrow"),
     *("wandb", "tensorboard", "torch.utils.tensorboard", "matplotlib", "jinja2"),
 )
 # files of the method rooms that are no published method
 NOT_A_METHOD = {
-    "lowcomm/compress/hierarchical.py",
-    "lowcomm/compress/identity.py",
-    "lowcomm/compress/cast.py",
-    "lowcomm/compress/quantized.py",
-    "lowcomm/compress/two_shot.py",
-    *("lowcomm/compress/gathered.py", "lowcomm/compress/chosen.py"),
+    *(
+        f"lowcomm/compress/{name}.py"
+        for name in ("hierarchical", "identity", "cast", "quantized", "two_shot", "gathered", "chosen")
+    ),
     "lowcomm/feedback/none.py",
     "lowcomm/feedback/tracked.py",
     "lowcomm/outer/sgd.py",
@@ -111,7 +111,6 @@ SHORTER = {"lowcomm/train.py": 150}
 DRAWS = ("rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson")
 GLOBAL_DRAWS = ("manual_seed", "seed", "rand_like", "randn_like", "randint_like")
 DRAWS_IN_PLACE = ("random_", "normal_", "log_normal_", "uniform_", "bernoulli_", "exponential_", "geometric_")
-
 
 # docstrings that only say whose docstring to read, as "See `Engine.update`." and "The inner one's." do
 ECHO = re.compile(
