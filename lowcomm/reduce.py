@@ -28,14 +28,18 @@ ALL_SENT: Work[None] = Done(None)
 
 
 class NonFinite(Exception):
-    """A rank has an infinity or NaN that the compressor cannot carry; raised on all ranks.
+    """A rank has an infinity or NaN in a round, or the compressor cannot carry it; raised on all ranks.
 
     Attributes:
-        ranks: those that have one.
+        ranks: those that have one; none when finite values became too large together, or where nobody can tell.
     """
 
-    def __init__(self, ranks: Sequence[int]) -> None:
-        super().__init__(f"ranks {list(ranks)} brought infinite or NaN values to a compressed round")
+    def __init__(self, ranks: Sequence[int], t: int | None = None) -> None:
+        """In the round of step ``t``, if that is known."""
+        who = f"ranks {list(ranks)}" if ranks else "other ranks, or a sum of large values,"
+        super().__init__(
+            f"{who} brought infinite or NaN values to {'a round' if t is None else f'the round of step {t}'}"
+        )
         self.ranks = tuple(ranks)
 
 

@@ -69,6 +69,19 @@ def extremes(x: Tensor) -> Tensor:
     return x.new_zeros(2) if x.is_meta or x.numel() == 0 else torch.stack(torch.aminmax(x))
 
 
+def are_finite(xs: Sequence[Tensor]) -> bool:
+    """Whether no value is infinite or NaN; reads views that fill one vector as that vector. Waits for the device."""
+    by_base: dict[int, list[Tensor]] = {}
+    for x in [] if valueless(xs) else xs:
+        by_base.setdefault(id(x if x._base is None else x._base), []).append(x)
+    whole: list[Tensor] = []
+    for views in by_base.values():
+        base, num = views[0]._base, sum(x.numel() for x in views)
+        fits = base is not None and (base.dtype, base.numel()) == (views[0].dtype, num)
+        whole += [base] if base is not None and fits else views
+    return not whole or bool(torch.stack([extremes(x).isfinite().all() for x in whole]).all())
+
+
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
     """All elements in order as one fresh contiguous vector; the tensors share dtype and device.
 

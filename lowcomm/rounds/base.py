@@ -251,7 +251,7 @@ class Rounds(Algorithm[S], ABC):
         try:
             sent, arrived = self._talk(t, state, comm, sendings, due, is_last)
         except (PeerLost, Late, NonFinite) as error:
-            failure = error
+            failure = NonFinite(error.ranks, t) if isinstance(error, NonFinite) else error
         comm.agree(failure)
 
         state.leaving = []

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lowcomm.comm.base import Comm, Late, PeerLost, Task
-from lowcomm.reduce import ALL_SENT, BUCKET_BYTES, Reducer, ReducerState
-from lowcomm.tensors import buckets
+from lowcomm.comm.base import Comm, Late, PeerLost, Task, Work
+from lowcomm.reduce import ALL_SENT, BUCKET_BYTES, NonFinite, Reducer, ReducerState
+from lowcomm.tensors import are_finite, buckets, valueless
 
 # What to average of the tensors at these places of a list.
 Values = Callable[[Sequence[int]], list[Tensor]]
 # Starts an average of values as `Reducer.mean` does.
-Average = Callable[[list[Tensor], ReducerState, Comm], Task[tuple[list[Tensor], ReducerState]]]
+Averaged = tuple[list[Tensor], ReducerState]
+Average = Callable[[list[Tensor], ReducerState, Comm], Task[Averaged]]
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,27 @@ class Sending:
         """Start averaging the values at these places."""
         like, values = [self.like[i] for i in places], self.values
         if self.average is not None:
-            return UnderWay(self.average(like, kept, comm))
-        made = None if values is None else lambda some: values([places[k] for k in some])
-        return UnderWay(self.reducer.mean(like, kept, comm, made))
+            task = self.average(like, kept, comm)
+        else:
+            made = None if values is None else lambda some: values([places[k] for k in some])
+            task = self.reducer.mean(like, kept, comm, made)
+        if self.reducer.compressor.passes_nonfinite and not valueless(like):
+            task = Task(self._refusing(task, lambda: like if values is None else values(places), comm))
+        return UnderWay(task)
+
+    def _refusing(
+        self, task: Task[Averaged], own: Callable[[], list[Tensor]], comm: Comm
+    ) -> Generator[Work[Any], Any, Averaged]:
+        """The task, but means that are not finite raise `NonFinite`: on all ranks, as their means are equal."""
+        means, kept = yield from task.steps()
+        if not are_finite(means):
+            spoils = not are_finite(own())
+            ranks = [comm.rank] if spoils else []
+            if self.average is None and not self.delay and not self.pace:  # all ranks are here, with all others
+                told = yield comm.all_gather(torch.tensor([spoils]))
+                ranks = [rank for rank, flag in zip(comm.members, told.flatten().tolist(), strict=True) if flag]
+            raise NonFinite(ranks)
+        return means, kept
 
     def exchange(self, t: int) -> Exchange:
         """The `Exchange` for step ``t``, still without parts."""

@@ -14,7 +14,7 @@ from lowcomm.comm.echo import EchoComm
 from lowcomm.comm.metered import Meter, MeteredComm
 from lowcomm.comm.solo import SoloComm
 from lowcomm.compress.quantized import Quantized
-from lowcomm.reduce import Reducer
+from lowcomm.reduce import NonFinite, Reducer
 from lowcomm.state import restore, state_tree
 from tests.algorithms import all_algorithms, expected_rounds, inner_of
 from tests.replicas import flat, make_batch, make_engine, make_model, mse, train
@@ -36,6 +36,26 @@ def test_all_ranks_end_with_the_same_parameters(algorithm, num_ranks):
     ]
     assert all(torch.equal(final[0], x) for x in final)
     assert torch.isfinite(final[0]).all()
+
+
+def test_all_ranks_refuse_a_nan_of_one(algorithm):
+    def program(comm):
+        engine = make_engine(inner_of(algorithm))
+        state = algorithm.init(engine, comm)
+
+        def steps():
+            for t in range(1, STEPS + 1):
+                if t == 3 and comm.rank == 1:
+                    engine.slots()["param"][0].fill_(float("nan"))
+                step(algorithm, t, engine, state, comm, make_batch(comm.rank, t))
+            algorithm.finish(STEPS, engine, state, comm)
+
+        with pytest.raises(NonFinite, match="to the round of step") as refused:
+            steps()
+        return refused.value.ranks, all(x.isfinite().all() for x in engine.slots()["param"])
+
+    (other, untouched), (guilty, _) = run_world(2, program)
+    assert other in ((), (1,)) and guilty == (1,) and untouched
 
 
 def test_two_runs_are_bitwise_equal(algorithm):
