@@ -16,6 +16,7 @@ from safetensors.torch import save_model
 from torch import nn
 
 from lowcomm.checkpoint import Checkpoints, state_bytes
+from lowcomm.comm.agreement import check_agreement
 from lowcomm.comm.base import Comm
 from lowcomm.comm.distributed import connect, disconnect, under_torchrun
 from lowcomm.comm.metered import Meter, MeteredComm
@@ -37,6 +38,10 @@ from lowcomm.tensors import digest, num_bytes, rng
 from lowcomm.train import Plan, Replica, train
 
 _DTYPES = {"fp32": torch.float32, "bf16_mixed": torch.float32, "bf16": torch.bfloat16}
+_ALIKE = (
+    "all replicas must start from the same config, data, software and initial parameters: compare command lines and "
+    "versions"
+)
 
 
 @dataclass(frozen=True)
@@ -131,12 +136,12 @@ def assemble(
     model = model.to(device, _DTYPES[run.precision])
     run_id = identity(run, num_replicas, data.fingerprint)
     engine = around(build_engine(run, model, num_steps))  # before the first exchange: whatever moves it must know it
-    hashes = {
+    facts = {
         "config": run_id,
         "model": digest(list(model.state_dict().values())),
         "validation text": data.validation_fingerprint,
     }
-    check_agreement(comm.tagged("start"), hashes)
+    check_agreement(comm.tagged("start"), facts, _ALIKE)
 
     ledger = open_ledger(run, model, comm, device, write)
     _seed_draws(run.seed, comm.rank, device)
@@ -256,26 +261,6 @@ def open_ledger(
         token_flops=None if peak is None else flops_per_token(model, run.data.seq_len),
         peak_flops=peak,
     )
-
-
-def check_agreement(comm: MeteredComm, hashes: dict[str, str]) -> None:
-    """Check that all replicas were started alike.
-
-    Args:
-        hashes: hexadecimal digests of equal length, by name.
-
-    Raises:
-        ValueError: on every rank, naming what differs and where.
-    """
-    own = torch.tensor([list(bytes.fromhex(value)) for value in hashes.values()], dtype=torch.uint8)
-    gathered = comm.all_gather(own).wait()
-    for i, what in enumerate(hashes):
-        differing = [r for r, x in zip(comm.members, gathered, strict=True) if not torch.equal(x[i], gathered[0][i])]
-        if differing:
-            raise ValueError(
-                f"the {what} of ranks {differing} differs from rank {comm.members[0]}'s: all replicas must start from "
-                "the same config, data, software and initial parameters; compare the command lines and versions"
-            )
 
 
 def checkpoint_bytes(engine: Engine, state: Any) -> int:
