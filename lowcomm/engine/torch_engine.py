@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lowcomm.engine.base import Engine, Ready
+from lowcomm.engine.held import trainable
 
 
 def next_token_loss(model: nn.Module, batch: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ class TorchEngine(Engine):
         if schedule is not None and schedule.optimizer is not optimizer:
             raise ValueError("the schedule was built for another optimizer; build it for the one given here")
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
-        self._parameters = _trainable(model, optimizer)
+        self._parameters = trainable(model, optimizer)
         # Without autograd: arithmetic on what `slots` hands out must not record a graph.
         self._values = [p.detach() for p in self._parameters]
         self._device = self._parameters[0].device
@@ -93,7 +94,7 @@ class TorchEngine(Engine):
             with self._reporting(ready) if ready is not None and k == num else nullcontext():
                 (loss / num).backward()
             losses.append(loss.detach().float())
-        self._gradients()
+        self._filled()
         return sum(losses[1:], start=losses[0]) / num
 
     def update(self) -> None:
@@ -148,7 +149,7 @@ class TorchEngine(Engine):
         """Optimizer states are the tensors that every parameter has in its own shape."""
         slots = {"param": list(self._values)}
         if any(p.grad is not None for p in self._parameters):
-            slots["grad"] = self._gradients()
+            slots["grad"] = self._filled()
         states = [self.optimizer.state.get(p, {}) for p in self._parameters]
         for name in states[0]:
             tensors = [state[name] for state in states if isinstance(state.get(name), Tensor)]
@@ -159,12 +160,13 @@ class TorchEngine(Engine):
         return slots
 
     def gradients(self, numbers: Sequence[int]) -> list[Tensor]:
-        found = []
-        for i in numbers:
-            parameter = self._parameters[i]
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            found.append(parameter.grad)
+        found = self._filled(numbers)
+        for i, gradient in zip(numbers, found, strict=True):
+            if gradient.layout != torch.strided:
+                raise ValueError(
+                    f"the gradient of {self.names()[i]!r} is sparse, and only dense ones are averaged: set the layer's "
+                    "sparse to False, or choose a method that averages no gradients, such as DiLoCo"
+                )
         return found
 
     def names(self) -> list[str]:
@@ -229,13 +231,19 @@ class TorchEngine(Engine):
         finally:
             for hook in hooks:
                 hook.remove()
-        gradients = self._gradients()
+        gradients = self._filled()
         for i in sorted(waiting, reverse=True):
             ready(i, gradients[i])
 
-    def _gradients(self) -> list[Tensor]:
-        """The gradient of each parameter, set to zeros where there was none."""
-        return self.gradients(range(len(self._parameters)))
+    def _filled(self, numbers: Sequence[int] | None = None) -> list[Tensor]:
+        """The gradients of these parameters (None: all), set to zeros where there was none."""
+        found = []
+        for i in range(len(self._parameters)) if numbers is None else numbers:
+            parameter = self._parameters[i]
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            found.append(parameter.grad)
+        return found
 
     def _step(self, numbers: set[int]) -> None:
         """The optimizer step of these parameters alone: torch skips those without a gradient."""
@@ -250,26 +258,6 @@ class TorchEngine(Engine):
         self._updated.clear()
         for p in self._parameters:
             p.grad = None
-
-
-def _trainable(model: nn.Module, optimizer: Optimizer) -> list[nn.Parameter]:
-    """The model's trainable parameters, once each; all must be in the optimizer."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        raise ValueError("the model has no trainable parameter: requires_grad is False for all, or there are none")
-    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    left_out = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in optimized]
-    if left_out:
-        raise ValueError(
-            f"trainable parameters that the optimizer does not hold: {', '.join(left_out)}; give them to it or freeze "
-            "them with requires_grad_(False)"
-        )
-    if optimized - {id(p) for p in model.parameters()}:
-        raise ValueError("the optimizer holds parameters that are not the model's; their state could not be saved")
-    addresses = [p.data_ptr() for p in parameters if p.data_ptr()]
-    if len(set(addresses)) < len(addresses):
-        raise ValueError("two parameters share memory; tie them as one nn.Parameter, which then has one gradient")
-    return parameters
 
 
 def _options(optimizer: Optimizer) -> list[dict[str, Any]]:

@@ -58,8 +58,8 @@ RUN: dict[str, set[str]] = {
         *("resume", "state", "environment", "ledger", "metrics", "membership", "checkpoint", "config", "train"),
     },
     "predict": {*PARTS, "config", "assemble"},
-    "attach": {"comm.base", "comm", "engine.base", "engine", "algorithms.base", "state", "membership"},
-    "hooks": {"comm.base", "comm", "reduce", "state"},
+    "attach": {"tensors", "comm.base", "comm", "engine.base", "engine", "algorithms.base", "state", "membership"},
+    "hooks": {"comm.base", "comm", "engine.base", "engine", "reduce", "state"},
     "report": {"optional", "config", "metrics", "report.si", "sim.record"},
 }
 MAY_IMPORT: dict[str, set[str]] = {
