@@ -31,7 +31,7 @@ def test_a_run_that_may_not_go_on_stops(tmp_path):
     assert ended.codes == [1, 1, -9], ended.errors
 
 
-@pytest.mark.parametrize("call", [6, 7])
+@pytest.mark.parametrize("call", [7, 8])
 def test_loops_of_ones_own_go_on(call, tmp_path):
     port, processes = free_port(), []
     for rank in range(3):
