@@ -152,6 +152,12 @@ class StreamingDiLoCo(Rounds[StreamingDiLoCoState]):
         """Whether a fragment is sent after step ``t``."""
         return bool(self._due(t, state))
 
+    def loads(self, t: int, state: StreamingDiLoCoState) -> bool:
+        """Whether any replica blends a fragment after step ``t``."""
+        delays, sent = self._delays(), [fragment.sent_t for fragment in state.fragments]
+        sends_and_loads = 0 in delays or self.every in delays
+        return (sends_and_loads and self.is_due(t, state)) or any(s is not None and t - s in delays for s in sent)
+
     def round(self, t: int, engine: Engine, state: StreamingDiLoCoState, comm: Comm) -> list[Sending]:
         """The deltas of the fragments that are due."""
         return [self._sending(k, engine, state, comm) for k in self._due(t, state)]

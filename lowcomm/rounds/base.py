@@ -181,6 +181,11 @@ class Rounds(Algorithm[S], ABC):
             engine.update_part([sending.numbers[i] for i in group])
         exchange.add(group, sending.start(group, state.kept[sending.slot][k], comm))
 
+    def loads(self, t: int, state: S) -> bool:
+        """At the end of a round, and when an average arrives."""
+        is_due = self.is_due(t, state) or any(sent.due_t <= t for sent in state.under_way)
+        return self.averages == "param" and is_due
+
     def before_update(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
         """Do the step's round and pending exchanges here if it averages gradients."""
         if self.averages == "grad":
