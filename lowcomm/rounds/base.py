@@ -246,6 +246,9 @@ class Rounds(Algorithm[S], ABC):
         if is_due:
             state.round, state.synced_t = state.round + 1, t
             state.ends_t = t + round_steps(self.every, t, engine.lr())
+        elif isinstance(self.every, QSR):  # a rate that has risen since the round began asks for a shorter one
+            length = self.every.round_steps(state.synced_t, engine.lr())
+            state.ends_t = min(state.ends_t, max(t + 1, state.synced_t + length))
 
     def exchange(
         self, t: int, engine: Engine, state: S, comm: Comm, sendings: list[Sending], is_last: bool = False
