@@ -127,5 +127,6 @@ def mixed(
     proposed: list[Tensor], mean: list[Tensor], last: list[Tensor], gossip: float, momentum: float
 ) -> list[Tensor]:
     """The new x: y pulled towards its group's mean, plus momentum times the change of y."""
-    new = mean if gossip == 1 else list(torch._foreach_lerp(proposed, mean, gossip))
-    return list(torch._foreach_add(new, torch._foreach_sub(proposed, last), alpha=momentum)) if momentum else new
+    moved = torch._foreach_sub(proposed, last)
+    pulled = mean if gossip == 1 else list(torch._foreach_lerp(proposed, mean, gossip))
+    return list(torch._foreach_add(pulled, moved, alpha=momentum)) if momentum else pulled

@@ -31,15 +31,7 @@ from lowcomm.reduce import Reducer
 from lowcomm.rounds.anchors import anchor_of, delta
 from lowcomm.rounds.base import Rounds, RoundsState
 from lowcomm.rounds.exchanges import Average, Exchange, Sending
-from lowcomm.rounds.gossip import (
-    Finalize,
-    check_finalize,
-    check_keeps_values,
-    check_pull,
-    finalized,
-    group_mean,
-    local,
-)
+from lowcomm.rounds.gossip import Finalize, check_finalize, check_keeps_values, check_pull, finalized, group_mean, local
 from lowcomm.rounds.qsr import check_every
 from lowcomm.tensors import add_, copy_, mul_, zeros
 
