@@ -219,7 +219,7 @@ class Run:
         if isinstance(every, QSR) and every.num_warmup_steps < warmup:
             raise ValueError(
                 f"QSR's num_warmup_steps is {every.num_warmup_steps}, but the learning rate rises for {warmup} steps: "
-                "so low a rate would make the first round last as long as the run; give QSR the schedule's number"
+                "so low a rate would make the first round far too long; give QSR the schedule's number"
             )
         if not self.timeout_s > 0:
             raise ValueError(f"timeout_s is {self.timeout_s}; it must be positive")

@@ -91,9 +91,13 @@ class Reducer:
             return self.bucket_bytes
         return max(BUCKET_BYTES, num_bytes(like) // _MOST_BUCKETS)
 
+    def is_exact(self) -> bool:
+        """Whether it is the plain mean, in the precision of the values."""
+        return isinstance(self.compressor, Identity) and isinstance(self.feedback, NoFeedback)
+
     def init(self, like: Sequence[Tensor]) -> ReducerState:
-        """The state before the first round for lists shaped like ``like``."""
-        packed = (self._pack(group, like, None) for group in self._groups(like))
+        """The state before the first round for lists shaped like ``like``, in float32 or better."""
+        packed = (self._wide(self._pack(group, like, None)) for group in self._groups(like))
         return ReducerState([BucketState(self.compressor.init(x), self.feedback.init(x)) for x in packed])
 
     def mean(
@@ -102,7 +106,8 @@ class Reducer:
         """Start averaging; the Task's result is the means, shaped like ``like``, and the new state.
 
         All inputs are read before this returns. ``like`` and ``state`` are not modified, so a failed round changes
-        nothing. Means are bitwise equal on all ranks. With ``values``, a round needs little more memory than the means
+        nothing. Means are bitwise equal on all ranks, in the dtype of the values; but for the plain mean, 16-bit values
+        are compressed, and kept, in float32. With ``values``, a round needs little more memory than the means
         and the feedback's state.
 
         Args:
@@ -159,6 +164,7 @@ class Reducer:
         self, x: Tensor, state: BucketState, comm: Comm
     ) -> Generator[Work[Any], Any, tuple[Tensor, BucketState, Tensor | None]]:
         """The estimate, the new state, and the extremes that must be finite for the state to be kept."""
+        dtype, x = x.dtype, self._wide(x)
         wanted, kept = self.feedback.before(x, state.feedback)
         compressor, before = self.compressor, state.compressor
         if is_dense := self.feedback.is_dense(state.feedback):
@@ -170,7 +176,7 @@ class Reducer:
         # An infinity that went through would be kept as NaN for good; all see it in the mean.
         watched = self.compressor.passes_nonfinite and not isinstance(self.feedback, NoFeedback)
         ends = extremes(mean) if watched and not mean.is_meta else None
-        return estimate, BucketState(state.compressor if is_dense else after, feedback), ends
+        return estimate.to(dtype), BucketState(state.compressor if is_dense else after, feedback), ends
 
     def _resync(self, state: ReducerState, comm: Comm) -> Generator[Work[Any], Any, ReducerState]:
         buckets: list[BucketState] = []
@@ -192,6 +198,10 @@ class Reducer:
             for alike in by_shape.values()
             for group in buckets([xs[i] for i in alike], self.limit_bytes(xs))
         ]
+
+    def _wide(self, x: Tensor) -> Tensor:
+        """What is compressed and kept, of 16-bit values too: a memory in 16 bits stops adding up small values."""
+        return x if self.is_exact() else x.to(torch.promote_types(x.dtype, torch.float32))
 
     def _pack(self, group: list[int], like: Sequence[Tensor], values: Values | None) -> Tensor:
         """A bucket as one tensor. The caller's tensors are copied, as they may change meanwhile."""

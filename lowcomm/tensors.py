@@ -48,15 +48,22 @@ def copy_(xs: Tensors, ys: Tensors) -> None:
 
 
 def mul_(xs: Tensors, factor: float) -> None:
-    """x <- factor x for each."""
-    if not valueless(xs):
+    """x <- factor x for each; 0 leaves zeros, of infinities and NaN too."""
+    if factor == 0 and not valueless(xs):
+        torch._foreach_zero_(xs)
+    elif not valueless(xs):
         torch._foreach_mul_(xs, factor)
 
 
 def add_(xs: Tensors, ys: Tensors, alpha: float = 1.0) -> None:
-    """x <- x + alpha y for each pair."""
-    if not valueless(xs):
+    """x <- x + alpha y for each pair; with 0 nothing comes from y."""
+    if alpha != 0 and not valueless(xs):
         torch._foreach_add_(xs, ys, alpha=alpha)
+
+
+def mix(x: Tensor, y: Tensor, weight: float) -> Tensor:
+    """(1 - weight) x + weight y, from 0 to 1; nothing comes from what counts for 0, neither infinities nor NaN."""
+    return x if weight == 0 else y if weight == 1 else torch.lerp(x, y, weight)
 
 
 def laid_out_like(xs: Tensors, ys: Tensors) -> list[Tensor]:

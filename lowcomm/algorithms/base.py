@@ -46,6 +46,14 @@ class Algorithm(ABC, Generic[S]):
         """
         return False
 
+    def loads(self, t: int, state: S) -> bool:
+        """Whether `after_update` of step ``t`` may set parameters; the same on all ranks. By default always.
+
+        What a method before it in `Then` has under way is applied first.
+        """
+        del t, state
+        return True
+
     def during_backward(self, t: int, engine: Engine, state: S, comm: Comm) -> Ready | None:
         """A callback for each gradient that becomes final in backward of step ``t``. By default None.
 

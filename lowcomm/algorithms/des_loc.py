@@ -31,9 +31,7 @@ import torch
 from torch import Tensor
 
 from lowcomm.comm.base import Comm
-from lowcomm.compress.identity import Identity
 from lowcomm.engine.base import Engine
-from lowcomm.feedback.none import NoFeedback
 from lowcomm.outer.base import Outer
 from lowcomm.outer.sgd import SGD
 from lowcomm.reduce import Reducer
@@ -111,7 +109,7 @@ class DESLOC(Rounds[DESLOCState]):
         state.params_t = t
         if t > 0:
             self._check_names(engine.slots())
-            if not self._is_exact():
+            if not self.reducer.is_exact():
                 state.averages = {name: anchor_of(engine.slots()[name]) for name in self.periods if name != "param"}
                 state.kept |= {name: self.keep(average) for name, average in state.averages.items()}
         return state
@@ -166,7 +164,7 @@ class DESLOC(Rounds[DESLOCState]):
             name = sent.slot.removeprefix(_FIRST)
             copy_(engine.slots()[name], means)
             del state.kept[sent.slot]
-            if not self._is_exact():
+            if not self.reducer.is_exact():
                 state.averages[name], state.kept[name] = means, self.keep(means)
         elif sent.slot.startswith(_SIGNS):
             state.has_negative[sent.slot.removeprefix(_SIGNS)] = means[0]
@@ -190,9 +188,6 @@ class DESLOC(Rounds[DESLOCState]):
     def _due(self, t: int, state: DESLOCState) -> list[str]:
         """The names averaged after step ``t``, in the same order on all replicas."""
         return sorted(name for name, every in self.periods.items() if (t - state.begun_t) % every == 0)
-
-    def _is_exact(self) -> bool:
-        return isinstance(self.reducer.compressor, Identity) and isinstance(self.reducer.feedback, NoFeedback)
 
     def _check_names(self, names: Collection[str]) -> None:
         missing = sorted(self.periods.keys() - set(names))

@@ -122,6 +122,9 @@ class PowerSGD(Compressor[PowerSGDState]):
         mean = mean.view(shape)
         return mean if self.error == "global" else sent.view(shape), mean, state
 
+    def keeps_values(self) -> bool:
+        return False
+
     def num_messages(self) -> int:
         return self._num_factors
 

@@ -70,7 +70,7 @@ class EControl(Feedback[EControlState]):
     def before(self, x: Tensor, state: EControlState) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """What is new in ``x`` and some of the error; for `after` both of that and the former alone."""
         new = x - state.known.mine
-        wanted = new + state.eta * state.error
+        wanted = new + torch.where(state.eta > 0, state.eta * state.error, 0.0)
         return wanted, (wanted, new)
 
     def after(

@@ -61,7 +61,7 @@ class EF14(Feedback[EF14State]):
         error = state.error
         if self.memory is not None:
             error = self.memory.decode(error, x.numel()).view(x.shape).to(x.dtype)
-        wanted = x.add(error, alpha=self.decay)
+        wanted = x if self.decay == 0 else x.add(error, alpha=self.decay)
         return wanted, wanted
 
     def after(self, kept: Tensor, sent: Tensor, mean: Tensor, state: EF14State) -> tuple[Tensor, EF14State]:

@@ -58,7 +58,8 @@ class EF21SGDM(Feedback[EF21SGDMState]):
 
     def before(self, x: Tensor, state: EF21SGDMState) -> tuple[Tensor, Tensor]:
         """What is new in v, and v."""
-        average = x.clone() if state.average is None else state.average.mul(1 - self.eta).add_(x, alpha=self.eta)
+        last = state.average
+        average = x.clone() if last is None or self.eta == 1 else last.mul(1 - self.eta).add_(x, alpha=self.eta)
         return average - state.known.mine, average
 
     def after(self, kept: Tensor, sent: Tensor, mean: Tensor, state: EF21SGDMState) -> tuple[Tensor, EF21SGDMState]:

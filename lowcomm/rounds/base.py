@@ -181,6 +181,11 @@ class Rounds(Algorithm[S], ABC):
             engine.update_part([sending.numbers[i] for i in group])
         exchange.add(group, sending.start(group, state.kept[sending.slot][k], comm))
 
+    def loads(self, t: int, state: S) -> bool:
+        """At the end of a round, and when an average arrives."""
+        is_due = self.is_due(t, state) or any(sent.due_t <= t for sent in state.under_way)
+        return self.averages == "param" and is_due
+
     def before_update(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
         """Do the step's round and pending exchanges here if it averages gradients."""
         if self.averages == "grad":
@@ -241,6 +246,9 @@ class Rounds(Algorithm[S], ABC):
         if is_due:
             state.round, state.synced_t = state.round + 1, t
             state.ends_t = t + round_steps(self.every, t, engine.lr())
+        elif isinstance(self.every, QSR):  # a rate that has risen since the round began asks for a shorter one
+            length = self.every.round_steps(state.synced_t, engine.lr())
+            state.ends_t = min(state.ends_t, max(t + 1, state.synced_t + length))
 
     def exchange(
         self, t: int, engine: Engine, state: S, comm: Comm, sendings: list[Sending], is_last: bool = False

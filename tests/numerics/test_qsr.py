@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -296,3 +297,22 @@ def test_a_dry_run_counts_the_end_of_the_run_where_it_comes_to_it():
 def test_a_whole_number_of_steps_is_not_rounded_down_to_one_less(power, lr):
     for n in range(2, 200):
         assert QSR(1, lr * n ** (1 / power), power).round_steps(0, lr) == n
+
+
+@pytest.mark.parametrize("lowest", [0.0, 1e-12, 1e-3])
+def test_a_rate_that_rises_shortens_the_round_it_rises_in(lowest):
+    """As through `attach`, which knows no schedule: without it the first round would last as long as the run."""
+    rates = [max(lowest, min(1.0, t / 20)) * PEAK for t in range(200)]
+    model, rule = make_model(), QSR(base=4, alpha=2 * PEAK)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rates[0])
+    engine, method, ended = TorchEngine(model, optimizer, loss=mse, clip_norm=None), LocalSGD(rule), [0]
+    state = method.init(engine, SoloComm())
+    for t in range(1, 200):
+        step(method, t, engine, state, SoloComm(), make_batch(0, t))
+        if state.synced_t == t:
+            ended.append(t)
+        optimizer.param_groups[0]["lr"] = rates[t]
+    first, *later = [b - a for a, b in pairwise(ended)]
+    # (2 / (t / 20))^2 = t at 11.7; the rate that is seen is that of the step before
+    assert first in (12, 13) and set(later[2:]) == {4}
+    assert later[0] <= first
