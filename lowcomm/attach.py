@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lowcomm.algorithms.base import Algorithm
+from lowcomm.algorithms.base import Algorithm, share_states
 from lowcomm.comm.base import Comm
 from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.membership import Members
@@ -77,6 +77,11 @@ class Sync:
         self._talk(partial(self._algorithm.after_update, self.t, self._engine, self._state))
 
     def _talk(self, call: Callable[[Comm], None]) -> None:
+        if any(group.get("train_mode") is False for group in self._engine.optimizer.param_groups):
+            raise ValueError(
+                "the optimizer is in evaluation mode, whose parameters are not those that replicas average: call "
+                "optimizer.train() before optimizer.step(), sync.step() and sync.finish()"
+            )
         self._members.take(self._algorithm, self._engine, self._state, call)
 
     @property
@@ -88,6 +93,10 @@ class Sync:
         """Call after the last step: synchronises the replicas and removes the hook from the optimizer."""
         self._talk(partial(self._algorithm.complete, self.t, self._engine, self._state))
         self._talk(partial(self._algorithm.finish, self.t, self._engine, self._state))
+        if self._engine.has_modes and not self._algorithm.keeps_equal():
+            self._talk(
+                partial(share_states, self._engine)
+            )  # then `optimizer.eval()` leads everywhere to the same point
         self._hook.remove()
 
     def state_dict(self) -> dict[str, Any]:
@@ -114,6 +123,9 @@ def attach(
     gradients before ``optimizer.step()``; `DataParallel` averages them inside it. With a closure, gradients are
     averaged at each call. Optimizers that call it a varying number of times, such as LBFGS, need an algorithm that
     averages no gradients.
+
+    An optimizer with ``train()`` and ``eval()`` (schedule-free) is in training mode at each `step` and at `finish`. Its
+    averages are those of one replica until then, unless DES-LOC averages "z" as often as "param".
 
     A gradient scaler may skip an update on one replica alone only if no gradients are averaged. With `DataParallel`,
     `SAVIC`, `DeMo`, or `After` with one of them, the replicas would deadlock.
