@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_model
 from torch import nn
 
+from lowcomm.algorithms.base import standing
 from lowcomm.checkpoint import Checkpoints, state_bytes
 from lowcomm.comm.agreement import check_agreement
 from lowcomm.comm.base import Comm
@@ -111,6 +112,17 @@ class Assembled:
         name = type(self.replica.algorithm).__name__
         return self.replica.ledger.summary(name, num_parameters, self.plan.bytes_per_token)
 
+    def save(self, path: Path) -> None:
+        """Rank 0 writes the weights to use; all members call it after training."""
+        replica = self.replica
+
+        def write(comm: MeteredComm) -> None:
+            with standing(replica.algorithm, replica.engine, replica.state, comm.tagged("evaluation")):
+                if comm.rank == 0:
+                    save_weights(self.model, path)
+
+        replica.talk(write)
+
 
 def assemble(
     run: Run,
@@ -186,8 +198,7 @@ def _run_replica(run: Run, out: Path, resumes: bool, where: Place, comm: Comm) -
         if rank == 0:
             describe_into(run, out)
         train(replica, assembled.plan, checkpoints)
-        if rank == 0:
-            save_weights(assembled.model, out / "final.safetensors")
+        assembled.save(out / "final.safetensors")
         return assembled.summary()
     finally:
         metrics.close()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from lowcomm.algorithms.base import Algorithm
+from lowcomm.algorithms.base import Algorithm, share_states
 from lowcomm.comm.agreement import check_agreement
 from lowcomm.comm.base import Comm
 from lowcomm.engine.held import Held, held_by, require_plain
@@ -120,6 +120,11 @@ class Sync:
             )
 
     def _talk(self, call: Callable[[Comm], None]) -> None:
+        if any(group.get("train_mode") is False for group in self._engine.optimizer.param_groups):
+            raise ValueError(
+                "the optimizer is in evaluation mode, whose parameters are not those that replicas average: call "
+                "optimizer.train() before optimizer.step(), sync.step() and sync.finish()"
+            )
         self._members.take(self._algorithm, self._engine, self._state, call)
 
     @property
@@ -141,6 +146,8 @@ class Sync:
             self._check()
             self._talk(partial(self._algorithm.complete, self.t, self._engine, self._state))
             self._talk(partial(self._algorithm.finish, self.t, self._engine, self._state))
+            if self._engine.has_modes and not self._algorithm.keeps_equal():
+                self._talk(partial(share_states, self._engine))  # so that `optimizer.eval()` leads to one point
         finally:
             for hook in self._hooks:
                 hook.remove()
@@ -177,6 +184,9 @@ def attach(
     gradients before ``optimizer.step()``; `DataParallel` averages them inside it, and a missing one, as of a replica
     whose batch was empty, counts as zeros. With a closure, gradients are averaged at each call. Optimizers that call it
     a varying number of times, such as LBFGS, need an algorithm that averages no gradients.
+
+    An optimizer with ``train()`` and ``eval()`` (schedule-free) is in training mode at each `step` and at `finish`. Its
+    averages are those of one replica until then, unless DES-LOC averages "z" as often as "param".
 
     A gradient scaler may skip an update on one replica alone only if no gradients are averaged. With `DataParallel`,
     `SAVIC`, `DeMo`, or `After` with one of them, the replicas would deadlock.

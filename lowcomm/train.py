@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from lowcomm.algorithms.base import Algorithm
+from lowcomm.algorithms.base import Algorithm, standing
 from lowcomm.checkpoint import Checkpoints
 from lowcomm.comm.metered import MeteredComm
 from lowcomm.engine.base import Engine
@@ -108,17 +108,14 @@ def train(replica: Replica, plan: Plan, checkpoints: Checkpoints) -> None:
 
 def evaluate(replica: Replica, batches: Sequence[Tensor], comm: MeteredComm) -> float:
     """The mean loss of the consensus parameters, equal on all members; each evaluates a share of the batches."""
-    engine = replica.engine
-    live, standing = engine.slots()["param"], replica.algorithm.consensus(engine, replica.state)
-    kept = [x.clone() for x in live]
-    torch._foreach_copy_(live, standing)
+    engine, tagged = replica.engine, comm.tagged("evaluation")
     total = torch.zeros(2, dtype=torch.float64, device=replica.device)  # summed loss, number of targets
-    for batch in batches[comm.place :: len(comm.members)]:
-        num_targets = batch[:, 1:].numel()
-        total[0] += engine.evaluate(batch.to(replica.device)) * num_targets
-        total[1] += num_targets
-    torch._foreach_copy_(live, kept)
-    loss, num_targets = comm.tagged("evaluation").all_sum(total).wait().tolist()
+    with standing(replica.algorithm, engine, replica.state, tagged):
+        for batch in batches[comm.place :: len(comm.members)]:
+            num_targets = batch[:, 1:].numel()
+            total[0] += engine.evaluate(batch.to(replica.device)) * num_targets
+            total[1] += num_targets
+    loss, num_targets = tagged.all_sum(total).wait().tolist()
     return float(loss / num_targets)
 
 

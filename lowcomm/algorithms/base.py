@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from lowcomm.comm.base import Comm
@@ -121,3 +124,33 @@ def step(algorithm: Algorithm[Any], t: int, engine: Engine, state: Any, comm: Co
     engine.update()
     algorithm.after_update(t, engine, state, comm)
     return loss
+
+
+@contextmanager
+def standing(algorithm: Algorithm[Any], engine: Engine, state: Any, comm: Comm) -> Iterator[None]:
+    """Inside, the model holds what stands for the run, to evaluate or save. All members call it together.
+
+    Schedule-free optimizers evaluate at x, made of the parameters y and a state z that replicas may not share: x would
+    be far from the mean, and differ. As x is linear in both, the mean of the ways from y to x leads to the mean x; it
+    sends a float32 model.
+    """
+    with engine.standing(algorithm.consensus(engine, state)) as ways:
+        if ways and len(comm.members) > 1 and not algorithm.keeps_equal():
+            sums = [comm.all_sum(way) for way in ways]
+            means = [work.wait() / len(comm.members) for work in sums]
+            for x, way, mean in zip(engine.slots()["param"], ways, means, strict=True):
+                x.add_(mean - way)
+        yield
+
+
+def share_states(engine: Engine, comm: Comm) -> None:
+    """Give all members the means of the optimizer's states, each over those who have it."""
+    slots = engine.slots()
+    for name in sorted(slots.keys() - {"param", "grad"}):
+        for x, p in zip(slots[name], slots["param"], strict=True):
+            is_there = x.shape == p.shape
+            total = comm.all_sum(x if is_there else torch.zeros_like(p))
+            num = comm.all_sum(x.new_tensor(float(is_there)))
+            mean = total.wait() / num.wait()
+            if is_there:
+                x.copy_(mean)

@@ -82,10 +82,11 @@ class DeMo(GradientRounds):
         """Check the optimizer; sends nothing.
 
         Raises:
-            ValueError: at the first step, when the inner optimizer keeps state.
+            ValueError: at the optimizer's first step, when it keeps state.
         """
-        if t == 1:
+        if not state.is_checked:
             _require_no_state(engine)
+            state.is_checked = engine.has_stepped()
 
 
 def _wide(x: Tensor) -> Tensor:

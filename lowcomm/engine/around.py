@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
@@ -35,6 +36,12 @@ class Around(Engine, ABC):
 
     def evaluate(self, batch: Any) -> Tensor:
         return self._inner.evaluate(batch)
+
+    def standing(self, params: list[Tensor]) -> AbstractContextManager[list[Tensor]]:
+        return self._inner.standing(params)
+
+    def has_stepped(self) -> bool:
+        return self._inner.has_stepped()
 
     def slots(self) -> Mapping[str, list[Tensor]]:
         return self._inner.slots()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -16,6 +15,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lowcomm.engine.base import Engine, Ready
 from lowcomm.engine.held import trainable
+from lowcomm.optim import steps
+from lowcomm.tensors import copy_
 
 
 def next_token_loss(model: nn.Module, batch: Tensor) -> Tensor:
@@ -77,6 +78,12 @@ class TorchEngine(Engine):
         self._loss = torch.compile(loss) if compile else loss
         self._num_micro_batches, self._clip_norm, self._autocast = num_micro_batches, clip_norm, autocast
         self._updated: set[int] = set()  # since backward began
+        # Schedule-free optimizers and the like evaluate at another point than they train at
+        self.has_modes = hasattr(optimizer, "train") and hasattr(optimizer, "eval")
+        self._has_stepped = self._is_moved = False
+        optimizer.register_step_post_hook(self._note_step)
+        if self.has_modes:
+            optimizer.train()  # type: ignore[attr-defined]
 
     def backward(self, batch: Any, ready: Ready | None = None) -> Tensor:
         """``batch`` is the loss's input; with micro-batches, a tensor or tuple of tensors cut along dim 0.
@@ -128,14 +135,16 @@ class TorchEngine(Engine):
     def needs_all_gradients(self) -> str | None:
         if self._clip_norm is not None:
             return f"clip_norm is {self._clip_norm}, and the norm of all gradients is known at its end: set it to None"
-        closure = signature(self.optimizer.step).parameters.get("closure")
-        if closure is not None and closure.default is Parameter.empty:
+        if steps.needs_closure(type(self.optimizer)):
             name = type(self.optimizer).__name__
             return f"{name} computes the loss anew within its step: choose an optimizer whose step() takes no closure"
         return None
 
     def evaluate(self, batch: Any) -> Tensor:
         """The batch is not cut into micro-batches, so it must fit as a whole."""
+        if self.has_modes and self._has_stepped and not self._is_moved:
+            with self.standing(self._values):
+                return self.evaluate(batch)
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
@@ -145,17 +154,43 @@ class TorchEngine(Engine):
             for module, training in modes:
                 module.training = training
 
+    @contextmanager
+    def standing(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
+        """Also restores the parameters bitwise, which switching an optimizer back and forth would not."""
+        kept = [x.clone() for x in self._values]
+        copy_(self._values, params)
+        ways = list[Tensor]()
+        try:
+            if self.has_modes and self._has_stepped:
+                before = [x.clone() for x in self._values]
+                self.optimizer.eval()  # type: ignore[attr-defined]
+                self._is_moved = True
+                ways = [x.float() - y.float() for x, y in zip(self._values, before, strict=True)]
+            yield ways
+        finally:
+            if self._is_moved:
+                self.optimizer.train()  # type: ignore[attr-defined]
+            self._is_moved = False
+            copy_(self._values, kept)
+
+    def has_stepped(self) -> bool:
+        return self._has_stepped
+
     def slots(self) -> Mapping[str, list[Tensor]]:
-        """Optimizer states are the tensors that every parameter has in its own shape."""
+        """Optimizer states are the tensors that every parameter with states has in its own shape."""
         slots = {"param": list(self._values)}
         if any(p.grad is not None for p in self._parameters):
             slots["grad"] = self._filled()
         states = [self.optimizer.state.get(p, {}) for p in self._parameters]
-        for name in states[0]:
-            tensors = [state[name] for state in states if isinstance(state.get(name), Tensor)]
-            shapes = [x.shape for x in tensors]
+        for name in next((state for state in states if state), {}):
+            tensors = [
+                state.get(name) if state else p.new_empty(0) for p, state in zip(self._values, states, strict=True)
+            ]
             # torch's convention: "step" counts, and has the shape of a 0-d parameter
-            if name != "step" and shapes == [p.shape for p in self._parameters]:
+            if name != "step" and all(
+                isinstance(x, Tensor) and (x.shape == p.shape or not state)
+                for x, p, state in zip(tensors, self._values, states, strict=True)
+            ):
                 slots[name] = tensors
         return slots
 
@@ -199,8 +234,9 @@ class TorchEngine(Engine):
                 f"the {has} has a learning-rate schedule and the {lacks} has none; resume with the same one"
             )
         self._drop_gradients()
+        self._has_stepped = bool(state["optimizer"]["state"])
         self.model.load_state_dict(state["model"])
-        _load_optimizer(self.optimizer, state["optimizer"])
+        steps.load(self.optimizer, state["optimizer"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["rng_cpu"].cpu())
@@ -250,9 +286,12 @@ class TorchEngine(Engine):
         hidden = [(p, p.grad) for i, p in enumerate(self._parameters) if i not in numbers]
         for p, _ in hidden:
             p.grad = None
-        self.optimizer.step()
+        steps.step(self.optimizer)
         for p, gradient in hidden:
             p.grad = gradient
+
+    def _note_step(self, *_: Any) -> None:
+        self._has_stepped = True
 
     def _drop_gradients(self) -> None:
         self._updated.clear()
@@ -283,23 +322,3 @@ def _micro_batches(batch: Any, num: int) -> list[Any]:
             "a multiple of it"
         )
     return list(batch.chunk(num))
-
-
-def _load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    """Load in place, so that the optimizer's state keeps its memory.
-
-    torch's own loading replaces tensors, may share them with ``saved``, and casts them to the parameter's dtype, which
-    would round fp32 moments of bf16 parameters.
-    """
-    before = {p: dict(state) for p, state in optimizer.state.items()}
-    optimizer.load_state_dict(dict(saved))
-    saved_ids = [i for group in saved["param_groups"] for i in group["params"]]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, p in zip(saved_ids, parameters, strict=True):
-        for name, value in saved["state"].get(i, {}).items():
-            if isinstance(value, Tensor):
-                exact = value.detach().to(optimizer.state[p][name].device, copy=True)
-                old = before.get(p, {}).get(name)
-                if isinstance(old, Tensor) and (old.shape, old.dtype) == (exact.shape, exact.dtype):
-                    exact = old.copy_(exact)
-                optimizer.state[p][name] = exact

@@ -37,6 +37,7 @@ class RoundsState(ABC):  # noqa: B024  # what states are made from, and none its
         synced_t: the step of the last round.
         ends_t: the step at which the present round ends.
         completed_t: the step of the last `complete`; None before.
+        is_checked: whether a method that minds the optimizer's states has seen them, after a first real step.
     """
 
     kept: dict[str, list[ReducerState]] = field(default_factory=dict)
@@ -48,6 +49,7 @@ class RoundsState(ABC):  # noqa: B024  # what states are made from, and none its
     synced_t: int = 0
     ends_t: int = 0
     completed_t: int | None = None
+    is_checked: bool = False
 
 
 S = TypeVar("S", bound=RoundsState)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import yaml
 
-from lowcomm.assemble import Assembled, assemble, autocast_of, describe_into, place, save_weights
+from lowcomm.assemble import Assembled, assemble, autocast_of, describe_into, place
 from lowcomm.checkpoint import Checkpoints
 from lowcomm.comm.metered import MeteredComm
 from lowcomm.config import Run, describe
@@ -101,8 +101,8 @@ def simulate(
                 ledger = assembled.replica.ledger
                 kept.update(token_flops=ledger.token_flops, peak_flops=ledger.peak_flops)
             train(assembled.replica, assembled.plan, Checkpoints(out / "checkpoints", rank, num_ranks, "simulated"))
-            if rank == 0 and not timing_only:
-                save_weights(assembled.model, out / "final.safetensors")
+            if not timing_only:
+                assembled.save(out / "final.safetensors")
             return assembled.summary()
         finally:
             residence.leave(rank)

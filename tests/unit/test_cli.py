@@ -278,9 +278,9 @@ def test_dry_run_under_torchrun_is_of_that_world(capsys, config, monkeypatch):
 
 
 def test_dry_run_says_what_it_cannot_count(capsys, config):
-    flags = ["--optimizer.path", "tests.sim.test_timing.AsksForValues", "--optimizer.args", "{lr: 0.1}"]
+    flags = ["--optimizer.path", "torch.optim.SparseAdam", "--optimizer.args", "{lr: 0.1}"]
     assert main(["train", "--config", str(config), *flags, "--dry_run"]) == 0
-    assert "# 4 replicas: a dry run knows shapes but no values" in capsys.readouterr().out
+    assert "# 4 replicas: a step of torch.optim.sparse_adam.SparseAdam fails (RuntimeError: " in capsys.readouterr().out
     flags = ["--algorithm", "DESLOC", "--algorithm.periods", "{param: 4, momentum: 8}"]
     assert main(["train", "--config", str(config), *flags, "--dry_run"]) == 0
     assert "# 4 replicas: periods names ['momentum'], but" in capsys.readouterr().out

@@ -23,6 +23,7 @@ def calls(start: int, plan: Plan) -> list[str]:
     parts.engine.evaluate.return_value = torch.tensor(2.0)
     parts.algorithm.consensus.return_value = [torch.ones(1)]
     parts.comm.members, parts.comm.place = (0,), 0
+    parts.engine.standing.return_value.__enter__.return_value = []
     parts.comm.tagged.return_value.all_sum = lambda x: SimpleNamespace(wait=lambda: x)
     train(
         Replica(
@@ -32,7 +33,7 @@ def calls(start: int, plan: Plan) -> list[str]:
         parts.checkpoints,
     )
     shown = ("algorithm.", "engine.", "ledger.", "checkpoints.")
-    hidden = ("num_rounds", "slots", "state_dict", "consensus", "paused().__exit__", "paused().__enter__")
+    hidden = ("num_rounds", "slots", "state_dict", "consensus", "__exit__", "__enter__")
     found = []
     for name, args, _ in parts.mock_calls:
         if name.startswith(shown) and not name.endswith(hidden):
@@ -46,7 +47,7 @@ def test_the_order_of_a_run():
         before = ["lr", f"during_backward {t}", "backward", f"before_update {t}", "update"]
         return [*before, f"after_update {t}", *([f"complete {t}", f"finish {t}"] if last else []), f"step {t}"]
 
-    evaluation = ["flush", "paused", "evaluate", "evaluation"]
+    evaluation = ["flush", "paused", "standing", "evaluate", "evaluation"]
     saving = ["flush", "paused", "settle", *("save {0}", "confirm {0}", "prune {0}")]
     saves = {t: [x.format(t) for x in saving] for t in (2, 4)}
     batch = torch.zeros(2, 3, dtype=torch.int64)

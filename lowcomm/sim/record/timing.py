@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +38,7 @@ class Shapes:
         ready: their places in the order in which backward finishes them; empty without batch.
         first_states, states: of the optimizer by name before and after its first step, likewise.
         needs_all_gradients: see `Engine.needs_all_gradients`.
+        ways: see `Engine.standing`.
     """
 
     def __init__(self, inner: TorchEngine, batch: Tensor | None) -> None:
@@ -56,6 +57,8 @@ class Shapes:
         inner.update()
         self._lrs.append(inner.lr())
         self.states = _states(inner)
+        with inner.standing(self.params) as self.ways:
+            pass
 
     def lr(self, num_updates: int) -> float:
         """The learning rate after so many updates."""
@@ -96,6 +99,12 @@ class TimingEngine(Engine):
     def evaluate(self, batch: Any) -> Tensor:
         """NaN, where its sum with others' is taken."""
         return torch.full((), math.nan)
+
+    def standing(self, params: list[Tensor]) -> AbstractContextManager[list[Tensor]]:
+        return nullcontext(self._shapes.ways if self._num_updates else [])
+
+    def has_stepped(self) -> bool:
+        return self._num_updates > 0
 
     def slots(self) -> Mapping[str, list[Tensor]]:
         slots = {"param": self._shapes.params}
