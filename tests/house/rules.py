@@ -44,11 +44,12 @@ PARTS: dict[str, set[str]] = {
 }
 RUN: dict[str, set[str]] = {
     "state": {"tensors"},
+    "console": set(),
     "environment": {"__init__"},
     "ledger": {"tensors", "comm", "data"},
     "report.si": set(),
-    "metrics": {"tensors", "optional", "comm", "ledger", "report.si"},
-    "checkpoint": {"tensors", "state"},
+    "metrics": {"tensors", "optional", "places", "comm", "ledger", "console", "report.si"},
+    "checkpoint": {"tensors", "places", "state"},
     "config": {*PARTS},
     "membership": {"comm.base", "engine.base", "algorithms.base"},
     "train": {"comm.base", "comm", "engine.base", "algorithms.base", "state", "ledger", "membership", "checkpoint"},

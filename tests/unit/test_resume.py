@@ -12,6 +12,8 @@ from torch import nn
 from lowcomm import Comm, Meter, MeteredComm
 from lowcomm.assemble import save_weights
 from lowcomm.checkpoint import Checkpoints
+from lowcomm.comm.echo import EchoComm
+from lowcomm.places import place_of
 from lowcomm.resume import newest_common
 from tests.world import run_world
 
@@ -49,7 +51,7 @@ def test_none_in_common_any_more_is_refused_on_every_rank(steps: list[list[int]]
 
 
 def test_a_rank_knows_whether_all_had_a_checkpoint(tmp_path: Path) -> None:
-    saved = Checkpoints(tmp_path / "checkpoints", 0, 2, "run", keep=1)
+    saved = Checkpoints(tmp_path / "checkpoints", place_of(EchoComm(2), 1), "run", keep=1)
     assert not saved.were_on_all()
     saved.save(1, {})
     assert not saved.were_on_all(), "it may be the only rank that came so far"
