@@ -15,9 +15,10 @@ from safetensors.torch import save_model
 from torch import nn
 
 from lowcomm.checkpoint import Checkpoints, state_bytes
+from lowcomm.claim import claimed
 from lowcomm.comm.base import Comm
 from lowcomm.comm.distributed import connect, disconnect, under_torchrun
-from lowcomm.comm.launched import number
+from lowcomm.comm.launched import launched, number
 from lowcomm.comm.metered import Meter, MeteredComm
 from lowcomm.comm.solo import SoloComm
 from lowcomm.config import Run, describe, identity
@@ -93,7 +94,7 @@ def place(run: Run) -> Place:
 def run_replica(run: Run, out: Path, resumes: bool) -> dict[str, Any]:
     """Train this rank's replica to the end and return its summary line.
 
-    Writes into ``out``: config.yaml, environment.json and final.safetensors (replica 0),
+    Writes into ``out``, which it claims first: config.yaml, environment.json and final.safetensors (replica 0),
     checkpoints/, and lines of metrics (`lowcomm.metrics`).
 
     Raises:
@@ -103,11 +104,13 @@ def run_replica(run: Run, out: Path, resumes: bool) -> dict[str, Any]:
     where = place(run)
     if where.device.type == "cuda":
         torch.cuda.set_device(where.device)
-    comm: Comm = SoloComm() if where.backend is None else connect(where.backend, run.timeout_s, run.grace_s)
-    try:
-        return _run_replica(run, out, resumes, where, comm)
-    finally:
-        disconnect()
+    launch = launched()
+    with claimed(out, name_of(0 if launch is None else launch.rank)):
+        comm: Comm = SoloComm() if where.backend is None else connect(where.backend, run.timeout_s, run.grace_s)
+        try:
+            return _run_replica(run, out, resumes, where, comm)
+        finally:
+            disconnect()
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ PARTS: dict[str, set[str]] = {
 }
 RUN: dict[str, set[str]] = {
     "state": {"tensors"},
+    "claim": set(),
     "console": set(),
     "environment": {"__init__"},
     "ledger": {"tensors", "comm", "data"},
@@ -55,7 +56,7 @@ RUN: dict[str, set[str]] = {
     "train": {"comm.base", "comm", "engine.base", "algorithms.base", "state", "ledger", "membership", "checkpoint"},
     "resume": {"comm.base", "comm", "state", "checkpoint", "config", "metrics", "train"},
     "assemble": {
-        *PARTS,
+        *(*PARTS, "claim"),
         *("resume", "state", "environment", "ledger", "metrics", "membership", "checkpoint", "config", "train"),
     },
     "predict": {*PARTS, "config", "assemble"},
