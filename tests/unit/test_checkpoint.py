@@ -31,10 +31,8 @@ def _quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
-def checkpoints(
-    run: Path, rank: int = 0, num_ranks: int = 2, run_id: str = "run", keep: int = 2, num_shards: int = 1
-) -> Checkpoints:
-    return Checkpoints(run / "checkpoints", place_of(EchoComm(num_ranks, rank), num_shards), run_id, keep)
+def checkpoints(run: Path, rank: int = 0, num_ranks: int = 2, run_id: str = "run", keep: int = 2) -> Checkpoints:
+    return Checkpoints(run / "checkpoints", place_of(EchoComm(num_ranks, rank), 1), run_id, keep)
 
 
 def small_state(value: float = 0.0) -> dict[str, Any]:
@@ -227,26 +225,6 @@ def test_a_full_disk_at_every_moment_of_saving_names_the_path(tmp_path: Path, mo
         shutil.rmtree(tmp_path / "checkpoints/t00000002", ignore_errors=True)
         n += 1
     assert n > 15
-
-
-def test_former_names_and_those_of_other_shards_are_refused(tmp_path: Path) -> None:
-    for first, second in [(1, 2), (2, 1)]:
-        run = tmp_path / str(first)
-        for rank in range(4):
-            checkpoints(run, rank, 4, num_shards=first).save(1, {})
-            assert checkpoints(run, rank, 4, num_shards=first).steps() == [1]
-        for rank in range(4):
-            with pytest.raises(ValueError, match="another number of shards, or of an earlier lowcomm"):
-                checkpoints(run, rank, 4, num_shards=second).steps()
-    assert sorted(x.name for x in (tmp_path / "2/checkpoints/t00000001").iterdir()) == [
-        f"replica0000{replica}.shard0000{shard}" for replica in range(2) for shard in range(2)
-    ]
-    with pytest.raises(ValueError, match="num_replicas 2, but here num_replicas is 1"):
-        checkpoints(tmp_path / "2", 1, 3, num_shards=3).steps()
-    (tmp_path / "former/checkpoints/t00000010/rank00001").mkdir(parents=True)
-    for call in (Checkpoints.steps, Checkpoints.newest, Checkpoints.were_on_all):
-        with pytest.raises(ValueError, match=r"t00000010/rank00001 is called otherwise .* earlier lowcomm .*--out"):
-            call(checkpoints(tmp_path / "former"))
 
 
 def test_death_at_every_moment_of_pruning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
