@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,11 @@ from torch import nn
 
 from lowcomm.algorithms.base import standing
 from lowcomm.checkpoint import Checkpoints, state_bytes
+from lowcomm.claim import claimed
 from lowcomm.comm.agreement import check_agreement
 from lowcomm.comm.base import Comm
 from lowcomm.comm.distributed import connect, disconnect, under_torchrun
+from lowcomm.comm.launched import launched, number
 from lowcomm.comm.metered import Meter, MeteredComm
 from lowcomm.comm.solo import SoloComm
 from lowcomm.config import Run, describe, identity
@@ -29,10 +30,20 @@ from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.environment import environment
 from lowcomm.ledger import Ledger
 from lowcomm.membership import Members
-from lowcomm.metrics import Metrics, ProgressSink, Sink, TensorBoardSink, WandbSink, truncate_after
+from lowcomm.metrics import (
+    Metrics,
+    ProgressSink,
+    Sink,
+    TensorBoardSink,
+    WandbSink,
+    check_names,
+    file_of,
+    truncate_after,
+)
 from lowcomm.models.flops import flops_per_token, peak_flops
 from lowcomm.models.length import check_length
 from lowcomm.optim.groups import parameter_groups
+from lowcomm.places import name_of, place_of
 from lowcomm.resume import check_beginning, resume
 from lowcomm.state import state_tree
 from lowcomm.tensors import digest, num_bytes, rng
@@ -53,25 +64,34 @@ class Place:
     backend: str | None
 
 
-def place(run: Run) -> Place:
-    """Choose the device and backend of this rank.
+def device_of(run: Run) -> torch.device:
+    """Choose the device of this process.
 
     Raises:
-        ValueError: when the config asks for CUDA or NCCL and it is not available.
+        ValueError: when the config asks for CUDA and it is not available.
     """
     has_cuda = torch.cuda.is_available()
     if run.device == "cuda" and not has_cuda:
         raise ValueError("device is 'cuda', but torch sees no GPU here; use device 'cpu' or 'auto'")
+    if not has_cuda or run.device == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", number("LOCAL_RANK", 0) % torch.cuda.device_count())
+
+
+def place(run: Run) -> Place:
+    """Choose the device and backend of this rank.
+
+    Raises:
+        ValueError: when the config asks for CUDA or NCCL and it is not available, or variables are wrong.
+    """
+    has_cuda, device = torch.cuda.is_available(), device_of(run)
     if run.backend == "nccl" and (run.device == "cpu" or not has_cuda):
         raise ValueError("backend is 'nccl', which needs CUDA, but this run has no GPU; use backend 'gloo' or 'auto'")
-    on_cuda = has_cuda and run.device != "cpu"
-    local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    device = torch.device("cuda", local_rank % num_gpus) if on_cuda else torch.device("cpu")
     if not under_torchrun():
         return Place(device, None)
     if run.on_loss == "go_on" and run.backend == "nccl":
         raise ValueError("on_loss is 'go_on', which needs gloo for now; set backend to 'gloo', or on_loss to 'stop'")
-    own_gpu = on_cuda and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= num_gpus
+    own_gpu = device.type == "cuda" and number("LOCAL_WORLD_SIZE", 1) <= torch.cuda.device_count()
     return Place(
         device, run.backend if run.backend != "auto" else "nccl" if own_gpu and run.on_loss == "stop" else "gloo"
     )
@@ -80,21 +100,23 @@ def place(run: Run) -> Place:
 def run_replica(run: Run, out: Path, resumes: bool) -> dict[str, Any]:
     """Train this rank's replica to the end and return its summary line.
 
-    Writes into ``out``: config.yaml, environment.json, metrics.jsonl (rank 0; the others metrics.rank<r>.jsonl),
-    checkpoints/, final.safetensors (rank 0).
+    Writes into ``out``, which it claims first: config.yaml, environment.json and final.safetensors (replica 0),
+    checkpoints/, and lines of metrics (`lowcomm.metrics`).
 
     Raises:
         ValueError: before training, for anything wrong with config, data, directory, or between the ranks.
-        Diverged, PeerLost, Late: while training.
+        Diverged, PeerLost, Late, OSError: while training.
     """
     where = place(run)
     if where.device.type == "cuda":
         torch.cuda.set_device(where.device)
-    comm: Comm = SoloComm() if where.backend is None else connect(where.backend, run.timeout_s, run.grace_s)
-    try:
-        return _run_replica(run, out, resumes, where, comm)
-    finally:
-        disconnect()
+    launch = launched()
+    with claimed(out, name_of(0 if launch is None else launch.rank)):
+        comm: Comm = SoloComm() if where.backend is None else connect(where.backend, run.timeout_s, run.grace_s)
+        try:
+            return _run_replica(run, out, resumes, where, comm)
+        finally:
+            disconnect()
 
 
 @dataclass(frozen=True)
@@ -178,24 +200,25 @@ def describe_into(run: Run, out: Path) -> None:
 
 
 def _run_replica(run: Run, out: Path, resumes: bool, where: Place, comm: Comm) -> dict[str, Any]:
-    rank, num_replicas = comm.rank, len(comm.members)
-    metered = MeteredComm(comm, Meter(), stream=where.device if where.backend == "nccl" else None)
-    path = out / ("metrics.jsonl" if rank == 0 else f"metrics.rank{rank}.jsonl")
-    if path.exists() and not resumes:
+    mine = place_of(comm, num_shards=1)
+    num_ranks, is_first = len(comm.members), mine.name == name_of(0)
+    metered = MeteredComm(mine.across, Meter(), stream=where.device if where.backend == "nccl" else None)
+    path = file_of(out, mine.name)
+    check_names(out)
+    if not resumes and any(out.glob("metrics*.jsonl")):  # of any rank; none writes before all have looked
         raise ValueError(f"{out} already holds a run; go on with it by --resume, or choose another --out")
-    metrics = Metrics(path, _sinks(run, out, rank, run.steps(num_replicas)))
+    metrics = Metrics(path, _sinks(run, out, run.steps(len(metered.members))) if is_first else [])
     try:
         assembled = assemble(run, run.data.load(), metered, where.device, metrics.write)
         replica = assembled.replica
-        checkpoints = Checkpoints(out / "checkpoints", rank, num_replicas, assembled.run_id, run.checkpoint.keep)
+        checkpoints = Checkpoints(out / "checkpoints", mine, assembled.run_id, run.checkpoint.keep)
         if run.checkpoint.every:
-            checkpoints.require_space(num_replicas * checkpoint_bytes(replica.engine, replica.state))
+            checkpoints.require_space(num_ranks * checkpoint_bytes(replica.engine, replica.state))
         if resumes:
             if not checkpoints.steps():
                 check_beginning(run, path)
             truncate_after(path, resume(replica, checkpoints))
-        out.mkdir(parents=True, exist_ok=True)
-        if rank == 0:
+        if is_first:
             describe_into(run, out)
         train(replica, assembled.plan, checkpoints)
         assembled.save(out / "final.safetensors")
@@ -215,7 +238,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
     hook = model.register_state_dict_post_hook(_copy_parts)
     try:
         save_model(model, str(path))
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         hook.remove()
@@ -280,9 +303,7 @@ def checkpoint_bytes(engine: Engine, state: Any) -> int:
     return now + 2 * num_bytes(engine.slots()["param"])
 
 
-def _sinks(run: Run, out: Path, rank: int, num_steps: int) -> list[Sink]:
-    if rank != 0:
-        return []
+def _sinks(run: Run, out: Path, num_steps: int) -> list[Sink]:
     sinks: list[Sink] = [ProgressSink(num_steps)]
     if run.log.tensorboard:
         sinks.append(TensorBoardSink(out / "tensorboard"))

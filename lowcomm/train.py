@@ -120,10 +120,10 @@ def evaluate(replica: Replica, batches: Sequence[Tensor], comm: MeteredComm) -> 
 
 
 def save(replica: Replica, checkpoints: Checkpoints, t: int, comm: MeteredComm) -> None:
-    """Save this rank; older checkpoints are deleted once every member has saved."""
+    """Save this rank; older checkpoints are deleted once every rank of every member has saved."""
     replica.algorithm.settle(replica.state)
     checkpoints.save(t, snapshot(replica))
-    comm.tagged("checkpoint").all_sum(torch.ones(1)).wait()
+    checkpoints.place.meet(comm.tagged("checkpoint"))
     checkpoints.confirm(t)
     checkpoints.prune(t)
 

@@ -57,7 +57,9 @@ class DataParallel(GradientRounds):
                 mul_(gradients, share)
             return gradients
 
-        return [Sending("gradients", self.reducer, params, values, range(len(params)))]
+        # on a GPU a look at each step's means would wait for it; NaN reaches all parameters alike
+        is_watched = not params[0].is_cuda
+        return [Sending("gradients", self.reducer, params, values, range(len(params)), is_watched=is_watched)]
 
     def commit(self, t: int, engine: Engine, state: GradientsState, sent: Exchange, means: list[Tensor]) -> None:
         """Replace the gradients by their mean over replicas."""

@@ -36,6 +36,7 @@ class Sending:
         memo: returned to the method with the means: tensors, numbers, lists of them.
         average: averages ``like``, in place of the reducer's mean over all members.
         has_prelude: whether the first message may be a preliminary exchange, waited for one step later.
+        is_watched: whether means that are not finite are refused.
     """
 
     slot: str
@@ -48,6 +49,7 @@ class Sending:
     memo: Any = None
     average: Average | None = None
     has_prelude: bool = False
+    is_watched: bool = True
 
     def cut(self, overlap: bool) -> list[list[int]]:
         """The places that are sent together, in order: with ``overlap`` groups of the reducer's ``bucket_bytes`` from
@@ -65,7 +67,7 @@ class Sending:
         else:
             made = None if values is None else lambda some: values([places[k] for k in some])
             task = self.reducer.mean(like, kept, comm, made)
-        if self.reducer.compressor.passes_nonfinite and not valueless(like):
+        if self.is_watched and self.reducer.compressor.passes_nonfinite and not valueless(like):
             task = Task(self._refusing(task, lambda: like if values is None else values(places), comm))
         return UnderWay(task)
 

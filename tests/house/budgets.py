@@ -24,7 +24,7 @@ BUDGETS: dict[str, tuple[tuple[str, ...], int]] = {
     "run, record, report, command line": (
         (
             *("__init__", "__main__", "optional", "state", "environment", "ledger", "metrics", "checkpoint", "config"),
-            *("resume", "assemble", "predict", "attach", "hooks", "report", "parsing", "cli"),
+            *("resume", "assemble", "predict", "attach", "hooks", "report", "parsing", "cli", "claim", "console"),
         ),
         1900,
     ),

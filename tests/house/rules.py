@@ -44,17 +44,19 @@ PARTS: dict[str, set[str]] = {
 }
 RUN: dict[str, set[str]] = {
     "state": {"tensors"},
+    "claim": set(),
+    "console": set(),
     "environment": {"__init__"},
     "ledger": {"tensors", "comm", "data"},
     "report.si": set(),
-    "metrics": {"tensors", "optional", "comm", "ledger", "report.si"},
-    "checkpoint": {"tensors", "state"},
+    "metrics": {"tensors", "optional", "places", "comm", "ledger", "console", "report.si"},
+    "checkpoint": {"tensors", "places", "state"},
     "config": {*PARTS},
     "membership": {"comm.base", "engine.base", "algorithms.base"},
     "train": {"comm.base", "comm", "engine.base", "algorithms.base", "state", "ledger", "membership", "checkpoint"},
     "resume": {"comm.base", "comm", "state", "checkpoint", "config", "metrics", "train"},
     "assemble": {
-        *PARTS,
+        *(*PARTS, "claim"),
         *("resume", "state", "environment", "ledger", "metrics", "membership", "checkpoint", "config", "train"),
     },
     "predict": {*PARTS, "config", "assemble"},

@@ -126,6 +126,6 @@ def test_rank_0_alone_lays_down_the_config_and_the_disk_must_hold_the_checkpoint
     assert asked == [3000] * 3 and written == [out]
     assert {path.name for path in out.glob("metrics*")} == {
         "metrics.jsonl",
-        "metrics.rank1.jsonl",
-        "metrics.rank2.jsonl",
+        "metrics.replica00001.jsonl",
+        "metrics.replica00002.jsonl",
     }

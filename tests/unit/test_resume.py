@@ -12,6 +12,8 @@ from torch import nn
 from lowcomm import Comm, Meter, MeteredComm
 from lowcomm.assemble import save_weights
 from lowcomm.checkpoint import Checkpoints
+from lowcomm.comm.echo import EchoComm
+from lowcomm.places import place_of
 from lowcomm.resume import newest_common
 from tests.world import run_world
 
@@ -49,7 +51,7 @@ def test_none_in_common_any_more_is_refused_on_every_rank(steps: list[list[int]]
 
 
 def test_a_rank_knows_whether_all_had_a_checkpoint(tmp_path: Path) -> None:
-    saved = Checkpoints(tmp_path / "checkpoints", 0, 2, "run", keep=1)
+    saved = Checkpoints(tmp_path / "checkpoints", place_of(EchoComm(2), 1), "run", keep=1)
     assert not saved.were_on_all()
     saved.save(1, {})
     assert not saved.were_on_all(), "it may be the only rank that came so far"
@@ -60,6 +62,30 @@ def test_a_rank_knows_whether_all_had_a_checkpoint(tmp_path: Path) -> None:
     assert saved.steps() == [2] and saved.were_on_all()
     saved.save(2, {})
     assert not saved.were_on_all(), "written anew"
+
+
+def of_shards(run: Path, rank: int, num_ranks: int, num_shards: int) -> Checkpoints:
+    return Checkpoints(run / "checkpoints", place_of(EchoComm(num_ranks, rank), num_shards), "run")
+
+
+def test_former_names_and_those_of_other_shards_are_refused(tmp_path: Path) -> None:
+    for first, second in [(1, 2), (2, 1)]:
+        run = tmp_path / str(first)
+        for rank in range(4):
+            of_shards(run, rank, 4, first).save(1, {})
+            assert of_shards(run, rank, 4, first).steps() == [1]
+        for rank in range(4):
+            with pytest.raises(ValueError, match="another number of shards, or of an earlier lowcomm"):
+                of_shards(run, rank, 4, second).steps()
+    assert sorted(x.name for x in (tmp_path / "2/checkpoints/t00000001").iterdir()) == [
+        f"replica0000{replica}.shard0000{shard}" for replica in range(2) for shard in range(2)
+    ]
+    with pytest.raises(ValueError, match="num_replicas 2, but here num_replicas is 1"):
+        of_shards(tmp_path / "2", 1, 3, 3).steps()
+    (tmp_path / "former/checkpoints/t00000010/rank00001").mkdir(parents=True)
+    for call in (Checkpoints.steps, Checkpoints.newest, Checkpoints.were_on_all):
+        with pytest.raises(ValueError, match=r"t00000010/rank00001 is called otherwise .* earlier lowcomm .*--out"):
+            call(of_shards(tmp_path / "former", 0, 2, 1))
 
 
 class Rotary(nn.Module):
