@@ -31,12 +31,32 @@ from tests.replicas import flat, make_batch, make_engine, make_model, mse
 from tests.world import run_world
 
 VOCAB = 17
+
+
+class KeepsNests(torch.optim.Optimizer):
+    """Momentum in a list within a dict, in float32 whatever the parameter is in, beside its name."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                wide = p.grad.float()
+                kept = state.setdefault("kept", {"momenta": [torch.zeros_like(wide)], "name": "momentum"})
+                assert kept["name"] == "momentum"
+                p.sub_(group["lr"] * kept["momenta"][0].mul_(0.9).add_(wide))
+
+
 THEIRS = "SPAM AggMo SOAP Adan Prodigy SPlus ScheduleFreeAdamW Lion Lamb Shampoo StableSPAM AdamP"
 TRIED: list[tuple[str, dict[str, Any]]] = [
     ("torch.optim.AdamW", {"amsgrad": True}),
     ("torch.optim.Adafactor", {}),
     ("torch.optim.SGD", {"momentum": 0.9}),
     ("torch.optim.NAdam", {}),
+    ("tests.unit.test_any_optimizer.KeepsNests", {}),
     ("lowcomm.optim.muon_adamw.MuonAdamW", {}),
     ("lowcomm.optim.qhadopt.QHADOPT", {}),
     *((f"pytorch_optimizer.{name}", {}) for name in THEIRS.split()),
