@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lowcomm.comm.base import Comm, Late, PeerLost, Task
-from lowcomm.reduce import ALL_SENT, BUCKET_BYTES, Reducer, ReducerState
+from lowcomm.reduce import ALL_SENT, BUCKET_BYTES, Arrived, Reducer, ReducerState
 from lowcomm.tensors import buckets
 
 # What to average of the tensors at these places of a list.
@@ -61,7 +61,7 @@ class Sending:
         if self.average is not None:
             return UnderWay(self.average(like, kept, comm))
         made = None if values is None else lambda some: values([places[k] for k in some])
-        return UnderWay(self.reducer.mean(like, kept, comm, made))
+        return UnderWay(self.reducer.arrival(like, kept, comm, made))
 
     def exchange(self, t: int) -> Exchange:
         """The `Exchange` for step ``t``, still without parts."""
@@ -84,7 +84,7 @@ class UnderWay:
     """A started average.
 
     Attributes:
-        task: the pending computation; None once settled.
+        task: the pending computation, of an `Arrived` or of means and state; None once settled.
         means: the result, once settled.
         reducer: the reducer's new state, once settled.
     """
@@ -103,10 +103,11 @@ class UnderWay:
             if self.task.pending is ALL_SENT:
                 return
 
-    def settle(self) -> None:
-        """Wait for the result, and keep it as plain tensors for checkpoints."""
+    def settle(self, in_place: bool = False) -> None:
+        """Wait for the result, and keep it as plain tensors for checkpoints. See `Arrived.commit` for ``in_place``."""
         if self.task is not None:
-            self.means, self.reducer = self.task.result()
+            found = self.task.result()
+            self.means, self.reducer = found.commit(in_place) if isinstance(found, Arrived) else found
             self.task = None
 
     def is_between_messages(self) -> bool:
@@ -151,12 +152,19 @@ class Exchange:
                     if not (self.has_prelude and k == 0 and part.is_between_messages()):
                         part.advance()
 
-    def settle(self) -> None:
-        """Wait for all parts; raises `failure`."""
+    def arrive(self) -> None:
+        """Wait for all messages, and change nothing; raises `failure`."""
         if self.failure is not None:
             raise self.failure
         for part in self.parts:
-            part.settle()
+            if part.task is not None:
+                part.task.result()
+
+    def settle(self, in_place: bool = False) -> None:
+        """Wait for all parts and keep their results; raises `failure`. With ``in_place`` it is the commit."""
+        self.arrive()
+        for part in self.parts:
+            part.settle(in_place)
 
     def means(self) -> list[Tensor]:
         """The means in the order of places."""
