@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch
@@ -119,6 +121,15 @@ class Reducer:
         """
         return Task(self._mean(like, state, comm, values))
 
+    def arrival(
+        self, like: Sequence[Tensor], state: ReducerState, comm: Comm, values: Values | None = None
+    ) -> Task[Arrived]:
+        """As `mean`, but the Task ends when all messages are here, and `Arrived.commit` makes the means of them.
+
+        With a feedback, it is told by each rank whether its values are finite, whatever the compressor.
+        """
+        return Task(self._arrival(like, state, comm, values, not isinstance(self.feedback, NoFeedback)))
+
     def resync(self, state: ReducerState, comm: Comm) -> Task[ReducerState]:
         """The state for new members: what members share is rebuilt.
 
@@ -129,54 +140,54 @@ class Reducer:
     def _mean(
         self, like: Sequence[Tensor], state: ReducerState, comm: Comm, values: Values | None
     ) -> Generator[Work[Any], Any, tuple[list[Tensor], ReducerState]]:
+        return (yield from self._arrival(like, state, comm, values)).commit()
+
+    def _arrival(
+        self, like: Sequence[Tensor], state: ReducerState, comm: Comm, values: Values | None, asks: bool = False
+    ) -> Generator[Work[Any], Any, Arrived]:
         groups, joined = self._groups(like), JoinedComm(comm, self.limit_bytes(like))
         assert len(groups) == len(state.buckets), "the state was made for another list of tensors"
         ends: list[Tensor] = []  # the extremes of each bucket
 
-        def start(group: list[int], bucket: BucketState) -> Task[tuple[Tensor, BucketState, Tensor | None]]:
+        def start(group: list[int], bucket: BucketState) -> _Bucket:
             packed = self._pack(group, like, values)
-            if not self.compressor.passes_nonfinite:
+            if asks or not self.compressor.passes_nonfinite:
                 ends.append(extremes(packed))
-            return Task(self._bucket(packed, bucket, joined))
+            return self._start(packed, bucket, joined)
 
-        tasks = [start(group, bucket) for group, bucket in zip(groups, state.buckets, strict=True)]
+        started = [start(group, bucket) for group, bucket in zip(groups, state.buckets, strict=True)]
         joined.flush()
         flags = None
         if ends:
             bad = torch.stack(ends).isfinite().all().logical_not()
             flags = comm.all_to_all(bad.to(torch.uint8).expand(len(comm.members), 1))
+        # With a feedback the last messages wait for `commit`: what is read of them, sent and mean, is two models large.
+        num_read = inf if isinstance(self.feedback, NoFeedback) else self.compressor.num_messages() - 1
+        num, tasks = 0, [bucket.task for bucket in started]
         # Round robin in a fixed order: while one bucket waits for its second message the others' first are under way.
-        while unfinished := [task for task in tasks if task.pending is not None]:
-            for task in unfinished:
+        while num <= num_read and (tasks := [task for task in tasks if task.pending is not None]):
+            for task in tasks:
                 assert task.pending is not None
-                task.resume((yield task.pending))
+                if num < num_read:
+                    task.resume((yield task.pending))
+                else:
+                    task.pending = Done((yield task.pending))
+            num += 1
             joined.flush()
             yield ALL_SENT
         if flags is not None and not (told := (yield flags)).is_meta and told.any():
             raise NonFinite([rank for rank, flag in zip(comm.members, told[:, 0].tolist(), strict=True) if flag])
-        means, results = list(like), [task.result() for task in tasks]
-        for group, (mean, *_) in zip(groups, results, strict=True):
-            for i, piece in zip(group, unflatten(mean.reshape(-1), [like[i] for i in group]), strict=True):
-                means[i] = piece
-        return means, ReducerState(_remembered(state.buckets, results))
+        return Arrived(self, list(like), list(zip(groups, started, strict=True)))
 
-    def _bucket(
-        self, x: Tensor, state: BucketState, comm: Comm
-    ) -> Generator[Work[Any], Any, tuple[Tensor, BucketState, Tensor | None]]:
-        """The estimate, the new state, and the extremes that must be finite for the state to be kept."""
-        dtype, x = x.dtype, self._wide(x)
+    def _start(self, x: Tensor, state: BucketState, comm: Comm) -> _Bucket:
+        x = self._wide(x)
         wanted, kept = self.feedback.before(x, state.feedback)
         compressor, before = self.compressor, state.compressor
         if is_dense := self.feedback.is_dense(state.feedback):
             compressor, before = Identity(), None
         steps = compressor.mean(wanted, before, comm, self.feedback.wants_sent)
         del x, wanted
-        sent, mean, after = yield from steps
-        estimate, feedback = self.feedback.after(kept, sent, mean, state.feedback)
-        # An infinity that went through would be kept as NaN for good; all see it in the mean.
-        watched = self.compressor.passes_nonfinite and not isinstance(self.feedback, NoFeedback)
-        ends = extremes(mean) if watched and not mean.is_meta else None
-        return estimate.to(dtype), BucketState(state.compressor if is_dense else after, feedback), ends
+        return _Bucket(Task(steps), kept, state, is_dense)
 
     def _resync(self, state: ReducerState, comm: Comm) -> Generator[Work[Any], Any, ReducerState]:
         buckets: list[BucketState] = []
@@ -213,8 +224,64 @@ class Reducer:
         return flatten(xs) if values is None else joined(xs)
 
 
-def _remembered(old: list[BucketState], results: list[tuple[Tensor, BucketState, Tensor | None]]) -> list[BucketState]:
-    """The new bucket states, but the old ones where the new are not finite; waits for the device once."""
-    ends = [x for _, _, x in results if x is not None]
-    good = torch.stack(ends).isfinite().all(1).tolist() if ends else [True] * len(results)
-    return [new if fine else kept for kept, (_, new, _), fine in zip(old, results, good, strict=True)]
+@dataclass
+class _Bucket:
+    """A bucket under way.
+
+    Attributes:
+        task: the compressor's.
+        kept: what the feedback will need.
+        state: that before the round.
+        is_dense: whether it goes uncompressed.
+    """
+
+    task: Task[tuple[Tensor, Tensor, Any]]
+    kept: Any
+    state: BucketState
+    is_dense: bool
+
+
+@dataclass
+class Arrived:
+    """An average whose messages are all here. Nothing has changed yet.
+
+    Attributes:
+        reducer: whose average it is.
+        like: shapes of the means.
+        buckets: the places of each bucket, and what came; in order.
+    """
+
+    reducer: Reducer
+    like: list[Tensor]
+    buckets: list[tuple[list[int], _Bucket]]
+
+    def commit(self, in_place: bool = False) -> tuple[list[Tensor], ReducerState]:
+        """The means and the new state, bucket by bucket; to be called once.
+
+        Args:
+            in_place: move the feedback's memories where they lie, rather than copies: saves as much memory as they
+                take, and the old state is gone.
+        """
+        means, states = list(self.like), list[BucketState]()
+        self.buckets.reverse()
+        while self.buckets:
+            group, bucket = self.buckets.pop()
+            mean, state = self._moved(bucket, in_place)
+            states.append(state)
+            mean = mean.reshape(-1).to(self.like[group[0]].dtype)
+            for i, piece in zip(group, unflatten(mean, [self.like[i] for i in group]), strict=True):
+                means[i] = piece
+            del bucket, mean
+        return means, ReducerState(states)
+
+    def _moved(self, bucket: _Bucket, in_place: bool) -> tuple[Tensor, BucketState]:
+        sent, mean, compressor = bucket.task.result()
+        feedback, before = self.reducer.feedback, bucket.state
+        # An infinity that went through would be kept as NaN for good; all see it in the mean.
+        watched = self.reducer.compressor.passes_nonfinite and not isinstance(feedback, NoFeedback)
+        is_finite = not watched or mean.is_meta or all(extremes(mean).isfinite().tolist())
+        memory = before.feedback if in_place and is_finite else deepcopy(before.feedback)
+        estimate, memory = feedback.after(bucket.kept, sent, mean, memory)
+        if not is_finite:
+            return estimate, before
+        return estimate, BucketState(before.compressor if bucket.is_dense else compressor, memory)

@@ -17,7 +17,7 @@ from lowcomm.engine.base import Engine
 from lowcomm.reduce import Reducer
 from lowcomm.rounds.base import GradientRounds, GradientsState
 from lowcomm.rounds.exchanges import Exchange, Sending
-from lowcomm.rounds.participation import check_number, check_participation, check_weights, counted, factor
+from lowcomm.rounds.participation import check_number, check_participation, counted, factor
 from lowcomm.tensors import copy_, mul_
 
 
@@ -40,7 +40,6 @@ class DataParallel(GradientRounds):
     weights: list[float] | None = None
 
     def __post_init__(self) -> None:
-        check_weights(self.weights)
         check_participation(self.reducer, self.weights, None)
 
     def begin(self, engine: Engine, comm: Comm) -> GradientsState:

@@ -67,7 +67,7 @@ class EF14(Feedback[EF14State]):
     def after(self, kept: Tensor, sent: Tensor, mean: Tensor, state: EF14State) -> tuple[Tensor, EF14State]:
         """The mean of what was sent."""
         num_rounds = state.num_rounds + 1
-        return mean, EF14State(self._kept(kept - sent, num_rounds), num_rounds)
+        return mean, EF14State(self._kept(kept.sub_(sent), num_rounds), num_rounds)
 
     def _kept(self, error: Tensor, num_rounds: int) -> Tensor:
         if self.memory is None:

@@ -50,7 +50,7 @@ class Module(ModelConfig):
         return model
 
     def _check_contract(self, model: nn.Module, vocab_size: int) -> None:
-        """Try two tokens with the highest id: a wrong shape is best told before a run starts."""
+        """Try two tokens with the highest id, to find wrong shapes before a run starts."""
         modes = [(module, module.training) for module in model.modules()]
         try:
             with torch.no_grad():

@@ -267,6 +267,7 @@ class Rounds(Algorithm[S], ABC):
         state.leaving = []
         state.under_way = [x for x in [*state.under_way, *sent] if x not in arrived]
         for exchange in arrived:
+            exchange.settle(in_place=True)
             state.kept[exchange.slot] = exchange.kept()
             self.commit(t, engine, state, exchange, exchange.means())
         for exchange in sent:
@@ -290,7 +291,7 @@ class Rounds(Algorithm[S], ABC):
             exchange.advance(t)
         arrived = [*due, *(x for x in sent if is_last or x.due_t <= t)]
         for exchange in arrived:
-            exchange.settle()
+            exchange.arrive()
         return sent, arrived
 
     def _sent(self, t: int, sending: Sending, kept: dict[str, list[ReducerState]], state: S, comm: Comm) -> Exchange:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lowcomm.comm.base import Comm, Late, PeerLost, Task, Work
-from lowcomm.reduce import ALL_SENT, BUCKET_BYTES, NonFinite, Reducer, ReducerState
+from lowcomm.feedback.none import NoFeedback
+from lowcomm.reduce import ALL_SENT, BUCKET_BYTES, Arrived, NonFinite, Reducer, ReducerState
 from lowcomm.tensors import are_finite, buckets, valueless
 
 # What to average of the tensors at these places of a list.
@@ -63,19 +64,21 @@ class Sending:
         """Start averaging the values at these places."""
         like, values = [self.like[i] for i in places], self.values
         if self.average is not None:
-            task = self.average(like, kept, comm)
+            task: Task[Any] = self.average(like, kept, comm)
         else:
             made = None if values is None else lambda some: values([places[k] for k in some])
-            task = self.reducer.mean(like, kept, comm, made)
-        if self.is_watched and self.reducer.compressor.passes_nonfinite and not valueless(like):
+            task = self.reducer.arrival(like, kept, comm, made)
+        has_asked = self.average is None and not isinstance(self.reducer.feedback, NoFeedback)
+        if self.is_watched and self.reducer.compressor.passes_nonfinite and not has_asked and not valueless(like):
             task = Task(self._refusing(task, lambda: like if values is None else values(places), comm))
         return UnderWay(task)
 
     def _refusing(
-        self, task: Task[Averaged], own: Callable[[], list[Tensor]], comm: Comm
+        self, task: Task[Any], own: Callable[[], list[Tensor]], comm: Comm
     ) -> Generator[Work[Any], Any, Averaged]:
         """The task, but means that are not finite raise `NonFinite`: on all ranks, as their means are equal."""
-        means, kept = yield from task.steps()
+        found = yield from task.steps()
+        means, kept = found.commit() if isinstance(found, Arrived) else found
         if not are_finite(means):
             spoils = not are_finite(own())
             ranks = [comm.rank] if spoils else []
@@ -106,7 +109,7 @@ class UnderWay:
     """A started average.
 
     Attributes:
-        task: the pending computation; None once settled.
+        task: the pending computation, of an `Arrived` or of means and state; None once settled.
         means: the result, once settled.
         reducer: the reducer's new state, once settled.
     """
@@ -125,10 +128,11 @@ class UnderWay:
             if self.task.pending is ALL_SENT:
                 return
 
-    def settle(self) -> None:
-        """Wait for the result, and keep it as plain tensors for checkpoints."""
+    def settle(self, in_place: bool = False) -> None:
+        """Wait for the result, and keep it as plain tensors for checkpoints. See `Arrived.commit` for ``in_place``."""
         if self.task is not None:
-            self.means, self.reducer = self.task.result()
+            found = self.task.result()
+            self.means, self.reducer = found.commit(in_place) if isinstance(found, Arrived) else found
             self.task = None
 
     def is_between_messages(self) -> bool:
@@ -173,12 +177,19 @@ class Exchange:
                     if not (self.has_prelude and k == 0 and part.is_between_messages()):
                         part.advance()
 
-    def settle(self) -> None:
-        """Wait for all parts; raises `failure`."""
+    def arrive(self) -> None:
+        """Wait for all messages, and change nothing; raises `failure`."""
         if self.failure is not None:
             raise self.failure
         for part in self.parts:
-            part.settle()
+            if part.task is not None:
+                part.task.result()
+
+    def settle(self, in_place: bool = False) -> None:
+        """Wait for all parts and keep their results; raises `failure`. With ``in_place`` it is the commit."""
+        self.arrive()
+        for part in self.parts:
+            part.settle(in_place)
 
     def means(self) -> list[Tensor]:
         """The means in the order of places."""

@@ -1,6 +1,5 @@
 """Rounds that grow as the learning rate falls: their lengths, the parameters they give, and what is counted before."""
 
-import copy
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -27,7 +26,6 @@ from lowcomm.outer.sgd import SGD
 from lowcomm.predict import predict
 from lowcomm.reduce import Reducer
 from lowcomm.rounds.qsr import QSR
-from lowcomm.state import restore, state_tree
 from tests.replicas import flat, make_batch, make_model, mse
 from tests.world import run_world
 
@@ -170,33 +168,6 @@ def test_a_rule_that_never_leaves_base_is_that_number():
         constant, rule = (train(LocalSGD(e), SoloComm()) for e in (every, QSR(base=every, alpha=1e-9)))
         # but for the round that begins at a rate of 0, the last step of this schedule
         assert all(torch.equal(x, y) and i == j for (x, i), (y, j) in zip(constant[:-2], rule[:-2], strict=True))
-
-
-@pytest.mark.parametrize("stop", [3, 10, 30])
-@pytest.mark.parametrize("overlap", [False, True])
-def test_a_round_that_is_resumed_keeps_its_end(stop, overlap):
-    """Its length was settled by a rate that is long gone."""
-    algorithm = DiLoCo(RULE, overlap=overlap)
-
-    def program(comm):
-        def steps(engine, state, first, last):
-            for t in range(first, last + 1):
-                step(algorithm, t, engine, state, comm, make_batch(comm.rank, t))
-            return flat(engine.slots()["param"]), state.synced_t, state.ends_t
-
-        engine = make_engine()
-        state = algorithm.init(engine, comm)
-        steps(engine, state, 1, stop)
-        saved = copy.deepcopy((engine.state_dict(), state_tree(state)))
-        expected = steps(engine, state, stop + 1, STEPS - 5)
-        fresh = make_engine()
-        fresh_state = algorithm.init(fresh, comm)
-        fresh.load_state_dict(saved[0])
-        restore(fresh_state, saved[1])
-        return expected, steps(fresh, fresh_state, stop + 1, STEPS - 5)
-
-    for expected, got in run_world(2, program):
-        assert torch.equal(expected[0], got[0]) and expected[1:] == got[1:]
 
 
 def test_traffic_is_the_number_of_rounds_times_that_of_one():
