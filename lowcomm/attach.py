@@ -17,6 +17,7 @@ from lowcomm.algorithms.base import Algorithm
 from lowcomm.comm.base import Comm
 from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.membership import Members
+from lowcomm.rounds.buffers import align
 from lowcomm.state import restore, state_tree
 
 
@@ -43,6 +44,7 @@ class Sync:
         arrivals = [comm.broadcast(x, comm.members[0]) for x in tensors]
         for x, arrival in zip(tensors, arrivals, strict=True):
             x.copy_(arrival.wait())
+        self._watch, self._is_first = self._engine.watch_forward(), True
         self._state = algorithm.init(self._engine, comm)
         if algorithm.sends_in_backward():
             raise ValueError(
@@ -74,6 +76,9 @@ class Sync:
     def step(self) -> None:
         """Call after each optimizer step; communicates when the algorithm does."""
         self.t += 1
+        if self._is_first and (self._algorithm.keeps_equal() or not self._engine.buffers()):
+            self._watch.remove()  # nothing will be recalculated, so nothing to hold inputs for
+        self._is_first = False
         self._talk(partial(self._algorithm.after_update, self.t, self._engine, self._state))
 
     def _talk(self, call: Callable[[Comm], None]) -> None:
@@ -85,10 +90,12 @@ class Sync:
         return self._members.comm.members
 
     def finish(self) -> None:
-        """Call after the last step: synchronises the replicas and removes the hook from the optimizer."""
+        """Call after the last step: synchronises the replicas and their buffers, and removes the hooks."""
         self._talk(partial(self._algorithm.complete, self.t, self._engine, self._state))
         self._talk(partial(self._algorithm.finish, self.t, self._engine, self._state))
         self._hook.remove()
+        self._watch.remove()
+        self._talk(partial(align, self._algorithm, self._engine))
 
     def state_dict(self) -> dict[str, Any]:
         """State to save beside the model's and the optimizer's. All replicas save after the same step."""
@@ -117,6 +124,10 @@ def attach(
 
     A gradient scaler may skip an update on one replica alone only if no gradients are averaged. With `DataParallel`,
     `SAVIC`, `DeMo`, or `After` with one of them, the replicas would deadlock.
+
+    Buffers that forward changes, such as running statistics, stay local until `Sync.finish`. It averages them, and
+    where it moves the parameters it recalculates them before, from the last inputs on which ``model`` was called in
+    training mode; so up to 8 inputs stay in memory (`lowcomm.rounds.buffers.align`).
 
     Args:
         on_loss: when a replica is lost, "stop" raises `PeerLost` or `Late`; with "go_on" the others continue, and

@@ -16,6 +16,7 @@ from lowcomm.comm.metered import MeteredComm
 from lowcomm.engine.base import Engine
 from lowcomm.ledger import Ledger
 from lowcomm.membership import Members
+from lowcomm.rounds.buffers import align
 from lowcomm.state import state_tree
 
 T = TypeVar("T")
@@ -92,8 +93,8 @@ def train(replica: Replica, plan: Plan, checkpoints: Checkpoints) -> None:
         if t == plan.num_steps:
             replica.talk(partial(algorithm.complete, t, engine, state))
             replica.talk(partial(algorithm.finish, t, engine, state))
+            replica.talk(lambda comm: align(algorithm, engine, comm.tagged("buffers")))
         ledger.step(t, loss, lr, algorithm.num_rounds(state), len(replica.comm.members))
-
         if _due(t, plan.evaluate_every) or t == plan.num_steps:
             ledger.flush(lr, algorithm.num_rounds(state))
             if plan.validation:
@@ -109,15 +110,19 @@ def train(replica: Replica, plan: Plan, checkpoints: Checkpoints) -> None:
 def evaluate(replica: Replica, batches: Sequence[Tensor], comm: MeteredComm) -> float:
     """The mean loss of the consensus parameters, equal on all members; each evaluates a share of the batches."""
     engine = replica.engine
-    live, standing = engine.slots()["param"], replica.algorithm.consensus(engine, replica.state)
+    params, standing = engine.slots()["param"], replica.algorithm.consensus(engine, replica.state)
+    live = [*params, *engine.buffers()]
     kept = [x.clone() for x in live]
-    torch._foreach_copy_(live, standing)
     total = torch.zeros(2, dtype=torch.float64, device=replica.device)  # summed loss, number of targets
-    for batch in batches[comm.place :: len(comm.members)]:
-        num_targets = batch[:, 1:].numel()
-        total[0] += engine.evaluate(batch.to(replica.device)) * num_targets
-        total[1] += num_targets
-    torch._foreach_copy_(live, kept)
+    torch._foreach_copy_(params, standing)
+    try:
+        align(replica.algorithm, engine, comm.tagged("buffers"))
+        for batch in batches[comm.place :: len(comm.members)]:
+            num_targets = batch[:, 1:].numel()
+            total[0] += engine.evaluate(batch.to(replica.device)) * num_targets
+            total[1] += num_targets
+    finally:
+        torch._foreach_copy_(live, kept)
     loss, num_targets = comm.tagged("evaluation").all_sum(total).wait().tolist()
     return float(loss / num_targets)
 

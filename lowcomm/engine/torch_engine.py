@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -13,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.hooks import RemovableHandle
 
 from lowcomm.engine.base import Engine, Ready
+from lowcomm.engine.buffers import NUM_FORWARDS, Buffers
 
 
 def next_token_loss(model: nn.Module, batch: Tensor) -> Tensor:
@@ -73,9 +77,10 @@ class TorchEngine(Engine):
         # Without autograd: arithmetic on what `slots` hands out must not record a graph.
         self._values = [p.detach() for p in self._parameters]
         self._device = self._parameters[0].device
-        self._loss = torch.compile(loss) if compile else loss
+        self._plain_loss, self._loss = loss, torch.compile(loss) if compile else loss
         self._num_micro_batches, self._clip_norm, self._autocast = num_micro_batches, clip_norm, autocast
         self._updated: set[int] = set()  # since backward began
+        self._buffers, self._batches = Buffers(model), deque[Any](maxlen=NUM_FORWARDS)
 
     def backward(self, batch: Any, ready: Ready | None = None) -> Tensor:
         """``batch`` is the loss's input; with micro-batches, a tensor or tuple of tensors cut along dim 0.
@@ -94,6 +99,7 @@ class TorchEngine(Engine):
                 (loss / num).backward()
             losses.append(loss.detach().float())
         self._gradients()
+        self._batches.append(batch)
         return sum(losses[1:], start=losses[0]) / num
 
     def update(self) -> None:
@@ -167,6 +173,34 @@ class TorchEngine(Engine):
             found.append(parameter.grad)
         return found
 
+    def buffers(self) -> list[Tensor]:
+        return self._buffers.changed()
+
+    def recalculate(self) -> None:
+        """The inputs are the last batches of `backward` and, after `watch_forward`, of forward passes elsewhere."""
+        forwards = list(self._buffers.recent)
+        for batch in self._batches:
+            forwards += [partial(self._forward, x) for x in _micro_batches(batch, self._num_micro_batches)]
+        if self._device.type == "meta":
+            return
+        if not forwards:
+            warnings.warn(
+                "buffers such as running statistics could not be recalculated for the last parameters, as the model "
+                "itself was not called since its first step or the last restart: check an evaluation, or pass some "
+                "batches forward in training mode before it, such as by torch.optim.swa_utils.update_bn",
+                stacklevel=2,
+            )
+        self._buffers.recalculate(forwards)
+
+    def watch_forward(self) -> RemovableHandle:
+        """For loops that do not call `backward`: count changes of buffers from now on, and keep the last inputs."""
+        self._buffers.begin()
+        return self._buffers.watch()
+
+    def _forward(self, batch: Any) -> None:
+        with self._casting():
+            self._plain_loss(self.model, batch)
+
     def names(self) -> list[str]:
         """A tied parameter has its first name."""
         return [name for name, p in self.model.named_parameters() if p.requires_grad]
@@ -183,6 +217,7 @@ class TorchEngine(Engine):
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "rng_cpu": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state(self._device) if on_cuda else None,
+            "batches": list(self._batches) if self._buffers.changed() else [],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -204,6 +239,8 @@ class TorchEngine(Engine):
         torch.set_rng_state(state["rng_cpu"].cpu())
         if self._device.type == "cuda" and state["rng_cuda"] is not None:
             torch.cuda.set_rng_state(state["rng_cuda"].cpu(), self._device)
+        self._batches.clear()
+        self._batches.extend(_to(batch, self._device) for batch in state.get("batches", []))
 
     def _casting(self) -> AbstractContextManager[object]:
         return nullcontext() if self._autocast is None else torch.autocast(self._device.type, self._autocast)
@@ -213,7 +250,7 @@ class TorchEngine(Engine):
         """A context that calls ``ready`` once for each parameter, for the remaining ones at its end."""
         waiting = set(range(len(self._parameters)))
 
-        def report(i: int, parameter: Tensor) -> None:
+        def report(i: int, parameter: nn.Parameter) -> None:
             if i not in waiting:
                 raise ValueError(
                     "a parameter's gradient came in parts, so it cannot be sent while backward goes on: switch off "
@@ -295,6 +332,10 @@ def _micro_batches(batch: Any, num: int) -> list[Any]:
             "a multiple of it"
         )
     return list(batch.chunk(num))
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    return tuple(_to(x, device) for x in batch) if isinstance(batch, tuple) else batch.to(device)
 
 
 def _load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:

@@ -51,14 +51,17 @@ RUN: dict[str, set[str]] = {
     "checkpoint": {"tensors", "state"},
     "config": {*PARTS},
     "membership": {"comm.base", "engine.base", "algorithms.base"},
-    "train": {"comm.base", "comm", "engine.base", "algorithms.base", "state", "ledger", "membership", "checkpoint"},
+    "train": {
+        *("comm.base", "comm", "engine.base", "algorithms.base", "rounds", "state", "ledger", "membership"),
+        "checkpoint",
+    },
     "resume": {"comm.base", "comm", "state", "checkpoint", "config", "metrics", "train"},
     "assemble": {
         *PARTS,
         *("resume", "state", "environment", "ledger", "metrics", "membership", "checkpoint", "config", "train"),
     },
     "predict": {*PARTS, "config", "assemble"},
-    "attach": {"comm.base", "comm", "engine.base", "engine", "algorithms.base", "state", "membership"},
+    "attach": {"comm.base", "comm", "engine.base", "engine", "algorithms.base", "rounds", "state", "membership"},
     "hooks": {"comm.base", "comm", "reduce", "state"},
     "report": {"optional", "config", "metrics", "report.si", "sim.record"},
 }
@@ -98,7 +101,7 @@ NOT_A_METHOD = {
     "lowcomm/feedback/none.py",
     "lowcomm/feedback/tracked.py",
     "lowcomm/outer/sgd.py",
-    *(f"lowcomm/rounds/{name}.py" for name in ("anchors", "exchanges", "gossip", "participation")),
+    *(f"lowcomm/rounds/{name}.py" for name in ("anchors", "buffers", "exchanges", "gossip", "participation")),
     "lowcomm/algorithms/data_parallel.py",
     "lowcomm/algorithms/composed.py",
 }
