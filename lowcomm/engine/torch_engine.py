@@ -19,16 +19,15 @@ from torch.utils.hooks import RemovableHandle
 
 from lowcomm.engine.base import Engine, Ready
 from lowcomm.engine.buffers import NUM_FORWARDS, Buffers
+from lowcomm.models.base import logits_of
 
 
 def next_token_loss(model: nn.Module, batch: Tensor) -> Tensor:
     """Mean cross-entropy in fp32 of each next token; ``batch [batch, seq + 1]`` is int64 on the model's device.
 
-    The model maps tokens ``[batch, seq]`` to logits ``[batch, seq, vocab]``, as a tensor or in an attribute ``logits``.
+    The model maps tokens ``[batch, seq]`` to logits ``[batch, seq, vocab]``, in any form that `logits_of` knows.
     """
-    logits = model(batch[:, :-1])
-    if not isinstance(logits, Tensor):
-        logits = logits.logits
+    logits = logits_of(model(batch[:, :-1]))
     return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
 
 
@@ -165,13 +164,7 @@ class TorchEngine(Engine):
         return slots
 
     def gradients(self, numbers: Sequence[int]) -> list[Tensor]:
-        found = []
-        for i in numbers:
-            parameter = self._parameters[i]
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            found.append(parameter.grad)
-        return found
+        return [_dense_gradient(self._parameters[i]) for i in numbers]
 
     def buffers(self) -> list[Tensor]:
         return self._buffers.changed()
@@ -257,8 +250,7 @@ class TorchEngine(Engine):
                     "reentrant activation checkpointing, or the algorithm's overlap"
                 )
             waiting.remove(i)
-            assert parameter.grad is not None
-            ready(i, parameter.grad)
+            ready(i, _dense_gradient(parameter))
 
         hooks = [p.register_post_accumulate_grad_hook(partial(report, i)) for i, p in enumerate(self._parameters)]
         try:
@@ -303,10 +295,24 @@ def _trainable(model: nn.Module, optimizer: Optimizer) -> list[nn.Parameter]:
         )
     if optimized - {id(p) for p in model.parameters()}:
         raise ValueError("the optimizer holds parameters that are not the model's; their state could not be saved")
+    if complex_ones := [name for name, p in model.named_parameters() if p.requires_grad and p.is_complex()]:
+        raise ValueError(
+            f"complex parameters cannot be averaged: {', '.join(complex_ones)}; keep each as a real one with a last "
+            "dimension of 2, by torch.view_as_real, and take torch.view_as_complex of it in forward"
+        )
     addresses = [p.data_ptr() for p in parameters if p.data_ptr()]
     if len(set(addresses)) < len(addresses):
         raise ValueError("two parameters share memory; tie them as one nn.Parameter, which then has one gradient")
     return parameters
+
+
+def _dense_gradient(parameter: nn.Parameter) -> Tensor:
+    """Zeros where there is none; a sparse gradient becomes dense."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    elif parameter.grad.layout != torch.strided:
+        parameter.grad = parameter.grad.to_dense()
+    return parameter.grad
 
 
 def _options(optimizer: Optimizer) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ PARTS: dict[str, set[str]] = {
     "reduce": {"tensors", "comm.base", "codecs", "joined", "compress", "feedback"},
     "optim": {"tensors"},
     "engine.base": set(),
-    "engine": {"tensors", "engine.base", "optim"},
+    "engine": {"tensors", "engine.base", "optim", "models"},
     "algorithms.base": {"comm.base", "engine.base"},
     "rounds": {
         *("tensors", "comm.base", "engine.base", "codecs", "compress", "feedback", "reduce", "pairwise"),
