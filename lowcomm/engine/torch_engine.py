@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from lowcomm.engine.base import Engine, Ready
@@ -80,6 +81,7 @@ class TorchEngine(Engine):
         self._num_micro_batches, self._clip_norm, self._autocast = num_micro_batches, clip_norm, autocast
         self._updated: set[int] = set()  # since backward began
         self._buffers, self._batches = Buffers(model), deque[Any](maxlen=NUM_FORWARDS)
+        self._recalculates: bool | None = None  # None: not known before the first backward
 
     def backward(self, batch: Any, ready: Ready | None = None) -> Tensor:
         """``batch`` is the loss's input; with micro-batches, a tensor or tuple of tensors cut along dim 0.
@@ -98,7 +100,10 @@ class TorchEngine(Engine):
                 (loss / num).backward()
             losses.append(loss.detach().float())
         self._gradients()
-        self._batches.append(batch)
+        if self._recalculates is None:
+            self._recalculates = bool(self._buffers.changed())
+        if self._recalculates:
+            self._batches.append(batch)
         return sum(losses[1:], start=losses[0]) / num
 
     def update(self) -> None:
@@ -171,11 +176,11 @@ class TorchEngine(Engine):
 
     def recalculate(self) -> None:
         """The inputs are the last batches of `backward` and, after `watch_forward`, of forward passes elsewhere."""
+        if self._device.type == "meta":
+            return
         forwards = list(self._buffers.recent)
         for batch in self._batches:
             forwards += [partial(self._forward, x) for x in _micro_batches(batch, self._num_micro_batches)]
-        if self._device.type == "meta":
-            return
         if not forwards:
             warnings.warn(
                 "buffers such as running statistics could not be recalculated for the last parameters, as the model "
@@ -210,7 +215,7 @@ class TorchEngine(Engine):
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "rng_cpu": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state(self._device) if on_cuda else None,
-            "batches": list(self._batches) if self._buffers.changed() else [],
+            "batches": list(self._batches),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -233,7 +238,7 @@ class TorchEngine(Engine):
         if self._device.type == "cuda" and state["rng_cuda"] is not None:
             torch.cuda.set_rng_state(state["rng_cuda"].cpu(), self._device)
         self._batches.clear()
-        self._batches.extend(_to(batch, self._device) for batch in state.get("batches", []))
+        self._batches.extend(tree_map_only(Tensor, lambda x: x.to(self._device), state.get("batches", [])))
 
     def _casting(self) -> AbstractContextManager[object]:
         return nullcontext() if self._autocast is None else torch.autocast(self._device.type, self._autocast)
@@ -338,10 +343,6 @@ def _micro_batches(batch: Any, num: int) -> list[Any]:
             "a multiple of it"
         )
     return list(batch.chunk(num))
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    return tuple(_to(x, device) for x in batch) if isinstance(batch, tuple) else batch.to(device)
 
 
 def _load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:

@@ -51,10 +51,7 @@ RUN: dict[str, set[str]] = {
     "checkpoint": {"tensors", "state"},
     "config": {*PARTS},
     "membership": {"comm.base", "engine.base", "algorithms.base"},
-    "train": {
-        *("comm.base", "comm", "engine.base", "algorithms.base", "rounds", "state", "ledger", "membership"),
-        "checkpoint",
-    },
+    "train": {"comm", "engine.base", "algorithms.base", "rounds", "state", "ledger", "membership", "checkpoint"},
     "resume": {"comm.base", "comm", "state", "checkpoint", "config", "metrics", "train"},
     "assemble": {
         *PARTS,

@@ -275,7 +275,9 @@ def test_a_resumed_engine_recalculates_from_what_it_saw_before(tmp_path):
 
     whole, again = stepped(engine(), range(10)), engine()
     checkpoints = Checkpoints(tmp_path, 0, 1, "run")
-    checkpoints.save(7, stepped(engine(), range(7)).state_dict())
+    state = stepped(engine(), range(7)).state_dict()
+    assert len(state["batches"]) == 7
+    checkpoints.save(7, state)
     again.load_state_dict(checkpoints.load(7))
     stepped(again, range(7, 10))
     for one in (whole, again):
