@@ -11,8 +11,9 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import save_model
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from lowcomm.algorithms.base import standing
 from lowcomm.checkpoint import Checkpoints, state_bytes
@@ -167,12 +168,14 @@ def assemble(
     validation = data.validation(run.evaluation.batch_size, run.evaluation.num_tokens)
     model = run.model.build(data.vocab_size, run.seed)
     check_length(model, run.data.seq_len)
-    model = model.to(device, _DTYPES[run.precision])
+    check_state(model)
+    check_optimizer(run, num_steps, device)
+    model = cast_(model, _DTYPES[run.precision]).to(device)
     run_id = identity(run, num_replicas, data.fingerprint)
     engine = around(build_engine(run, model, num_steps))  # before the first exchange: whatever moves it must know it
     facts = {
         "config": run_id,
-        "model": digest(list(model.state_dict().values())),
+        "model": digest([x for x in model.state_dict().values() if isinstance(x, Tensor)]),
         "validation text": data.validation_fingerprint,
     }
     check_agreement(comm.tagged("start"), facts, _ALIKE)
@@ -183,6 +186,53 @@ def assemble(
     replica = Replica(run.algorithm, engine, run.algorithm.init(engine, comm), data.train, ledger, members, device)
     plan = Plan(num_steps, run.evaluation.every, run.checkpoint.every, validation.batches, validation.bytes_per_token)
     return Assembled(replica, plan, model, run_id)
+
+
+def cast_(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """In place: floating-point parameters in another dtype; buffers and complex numbers keep theirs.
+
+    So do the parameters of norms with running statistics, as torch wants both in one dtype.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
+    kept = {id(p) for m in norms for p in m.parameters()}
+    for p in model.parameters():
+        if p.is_floating_point() and id(p) not in kept:
+            p.data = p.data.to(dtype)
+    return model
+
+
+def check_state(model: nn.Module) -> None:
+    """Refuse extra state that is no tensor, which neither final.safetensors nor a start-up check could hold.
+
+    Raises:
+        ValueError: naming it.
+    """
+    for name, x in model.state_dict().items():
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f"the model's state has {name!r}, a {type(x).__name__}, but only tensors can be saved: let its "
+                "get_extra_state return a tensor, or keep what it holds in a buffer"
+            )
+
+
+def check_optimizer(run: Run, num_steps: int, device: torch.device) -> None:
+    """Let the optimizer take one step of a small layer, whose gradients are dense.
+
+    Raises:
+        ValueError: when it cannot.
+    """
+    with torch.random.fork_rng(devices=[]):
+        toy = nn.Linear(8, 8).to(device, _DTYPES[run.precision])
+    engine = build_engine(run, toy, num_steps)
+    for p in toy.parameters():
+        p.grad = torch.zeros_like(p)
+    try:
+        engine.update()
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"optimizer.path is {run.optimizer.path}, which cannot take a step ({error}): choose one whose step() "
+            "takes dense gradients and no closure, such as torch.optim.AdamW"
+        ) from error
 
 
 def _seed_draws(seed: int, rank: int, device: torch.device) -> None:
@@ -228,29 +278,29 @@ def _run_replica(run: Run, out: Path, resumes: bool, where: Place, comm: Comm) -
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Write parameters and buffers as safetensors; tied ones once, under their first name.
+    """Write parameters and buffers as safetensors; tied ones once, under the first of their names in the model.
 
     Views of larger tensors, which `safetensors` refuses, are written as copies.
 
     Raises:
         OSError: when the file cannot be written.
     """
-    hook = model.register_state_dict_post_hook(_copy_parts)
+    names: dict[Any, str] = {}  # of each tensor, the first: transformers and strict loading look for that one
+    tensors, storages = dict[str, Tensor](), set[int]()
+    metadata = {"format": "pt"}
+    for name, x in model.state_dict().items():
+        first = names.setdefault((x.data_ptr() or name, x.dtype, x.shape, x.stride()), name)
+        if first != name:
+            metadata[name] = first  # from which `safetensors.torch.load_model` knows the other names
+            continue
+        storage = x.untyped_storage()
+        is_whole = x.nbytes == storage.nbytes() and storage.data_ptr() not in storages
+        storages.add(storage.data_ptr())
+        tensors[name] = x.contiguous() if is_whole else x.clone(memory_format=torch.contiguous_format)
     try:
-        save_model(model, str(path))
+        save_file(tensors, str(path), metadata)
     except (SafetensorError, OSError) as error:
         raise OSError(f"{path} cannot be written: {error}") from error
-    finally:
-        hook.remove()
-
-
-def _copy_parts(_model: nn.Module, state: dict[str, Any], *_: Any) -> None:
-    """Copy tensors that do not fill their storage; names of one tensor share its copy."""
-    copies: dict[Any, torch.Tensor] = {}
-    for name, x in state.items():
-        if isinstance(x, torch.Tensor) and x.numel() * x.element_size() != x.untyped_storage().nbytes():
-            which = (x.data_ptr(), x.dtype, x.shape, x.stride())
-            state[name] = copies[which] if which in copies else copies.setdefault(which, x.clone())
 
 
 def build_engine(run: Run, model: nn.Module, num_steps: int) -> TorchEngine:
@@ -275,7 +325,7 @@ def autocast_of(run: Run) -> torch.dtype | None:
 def without_values(run: Run, vocab_size: int) -> nn.Module:
     """The run's model on the meta device: shapes alone."""
     with torch.device("meta"):
-        return run.model.build(vocab_size, run.seed).to(_DTYPES[run.precision])
+        return cast_(run.model.build(vocab_size, run.seed), _DTYPES[run.precision])
 
 
 def open_ledger(

@@ -22,6 +22,7 @@ from lowcomm.comm.base import Comm
 from lowcomm.engine.held import Held, held_by, require_plain
 from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.membership import Members
+from lowcomm.rounds.buffers import align
 from lowcomm.state import restore, state_tree
 from lowcomm.tensors import digest
 
@@ -63,6 +64,7 @@ class Sync:
         arrivals = [comm.broadcast(x, comm.members[0]) for x in tensors]
         for x, arrival in zip(tensors, arrivals, strict=True):
             x.copy_(arrival.wait())
+        self._watch, self._is_first = self._engine.watch_forward(), True
         self._state = algorithm.init(self._engine, comm)
         self._held = Held(model, optimizer)
         self._has_stepped, self._other = False, ""
@@ -107,6 +109,9 @@ class Sync:
         self._check()
         self._has_stepped, self._other = False, ""
         self.t += 1
+        if self._is_first and (self._algorithm.keeps_equal() or not self._engine.buffers()):
+            self._watch.remove()  # nothing will be recalculated, so nothing to hold inputs for
+        self._is_first = False
         self._talk(partial(self._algorithm.after_update, self.t, self._engine, self._state))
 
     def _check(self) -> None:
@@ -133,7 +138,7 @@ class Sync:
         return self._members.comm.members
 
     def finish(self) -> None:
-        """Call after the last step: synchronises the replicas and frees the optimizer, which can be attached again.
+        """Call after the last step: synchronises replicas and their buffers, and frees the optimizer for another `attach`.
 
         A second call does nothing.
 
@@ -148,8 +153,10 @@ class Sync:
             self._talk(partial(self._algorithm.finish, self.t, self._engine, self._state))
             if self._engine.has_modes and not self._algorithm.keeps_equal():
                 self._talk(partial(share_states, self._engine))  # so that `optimizer.eval()` leads to one point
+            self._watch.remove()
+            self._talk(partial(align, self._algorithm, self._engine))
         finally:
-            for hook in self._hooks:
+            for hook in [*self._hooks, self._watch]:
                 hook.remove()
             self._hooks.clear()
 
@@ -192,6 +199,10 @@ def attach(
     `SAVIC`, `DeMo`, or `After` with one of them, the replicas would deadlock.
 
     What is trained stays as it is until `Sync.finish`: other parameters, memory, dtype or optimizer need `attach` anew.
+
+    Buffers that forward changes, such as running statistics, stay local until `Sync.finish`. It averages them, and
+    where it moves the parameters it recalculates them before, from the last inputs on which ``model`` was called in
+    training mode; so up to 8 inputs stay in memory (`lowcomm.rounds.buffers.align`).
 
     Args:
         on_loss: when a replica is lost, "stop" raises `PeerLost` or `Late`; with "go_on" the others continue, and

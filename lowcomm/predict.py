@@ -10,6 +10,7 @@ from lowcomm.assemble import build_engine, without_values
 from lowcomm.comm.echo import EchoComm
 from lowcomm.comm.metered import Meter, MeteredComm
 from lowcomm.config import Run
+from lowcomm.rounds.buffers import align
 
 _MAX_STEPS = 2000
 
@@ -58,6 +59,7 @@ def predict(run: Run, num_replicas: int, vocab_size: int) -> Prediction:
             break
     else:
         run.algorithm.finish(num_steps, engine, state, comm)
+        align(run.algorithm, engine, comm)
         counted, num_rounds, sent = num_steps, run.algorithm.num_rounds(state), meter.bytes_sent
     num_parameters = sum(x.numel() for x in engine.slots()["param"])
     return Prediction(num_parameters, counted, num_rounds, sent / max(1, num_rounds), sent / counted)

@@ -16,6 +16,7 @@ from lowcomm.comm.metered import MeteredComm
 from lowcomm.engine.base import Engine
 from lowcomm.ledger import Ledger
 from lowcomm.membership import Members
+from lowcomm.rounds.buffers import align
 from lowcomm.state import state_tree
 
 T = TypeVar("T")
@@ -92,8 +93,8 @@ def train(replica: Replica, plan: Plan, checkpoints: Checkpoints) -> None:
         if t == plan.num_steps:
             replica.talk(partial(algorithm.complete, t, engine, state))
             replica.talk(partial(algorithm.finish, t, engine, state))
+            replica.talk(lambda comm: align(algorithm, engine, comm.tagged("buffers")))
         ledger.step(t, loss, lr, algorithm.num_rounds(state), len(replica.comm.members))
-
         if _due(t, plan.evaluate_every) or t == plan.num_steps:
             ledger.flush(lr, algorithm.num_rounds(state))
             if plan.validation:
@@ -111,10 +112,17 @@ def evaluate(replica: Replica, batches: Sequence[Tensor], comm: MeteredComm) -> 
     engine, tagged = replica.engine, comm.tagged("evaluation")
     total = torch.zeros(2, dtype=torch.float64, device=replica.device)  # summed loss, number of targets
     with standing(replica.algorithm, engine, replica.state, tagged):
-        for batch in batches[comm.place :: len(comm.members)]:
-            num_targets = batch[:, 1:].numel()
-            total[0] += engine.evaluate(batch.to(replica.device)) * num_targets
-            total[1] += num_targets
+        buffers = engine.buffers()
+        kept = [x.clone() for x in buffers]
+        try:
+            align(replica.algorithm, engine, comm.tagged("buffers"))
+            for batch in batches[comm.place :: len(comm.members)]:
+                num_targets = batch[:, 1:].numel()
+                total[0] += engine.evaluate(batch.to(replica.device)) * num_targets
+                total[1] += num_targets
+        finally:
+            for x, old in zip(buffers, kept, strict=True):
+                x.copy_(old)
     loss, num_targets = tagged.all_sum(total).wait().tolist()
     return float(loss / num_targets)
 

@@ -42,6 +42,10 @@ class Algorithm(ABC, Generic[S]):
         """Whether replicas have equal parameters and optimizer states after every step. By default not."""
         return False
 
+    def ends_apart(self) -> bool:
+        """Whether `finish` leaves each replica parameters of its own. By default not."""
+        return False
+
     def may_skip(self) -> bool:
         """Whether a replica may take alone a round that others finished before a loss.
 

@@ -63,6 +63,9 @@ class _Two(Algorithm[S], ABC):
         self.first.enter(engine, state.first, comm)
         self.then.enter(engine, state.then, comm)
 
+    def ends_apart(self) -> bool:
+        return self.then.ends_apart()
+
     def num_rounds(self, state: S) -> int:
         return self.first.num_rounds(state.first) + self.then.num_rounds(state.then)
 

@@ -110,6 +110,9 @@ class GASLoC(Rounds[GASLoCState]):
         state.proposed = sent.memo
         copy_(engine.slots()["param"], state.anchor)
 
+    def ends_apart(self) -> bool:
+        return self.finalize == "ensemble"
+
     def may_skip(self) -> bool:
         """A replica alone steps by itself."""
         return True

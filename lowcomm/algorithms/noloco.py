@@ -163,6 +163,9 @@ class NoLoCo(Rounds[NoLoCoState]):
         super().enter(engine, state, comm)
         state.mean_anchor = None
 
+    def ends_apart(self) -> bool:
+        return self.finalize == "ensemble"
+
     def may_skip(self) -> bool:
         """A replica alone steps by itself."""
         return True

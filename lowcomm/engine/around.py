@@ -49,6 +49,12 @@ class Around(Engine, ABC):
     def gradients(self, numbers: Sequence[int]) -> list[Tensor]:
         return self._inner.gradients(numbers)
 
+    def buffers(self) -> list[Tensor]:
+        return self._inner.buffers()
+
+    def recalculate(self) -> None:
+        self._inner.recalculate()
+
     def names(self) -> list[str]:
         return self._inner.names()
 

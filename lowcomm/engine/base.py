@@ -88,6 +88,13 @@ class Engine(ABC):
         gradients = self.slots()["grad"]
         return [gradients[i] for i in numbers]
 
+    def buffers(self) -> list[Tensor]:
+        """Live buffers that training has changed, such as running statistics; each once. By default none."""
+        return []
+
+    def recalculate(self) -> None:  # noqa: B027  # without values there is nothing to do
+        """Make `buffers` anew for the present parameters, by forward passes over the last training inputs."""
+
     @abstractmethod
     def names(self) -> list[str]:
         """The model's name of each parameter, such as "layers.3.attention.weight", in the order of the slots."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -12,9 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils._pytree import tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 from lowcomm.engine.base import Engine, Ready
+from lowcomm.engine.buffers import NUM_FORWARDS, Buffers
 from lowcomm.engine.held import trainable
+from lowcomm.models.base import logits_of
 from lowcomm.optim import steps
 from lowcomm.tensors import copy_
 
@@ -22,11 +28,9 @@ from lowcomm.tensors import copy_
 def next_token_loss(model: nn.Module, batch: Tensor) -> Tensor:
     """Mean cross-entropy in fp32 of each next token; ``batch [batch, seq + 1]`` is int64 on the model's device.
 
-    The model maps tokens ``[batch, seq]`` to logits ``[batch, seq, vocab]``, as a tensor or in an attribute ``logits``.
+    The model maps tokens ``[batch, seq]`` to logits ``[batch, seq, vocab]``, in any form that `logits_of` knows.
     """
-    logits = model(batch[:, :-1])
-    if not isinstance(logits, Tensor):
-        logits = logits.logits
+    logits = logits_of(model(batch[:, :-1]))
     return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
 
 
@@ -75,7 +79,7 @@ class TorchEngine(Engine):
         # Without autograd: arithmetic on what `slots` hands out must not record a graph.
         self._values = [p.detach() for p in self._parameters]
         self._device = self._parameters[0].device
-        self._loss = torch.compile(loss) if compile else loss
+        self._plain_loss, self._loss = loss, torch.compile(loss) if compile else loss
         self._num_micro_batches, self._clip_norm, self._autocast = num_micro_batches, clip_norm, autocast
         self._updated: set[int] = set()  # since backward began
         # Schedule-free optimizers and the like evaluate at another point than they train at
@@ -84,6 +88,8 @@ class TorchEngine(Engine):
         optimizer.register_step_post_hook(self._note_step)
         if self.has_modes:
             optimizer.train()  # type: ignore[attr-defined]
+        self._buffers, self._batches = Buffers(model), deque[Any](maxlen=NUM_FORWARDS)
+        self._recalculates: bool | None = None  # None: not known before the first backward
 
     def backward(self, batch: Any, ready: Ready | None = None) -> Tensor:
         """``batch`` is the loss's input; with micro-batches, a tensor or tuple of tensors cut along dim 0.
@@ -101,7 +107,12 @@ class TorchEngine(Engine):
             with self._reporting(ready) if ready is not None and k == num else nullcontext():
                 (loss / num).backward()
             losses.append(loss.detach().float())
-        self._filled()
+        for parameter in self._parameters:
+            parameter.grad = _dense_gradient(parameter)
+        if self._recalculates is None:
+            self._recalculates = bool(self._buffers.changed())
+        if self._recalculates:
+            self._batches.append(batch)
         return sum(losses[1:], start=losses[0]) / num
 
     def update(self) -> None:
@@ -204,6 +215,34 @@ class TorchEngine(Engine):
                 )
         return found
 
+    def buffers(self) -> list[Tensor]:
+        return self._buffers.changed()
+
+    def recalculate(self) -> None:
+        """The inputs are the last batches of `backward` and, after `watch_forward`, of forward passes elsewhere."""
+        if self._device.type == "meta":
+            return
+        forwards = list(self._buffers.recent)
+        for batch in self._batches:
+            forwards += [partial(self._forward, x) for x in _micro_batches(batch, self._num_micro_batches)]
+        if not forwards:
+            warnings.warn(
+                "buffers such as running statistics could not be recalculated for the last parameters, as the model "
+                "itself was not called since its first step or the last restart: check an evaluation, or pass some "
+                "batches forward in training mode before it, such as by torch.optim.swa_utils.update_bn",
+                stacklevel=2,
+            )
+        self._buffers.recalculate(forwards)
+
+    def watch_forward(self) -> RemovableHandle:
+        """For loops that do not call `backward`: count changes of buffers from now on, and keep the last inputs."""
+        self._buffers.begin()
+        return self._buffers.watch()
+
+    def _forward(self, batch: Any) -> None:
+        with self._casting():
+            self._plain_loss(self.model, batch)
+
     def names(self) -> list[str]:
         """A tied parameter has its first name."""
         return [name for name, p in self.model.named_parameters() if p.requires_grad]
@@ -220,6 +259,7 @@ class TorchEngine(Engine):
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "rng_cpu": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state(self._device) if on_cuda else None,
+            "batches": list(self._batches),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -242,6 +282,8 @@ class TorchEngine(Engine):
         torch.set_rng_state(state["rng_cpu"].cpu())
         if self._device.type == "cuda" and state["rng_cuda"] is not None:
             torch.cuda.set_rng_state(state["rng_cuda"].cpu(), self._device)
+        self._batches.clear()
+        self._batches.extend(tree_map_only(Tensor, lambda x: x.to(self._device), state.get("batches", [])))
 
     def _casting(self) -> AbstractContextManager[object]:
         return nullcontext() if self._autocast is None else torch.autocast(self._device.type, self._autocast)
@@ -251,14 +293,14 @@ class TorchEngine(Engine):
         """A context that calls ``ready`` once for each parameter, for the remaining ones at its end."""
         waiting = set(range(len(self._parameters)))
 
-        def report(i: int, parameter: Tensor) -> None:
+        def report(i: int, parameter: nn.Parameter) -> None:
             if i not in waiting:
                 raise ValueError(
                     "a parameter's gradient came in parts, so it cannot be sent while backward goes on: switch off "
                     "reentrant activation checkpointing, or the algorithm's overlap"
                 )
             waiting.remove(i)
-            assert parameter.grad is not None
+            parameter.grad = _dense_gradient(parameter)
             ready(i, parameter.grad)
 
         hooks = [p.register_post_accumulate_grad_hook(partial(report, i)) for i, p in enumerate(self._parameters)]
@@ -297,6 +339,13 @@ class TorchEngine(Engine):
         self._updated.clear()
         for p in self._parameters:
             p.grad = None
+
+
+def _dense_gradient(parameter: nn.Parameter) -> Tensor:
+    """Zeros where there is none; a sparse gradient becomes dense."""
+    if parameter.grad is None:
+        return torch.zeros_like(parameter)
+    return parameter.grad if parameter.grad.layout == torch.strided else parameter.grad.to_dense()
 
 
 def _options(optimizer: Optimizer) -> list[dict[str, Any]]:

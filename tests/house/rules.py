@@ -29,7 +29,7 @@ PARTS: dict[str, set[str]] = {
     "reduce": {"tensors", "comm.base", "codecs", "joined", "compress", "feedback"},
     "optim": {"tensors"},
     "engine.base": set(),
-    "engine": {"tensors", "engine.base", "optim"},
+    "engine": {"tensors", "engine.base", "optim", "models"},
     "algorithms.base": {"comm.base", "engine.base"},
     "rounds": {
         *("tensors", "comm.base", "engine.base", "codecs", "compress", "feedback", "reduce", "pairwise"),
@@ -53,14 +53,15 @@ RUN: dict[str, set[str]] = {
     "checkpoint": {"tensors", "places", "state"},
     "config": {*PARTS},
     "membership": {"comm.base", "engine.base", "algorithms.base"},
-    "train": {"comm.base", "comm", "engine.base", "algorithms.base", "state", "ledger", "membership", "checkpoint"},
+    "train": {"comm", "engine.base", "algorithms.base", "rounds", "state", "ledger", "membership", "checkpoint"},
     "resume": {"comm.base", "comm", "state", "checkpoint", "config", "metrics", "train"},
     "assemble": {
         *(*PARTS, "claim"),
         *("resume", "state", "environment", "ledger", "metrics", "membership", "checkpoint", "config", "train"),
     },
     "predict": {*PARTS, "config", "assemble"},
-    "attach": {"tensors", "comm.base", "comm", "engine.base", "engine", "algorithms.base", "state", "membership"},
+    "attach": {"tensors", "comm.base", "comm", "engine.base", "engine"}
+    | {"algorithms.base", "rounds", "state", "membership"},
     "hooks": {"comm.base", "comm", "engine.base", "engine", "reduce", "state"},
     "report": {"optional", "config", "metrics", "report.si", "sim.record"},
 }
@@ -95,12 +96,11 @@ NOT_A_METHOD = {
     "lowcomm/compress/cast.py",
     "lowcomm/compress/quantized.py",
     "lowcomm/compress/two_shot.py",
-    "lowcomm/compress/gathered.py",
-    "lowcomm/compress/chosen.py",
+    *("lowcomm/compress/gathered.py", "lowcomm/compress/chosen.py"),
     "lowcomm/feedback/none.py",
     "lowcomm/feedback/tracked.py",
     "lowcomm/outer/sgd.py",
-    *(f"lowcomm/rounds/{name}.py" for name in ("anchors", "exchanges", "gossip", "participation")),
+    *(f"lowcomm/rounds/{name}.py" for name in ("anchors", "buffers", "exchanges", "gossip", "participation")),
     "lowcomm/algorithms/data_parallel.py",
     "lowcomm/algorithms/composed.py",
 }

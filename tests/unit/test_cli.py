@@ -127,18 +127,18 @@ def test_a_class_of_ones_own_may_have_annotations_that_cannot_be_read_here(tmp_p
     assert isinstance(run.algorithm, DiLoCo) and list(run.algorithm.outer.rates) == [0.5]
 
 
-@pytest.mark.parametrize("where", ["describe_into", "save_model"])
+@pytest.mark.parametrize("where", ["describe_into", "save_file"])
 def test_a_full_disk_is_told_in_a_sentence(capsys, config, tmp_path, monkeypatch, where):
     def full(*_):
         message = "No space left on device"
-        raise SafetensorError(message) if where == "save_model" else OSError(28, message)
+        raise SafetensorError(message) if where == "save_file" else OSError(28, message)
 
     monkeypatch.setattr(f"lowcomm.assemble.{where}", full)
     out = tmp_path / "out"
     assert main(["train", "--config", str(config), "--num_steps", "20", "--out", str(out)]) == 1
     error = capsys.readouterr().err
     assert error.startswith("lowcomm: error:") and "No space left on device" in error
-    assert ("--resume" in error) == (where == "save_model"), "there is a checkpoint to go on from"
+    assert ("--resume" in error) == (where == "save_file"), "there is a checkpoint to go on from"
 
 
 def test_a_disk_that_fills_up_while_training_is_told_with_what_was_saved(capsys, config, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, load_model
 from torch import nn
 
 from lowcomm import Comm, Meter, MeteredComm
@@ -89,7 +89,7 @@ def test_former_names_and_those_of_other_shards_are_refused(tmp_path: Path) -> N
 
 
 class Rotary(nn.Module):
-    """Two buffers that are parts of one tensor, one of them under two names, and tied weights."""
+    """Two buffers that are parts of one tensor, one of them under two names, tied weights, and a table seen twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,6 +98,8 @@ class Rotary(nn.Module):
         self.register_buffer("sin", table[1])
         self.register_buffer("same", table[1])
         self.register_buffer("column", torch.randn(4, 2)[:, 1])
+        self.register_buffer("whole", torch.randn(4, 2))
+        self.register_buffer("flat", self.whole.view(8))
         self.embedding, self.head = nn.Embedding(4, 3), nn.Linear(3, 4, bias=False)
         self.head.weight = self.embedding.weight
 
@@ -107,7 +109,22 @@ def test_weights_with_parts_of_one_tensor_are_saved(tmp_path: Path) -> None:
     save_weights(model, tmp_path / "x.safetensors")
     missing, unexpected = other.load_state_dict(load_file(tmp_path / "x.safetensors"), strict=False)
     assert (len(missing), unexpected) == (2, [])  # one of the names of what has two
+    assert missing == ["same", "head.weight"], "the first of the names stays"
     for name, x in model.state_dict().items():
         assert torch.equal(x, other.state_dict()[name]), name
     assert model.get_buffer("sin")._base is model.get_buffer("cos")._base, "the model is as it was"
-    assert not model._state_dict_hooks
+
+
+def test_weights_of_a_tied_model_are_named_as_its_own_library_names_them(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True))
+    model.config.save_pretrained(tmp_path)
+    save_weights(model, tmp_path / "model.safetensors")
+    other = AutoModelForCausalLM.from_config(model.config)
+    assert load_model(other, tmp_path / "model.safetensors", strict=True) == (set(), [])
+    read, told = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(told.values()), told
+    for name, x in model.state_dict().items():
+        assert torch.equal(x, read.state_dict()[name]) and torch.equal(x, other.state_dict()[name]), name

@@ -35,6 +35,7 @@ class Shapes:
         model: as it would be trained.
         params, gradients: in the order of `Engine.slots`.
         names: of the parameters, likewise.
+        buffers: those that training changes.
         ready: their places in the order in which backward finishes them; empty without batch.
         first_states, states: of the optimizer by name before and after its first step, likewise.
         needs_all_gradients: see `Engine.needs_all_gradients`.
@@ -46,7 +47,7 @@ class Shapes:
         self.ready: list[int] = []
         if batch is not None:
             inner.backward(batch, lambda i, gradient: self.ready.append(i))
-        self.params, self.names = inner.slots()["param"], inner.names()
+        self.params, self.names, self.buffers = inner.slots()["param"], inner.names(), inner.buffers()
         self.gradients = [torch.empty(x.shape, dtype=x.dtype, device="meta") for x in self.params]
         self.needs_all_gradients = inner.needs_all_gradients()
         self._inner, self._lrs = inner, [inner.lr()]
@@ -111,6 +112,9 @@ class TimingEngine(Engine):
         if self._is_between:
             slots["grad"] = self._shapes.gradients
         return slots | (self._shapes.states if self._num_updates else self._shapes.first_states)
+
+    def buffers(self) -> list[Tensor]:
+        return self._shapes.buffers
 
     def names(self) -> list[str]:
         return self._shapes.names
