@@ -138,7 +138,7 @@ class Sync:
         return self._members.comm.members
 
     def finish(self) -> None:
-        """Call after the last step: synchronises replicas and their buffers, and frees the optimizer for another `attach`.
+        """Call after the last step: synchronises replicas and their buffers, and frees the optimizer.
 
         A second call does nothing.
 
