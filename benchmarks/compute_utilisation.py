@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from benchmarks.record import parser, table, write_record
+from lowcomm import places
 from lowcomm.algorithms.base import Algorithm
 from lowcomm.algorithms.data_parallel import DataParallel
 from lowcomm.algorithms.diloco import DiLoCo
@@ -200,7 +201,7 @@ def utilisation(column: Column, variant: Variant, gbit_per_s: float) -> float:
         pace = Pace(clock, Constant(column.step_s), trace, rank)
         comm = MeteredComm(world.comm(rank, (0, 1)), Meter())
         assembled = assemble_shapes(run, shapes, comm, write, lambda engine: SimEngine(engine, pace))
-        train(assembled.replica, assembled.plan, Checkpoints(Path("none is saved"), rank, 2, ""))
+        train(assembled.replica, assembled.plan, Checkpoints(Path("none is saved"), places.place_of(comm, 1), ""))
 
     for rank in (0, 1):
         clock.spawn(rank, partial(program, rank))

@@ -5,6 +5,8 @@
 
 `grid` trains every method at each choice of its grid, with the first of --replicas and the first seed. `rest`
 goes on with the record that `grid` wrote: the best choice of each method with the other seeds and numbers of replicas.
+Between them `extend` adds rates to those methods of --extended whose best one is the last that was tried, --most times;
+see extend_grids.sh. With --choose_on, choices are made by the loss on that text, and --validation is for the report.
 Each run is a `lowcomm simulate` of its own; the replicas share a device and the batch, so steps and tokens are equal.
 Bytes are those that a replica hands to the wire, evaluation left out. Beside the record lies pareto.png.
 """
@@ -13,14 +15,14 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from benchmarks.comparison import Row, held, loss_of, rounding
 from benchmarks.methods import CLAIMS, METHODS, OPTIMIZERS, Others, Setting
 from benchmarks.record import Runs, kept_runs, origins, parser, table, write_record
 from benchmarks.simulations import Job, Parts, add_run_flags, add_runs, language_run, warmup_of
@@ -28,7 +30,9 @@ from lowcomm.report.si import si
 
 KEPT = ("num_parameters", "members", "t", "round", "tokens", "loss", "val_loss", "val_bits_per_byte", "wire_bytes")
 # what two stages of one record may differ in
-FREE = ("stage", "only", "among", "seeds", "gpus", "jobs", "limit_s", "stacked")
+FREE = ("stage", "only", "among", "seeds", "gpus", "jobs", "limit_s", "stacked", "extended", "most", "plan")
+# of an H200 for each replica of 1,221 steps of the 10m model
+GPU_S, GPU_STEPS = 5.5, 1221
 # the first of these is what the others are set beside
 BASELINE = "data parallel"
 
@@ -52,11 +56,24 @@ class Case:
     num_replicas: int
     tuned: Tuned
     seed: int
+    is_choosing: bool = False
 
     @property
     def key(self) -> str:
         """What the record calls it."""
-        return f"{self.method} | {self.num_replicas} replicas | lr {self.tuned} | seed {self.seed}"
+        seed = f"seed {self.seed}{', choosing' if self.is_choosing else ''}"
+        return f"{self.method} | {self.num_replicas} replicas | lr {self.tuned} | {seed}"
+
+
+def parsed(tuned: str) -> Tuned:
+    """The inverse of a choice as text."""
+    lr, _, others = tuned.partition(" with ")
+    return Tuned(float(lr), tuple(float(x) for x in others.split("/")) if others else ())
+
+
+def choosing(given: argparse.Namespace, name: str, tuned: Tuned) -> Case:
+    """A run that a choice is made by: on a text of its own, if there is one."""
+    return Case(name, given.replicas[0], tuned, 0, given.choose_on is not None)
 
 
 def choices(given: argparse.Namespace, name: str) -> list[Tuned]:
@@ -74,14 +91,15 @@ def config(given: argparse.Namespace, case: Case) -> Parts:
     num_steps = -(-given.tokens // (given.batch * given.seq_len))
     setting = Setting(given.every, case.tuned.lr, warmup_of(num_steps), case.tuned.others)
     optimizer = OPTIMIZERS[method.optimizer](case.tuned.lr, case.tuned.others)
-    run = language_run(given, method.algorithm(setting), optimizer, num_steps, "run", case.seed)
+    texts = argparse.Namespace(**vars(given) | ({"validation": given.choose_on} if case.is_choosing else {}))
+    run = language_run(texts, method.algorithm(setting), optimizer, num_steps, "run", case.seed)
     return run | {"compile": given.compile}
 
 
 def grid(given: argparse.Namespace, names: list[str], ended: Runs) -> list[Case]:
     """Every method at every rate of its grid."""
     del ended
-    return [Case(name, given.replicas[0], tuned, 0) for name in names for tuned in choices(given, name)]
+    return [choosing(given, name, tuned) for name in names for tuned in choices(given, name)]
 
 
 def rest(given: argparse.Namespace, names: list[str], ended: Runs) -> list[Case]:
@@ -101,67 +119,62 @@ def rest(given: argparse.Namespace, names: list[str], ended: Runs) -> list[Case]
     ]
 
 
-STAGES: dict[str, Callable[[argparse.Namespace, list[str], Runs], list[Case]]] = {"grid": grid, "rest": rest}
-
-
 def best_of(given: argparse.Namespace, name: str, ended: Runs) -> Tuned:
-    """The choice of the lowest loss.
+    """The choice of the lowest loss, of its grid; of all that were tried, if it is one of ``given.extended``.
 
     Raises:
         ValueError: when a run of its grid is missing.
     """
     tuned_as = METHODS[name].tuned_as or name
-    cases = [Case(tuned_as, given.replicas[0], tuned, 0) for tuned in choices(given, name)]
-    missing = [case.key for case in cases if case.key not in ended]
+    candidates = choices(given, name)
+    missing = [key for tuned in candidates if (key := choosing(given, tuned_as, tuned).key) not in ended]
     if missing:
         raise ValueError(f"these are not in the record yet: {missing}; run the stage grid first")
-    return min(cases, key=lambda case: loss_of(ended[case.key])).tuned
+    found = dict(tried(given, tuned_as, ended))
+    if tuned_as in given.extended:
+        candidates = [parsed(tuned) for tuned in found]
+    return min(candidates, key=lambda tuned: found[str(tuned)])
 
 
-def loss_of(result: dict[str, Any]) -> float:
-    """Its validation loss, infinite if it diverged."""
-    loss = result["val_loss"]
-    return float("inf") if loss is None or loss != loss else float(loss)
+def edge_of(given: argparse.Namespace, name: str, best: Tuned, results: Runs) -> str:
+    """On which side no rate was tried, or none that was worse: "lowest", "highest", "only"; "" if on neither."""
+    found = [(parsed(tuned).lr, loss) for tuned, loss in tried(given, METHODS[name].tuned_as or name, results)]
+    own = dict(tried(given, METHODS[name].tuned_as or name, results))[str(best)]
+    is_lowest = not any(lr < best.lr and loss > own for lr, loss in found)
+    is_highest = not any(lr > best.lr and loss > own for lr, loss in found)
+    return ("only" if is_highest else "lowest") if is_lowest else "highest" if is_highest else ""
+
+
+def extend(given: argparse.Namespace, names: list[str], ended: Runs) -> list[Case]:
+    """One rate more, twice or half, for those of ``given.extended`` whose best one is the last that was tried."""
+    cases = []
+    for name in names:
+        if name in given.extended:
+            best = best_of(given, name, ended)
+            factor = {"lowest": 0.5, "highest": 2.0}.get(edge_of(given, name, best, ended))
+            if factor is not None:
+                cases.append(choosing(given, name, replace(best, lr=float(f"{factor * best.lr:.4g}"))))
+    return cases
+
+
+STAGES: dict[str, Callable[[argparse.Namespace, list[str], Runs], list[Case]]] = {
+    "grid": grid,
+    "extend": extend,
+    "rest": rest,
+}
 
 
 def tried(given: argparse.Namespace, name: str, results: Runs) -> list[tuple[str, float]]:
-    """What a method was tried with at the first number of replicas and seed, in the grid or beyond it; its losses."""
+    """What a method was tried with at the first number of replicas and seed, in the grid or beyond it; its losses on
+    the text that choices are made by.
+    """
     found = {}
     for key, run in results.items():
-        method, members, tuned, seed = key.split(" | ")
-        if (method, members, seed) == (name, f"{given.replicas[0]} replicas", "seed 0"):
-            found[tuned.removeprefix("lr ")] = loss_of(run)
+        method, _, tuned, _ = key.split(" | ")
+        tuned = tuned.removeprefix("lr ")
+        if method == name and key == choosing(given, name, parsed(tuned)).key:
+            found[tuned] = loss_of(run)
     return sorted(found.items(), key=lambda choice: float(choice[0].split()[0]))
-
-
-@dataclass(frozen=True)
-class Row:
-    """A method with a number of replicas at its best choice.
-
-    Attributes:
-        losses: by seed.
-    """
-
-    name: str
-    num_replicas: int
-    tuned: Tuned
-    losses: dict[int, float]
-    wire_bytes: float
-
-    @property
-    def loss(self) -> float:
-        """Of its seeds, the mean."""
-        return statistics.fmean(self.losses.values())
-
-    def behind(self, other: Row, in_perplexity: bool = False) -> float:
-        """By which part of the other's loss its own is higher, over the seeds that both have; seed 0 always is one.
-
-        Args:
-            in_perplexity: of e to the loss instead.
-        """
-        seeds = self.losses.keys() & other.losses.keys()
-        mine, its = (statistics.fmean(row.losses[seed] for seed in seeds) for row in (self, other))
-        return math.expm1(mine - its) if in_perplexity else mine / its - 1
 
 
 def rows_of(given: argparse.Namespace, results: Runs) -> list[Row]:
@@ -177,13 +190,14 @@ def rows_of(given: argparse.Namespace, results: Runs) -> list[Row]:
             found = {seed: results[key] for seed, key in keys.items() if key in results}
             if 0 in found:
                 losses = {seed: loss_of(run) for seed, run in found.items()}
-                rows.append(Row(name, num_replicas, tuned, losses, found[0]["wire_bytes"]))
+                edge = edge_of(given, name, tuned, results)
+                rows.append(Row(name, num_replicas, tuned, losses, found[0]["wire_bytes"], edge))
     return rows
 
 
-def save(given: argparse.Namespace, results: Runs) -> Path:
-    """Write the record and the picture of the runs that have ended."""
-    rows = rows_of(given, results)
+def summary(given: argparse.Namespace, results: Runs) -> str:
+    """The tables of the runs that have ended."""
+    rows, noise = rows_of(given, results), rounding(results)
     by_key = {(row.name, row.num_replicas): row for row in rows}
     cells = []
     for row in rows:
@@ -194,21 +208,31 @@ def save(given: argparse.Namespace, results: Runs) -> Path:
         spread = f"{min(losses):.4f} to {max(losses):.4f} ({len(losses)})" if len(losses) > 1 else "one seed"
         cells.append(
             [
-                *(f"{row.num_replicas}", row.name, str(row.tuned), f"{row.loss:.4f}", spread),
+                *(f"{row.num_replicas}", row.name, str(row.tuned), row.edge, f"{row.loss:.4f}", spread),
                 *(f"{row.loss / math.log(2):.4f}", *beside, si(row.wire_bytes, "B"), fewer),
             ]
         )
-    columns = ["replicas", "method", "lr", "val loss (nats)", "seeds", "bits/byte", "against data parallel"]
-    columns += ["against DiLoCo", "sent per replica", "times fewer"]
+    columns = ["replicas", "method", "lr", "edge of those tried", "val loss (nats)", "seeds", "bits/byte"]
+    columns += ["against data parallel", "against DiLoCo", "sent per replica", "times fewer"]
     first = next(iter(results.values()))
+    text = "the text that losses are of" if given.choose_on is None else "another text than losses are of"
     about = (
         f"Llama {given.size} ({first['num_parameters']:,} parameters), replicas simulated on one device, "
         f"{given.batch} x {given.seq_len} tokens a step shared among them, {first['tokens']:,} byte tokens in all, "
         f"{first['t']:,} steps, {given.every} steps a round, {given.precision}. Learning rates are the best of "
         f"{' / '.join(f'{x:g}' for x in given.grid)} times each optimizer's own, and what goes with them of a "
-        f"few, at {given.replicas[0]} replicas and one seed: see below. Data "
-        "parallel, in the column that names it, is with the same optimizer. Methods are set beside each other by the "
-        "seeds that both have."
+        f"few, at {given.replicas[0]} replicas and one seed, by {text}: see below. A rate at the edge "
+        "of those tried may not be the best. Data parallel, in the column that names it, is with the same "
+        "optimizer. Methods are set beside each other by the seeds that both have."
+    )
+    apart = (
+        "No runs of this record differ in rounding alone, so of one seed it cannot say how sure a gap is."
+        if noise is None
+        else f"Runs of data parallel that differ in rounding alone are up to {noise:.2%} apart."
+    )
+    held_by = (
+        f"{apart} ± is that over the root of the number of seeds, or half of the gap's range over them if that is "
+        "more; a tie lies within it."
     )
     grids = [
         [name, tuned, f"{loss:.4f}", "yes" if tuned in {str(choice) for choice in choices(given, name)} else "no"]
@@ -217,27 +241,31 @@ def save(given: argparse.Namespace, results: Runs) -> Path:
         for tuned, loss in tried(given, name, results)
     ]
     claims = [
-        [
-            claim.text,
-            claim.source,
-            f"{n}",
-            f"{(gap := a.behind(b, claim.in_perplexity)):+.2%}",
-            "yes" if gap <= claim.limit else "no",
-        ]
-        for claim in CLAIMS
-        for n in given.replicas
-        if (a := by_key.get((claim.method, n))) and (b := by_key.get((claim.other, n)))
+        [claim.text, claim.source, f"{n}", str(gap), verdict] for claim, n, gap, verdict in held(rows, CLAIMS, noise)
     ]
-    lines = [about, "", table(columns, cells), "", "![loss against bytes](pareto.png)", "", "What was expected:", ""]
-    lines += [table(["expected", "by", "replicas", "measured", "holds"], claims)]
+    lines = [
+        about,
+        "",
+        table(columns, cells),
+        "",
+        "![loss against bytes](pareto.png)",
+        "",
+        f"What was expected. {held_by}",
+    ]
+    lines += ["", table(["expected", "by", "replicas", "measured", "holds"], claims)]
     lines += ["", "Loss at each choice:", "", table(["method", "lr", "val loss (nats)", "in the grid"], grids)]
-    record = write_record(given, results, "\n".join([*lines, "", origins(results)]))
-    draw(rows, record / "pareto.png")
+    return "\n".join([*lines, "", origins(results)])
+
+
+def save(given: argparse.Namespace, results: Runs) -> Path:
+    """Write the record and the picture of the runs that have ended."""
+    record = write_record(given, results, summary(given, results))
+    draw(rows_of(given, results), record / "pareto.png")
     return record
 
 
 def _gap(row: Row, other: Row | None) -> str:
-    return "–" if other is None else f"{row.behind(other):+.2%}"
+    return "–" if other is None else f"{row.behind(other).value:+.2%}"
 
 
 def draw(rows: list[Row], path: Path) -> None:
@@ -284,15 +312,33 @@ def main() -> None:
     flags.add_argument("--stacked", action="store_true", help="compute the gradients of all replicas of a run at once")
     flags.add_argument("--gpus", type=int, default=0, help="that share out the runs; 0: each run chooses")
     flags.add_argument("--limit_s", type=float, default=None, help="what has not ended by then is left out")
+    flags.add_argument("--extended", nargs="+", default=[], help="methods that may choose beyond their grid")
+    flags.add_argument("--most", type=int, default=2, help="rates that `extend` adds to a method")
+    flags.add_argument("--choose_on", type=Path, default=None, help="a text to choose by; --validation by default")
+    flags.add_argument("--plan", action="store_true", help="only print what is left to run, and about its GPU-seconds")
     given = flags.parse_args()
-    if unknown := set(given.only or []) - set(METHODS):
-        flags.error(f"--only {sorted(unknown)} are unknown; there are {list(METHODS)}")
-    ended = kept_runs(given, FREE)
+    if unknown := {*(given.only or []), *given.extended} - set(METHODS):
+        flags.error(f"--only or --extended {sorted(unknown)} are unknown; there are {list(METHODS)}")
+    ended, until = kept_runs(given, FREE), None if given.limit_s is None else time.monotonic() + given.limit_s
+    if given.choose_on is not None and ended and not any(key.endswith("choosing") for key in ended):
+        flags.error("the choices of this record were made by --validation; give another --name to make them anew")
     tuned = [name for name in METHODS if given.stage == "rest" or METHODS[name].tuned_as is None]
     names = [name for name in tuned if given.only is None or name in given.only]
-    cases = STAGES[given.stage](given, names, ended)
-    jobs = [Job(case.key, config(given, case), case.num_replicas, given.stacked) for case in cases]
-    add_runs(given, ended, jobs, (*KEPT, "wall_s"), partial(save, given), given.gpus, given.limit_s)
+    for _ in range(given.most if given.stage == "extend" else 1):
+        cases = [case for case in STAGES[given.stage](given, names, ended) if case.key not in ended]
+        if given.plan or not cases:
+            print(plan(given, cases))
+            return
+        jobs = [Job(case.key, config(given, case), case.num_replicas, given.stacked) for case in cases]
+        left_s = None if until is None else until - time.monotonic()
+        add_runs(given, ended, jobs, (*KEPT, "wall_s"), partial(save, given), given.gpus, left_s)
+
+
+def plan(given: argparse.Namespace, cases: list[Case]) -> str:
+    """The runs that are left, and about what they take of an H200 where the model is the 10m one."""
+    num_steps = -(-given.tokens // (given.batch * given.seq_len))
+    seconds = sum(GPU_S * num_steps / GPU_STEPS * case.num_replicas for case in cases)
+    return "\n".join([*(case.key for case in cases), f"{len(cases)} runs, about {seconds:,.0f} GPU-seconds"])
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import itertools
 from functools import partial
 from pathlib import Path
 
-from benchmarks.convergence import loss_of
+from benchmarks.comparison import loss_of
 from benchmarks.methods import OPTIMIZERS
 from benchmarks.record import Runs, kept_runs, origins, parser, table, write_record
 from benchmarks.simulations import Job, Parts, add_run_flags, add_runs, language_run, part

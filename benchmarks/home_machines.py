@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 
 from benchmarks.record import ROOT, parser, save_picture, table, write_record
-from lowcomm.metrics import read
+from lowcomm.metrics import of_replicas, read
 from lowcomm.models.llama import Llama
 from lowcomm.report.gantt import gantt
 from lowcomm.report.page import write_report
@@ -149,8 +149,7 @@ def result(folder: Path, method: str, up_mbit_per_s: int) -> Result:
     dir = run_dir(folder, method, up_mbit_per_s)
     records = read(dir / "metrics.jsonl")
     lines = [x for x in records if x["kind"] == "eval"]
-    others = [read(dir / f"metrics.rank{rank}.jsonl")[-1] for rank in range(1, len(HOMES))]
-    shares = [x["comm_wait_s"] / x["time_s"] for x in [records[-1], *others]]
+    shares = [x["comm_wait_s"] / x["time_s"] for x in of_replicas(dir)]
     points = [(x["time_s"] / 3600, x["bytes_sent"], x["val_loss"]) for x in lines]
     return Result(method, up_mbit_per_s, records[-1]["time_s"] / 3600, points, (max(shares), min(shares)))
 

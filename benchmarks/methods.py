@@ -259,7 +259,7 @@ METHODS |= {
 _STREAMING, _SCALING, _EAGER, _DESLOC = "arXiv:2501.18512", "arXiv:2503.09799", "arXiv:2502.12996", "arXiv:2505.22549"
 CLAIMS = [
     Claim(
-        "DiLoCo within 4 % of data parallel (2.0 % with 4, 3.9 % with 8 replicas at 35M)",
+        "DiLoCo within 4 % of data parallel (2.0 % with 4, 3.9 % with 8 replicas at 35M, in rounds of 30 steps)",
         _SCALING,
         "DiLoCo",
         "data parallel",
@@ -268,7 +268,7 @@ CLAIMS = [
     Claim("DiLoCo better than Local SGD", "arXiv:2311.08105", "DiLoCo", "Local SGD", 0.0),
     Claim("Streaming int4 within 0.5 % of DiLoCo", _STREAMING, "Streaming int4", "DiLoCo", 0.005),
     Claim("eager within 2.5 % of DiLoCo (3.62 against 3.54 at 35M, 2 replicas)", _EAGER, "eager", "DiLoCo", 0.025),
-    Claim("NoLoCo no worse than DiLoCo", "arXiv:2506.10911", "NoLoCo", "DiLoCo", 0.0),
+    Claim("NoLoCo no worse than DiLoCo in rounds as long", "nobody", "NoLoCo", "DiLoCo", 0.0),
     Claim(
         "NoLoCo no worse than its paper's DiLoCo, which talks half as often, with heavy-ball momentum",
         "arXiv:2506.10911",
@@ -283,11 +283,11 @@ CLAIMS = [
         "NoLoCo, every step",
         0.0,
     ),
-    Claim("GASLoC no worse than NoLoCo", "arXiv:2606.11081", "GASLoC", "NoLoCo", 0.0),
+    Claim("GASLoC no worse than NoLoCo", "arXiv:2606.11081, its aim", "GASLoC", "NoLoCo", 0.0),
     Claim("QSR better than Local SGD", "arXiv:2310.14423", "QSR", "Local SGD", 0.0),
-    Claim("SparseLoCo no worse than DiLoCo", "arXiv:2508.15706", "SparseLoCo", "DiLoCo", 0.0),
+    Claim("SparseLoCo no worse than DiLoCo", "arXiv:2508.15706, tables not read", "SparseLoCo", "DiLoCo", 0.0),
     Claim("MuLoCo better than DiLoCo", "arXiv:2505.23725", "MuLoCo", "DiLoCo", 0.0),
-    Claim("MuLoCo no worse than data parallel with Muon", "arXiv:2505.23725", "MuLoCo", _MUON, 0.0),
+    Claim("MuLoCo no worse than data parallel with Muon", "arXiv:2505.23725, of one replica", "MuLoCo", _MUON, 0.0),
     Claim(
         "perplexity of DES-LOC within 1 % of that of Local ADOPT, whose traffic is twice as much",
         _DESLOC,

@@ -38,9 +38,10 @@ from lowcomm.comm.solo import SoloComm
 from lowcomm.config import Batch, Checkpointing, Log, Run
 from lowcomm.ledger import Ledger
 from lowcomm.membership import Members
-from lowcomm.metrics import Metrics
+from lowcomm.metrics import Metrics, file_of
 from lowcomm.models.llama import Llama
 from lowcomm.optim.schedule import Cosine
+from lowcomm.places import name_of, place_of
 from lowcomm.replica import Replica
 from lowcomm.train import Plan, train
 
@@ -200,7 +201,7 @@ def measure(
     meeting = comm.tagged("meeting")
     stream = Alternating(bare, given.blocks + 1, given.steps, comm.meter, lambda: meeting.all_sum(torch.ones(1)).wait())
     engine = build_engine(run, run.model.build(256, run.seed).to(device), run.num_steps)
-    metrics = Metrics(folder / f"metrics.rank{comm.rank}.jsonl")
+    metrics = Metrics(file_of(folder, name_of(comm.rank)))
     ledger = Ledger(
         write=metrics.write,
         meter=comm.meter,
@@ -215,7 +216,7 @@ def measure(
     replica = Replica(run.algorithm, engine, run.algorithm.init(engine, comm), stream, ledger, Members(comm), device)
     plan = Plan(run.num_steps, evaluate_every=0, save_every=0, validation=batches[:1], bytes_per_token=1.0)
     try:
-        train(replica, plan, Checkpoints(folder, comm.rank, len(comm.members), "overhead"))
+        train(replica, plan, Checkpoints(folder, place_of(comm, 1), "overhead"))
     finally:
         metrics.close()
     return stream.seconds[1:]

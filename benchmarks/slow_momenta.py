@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from benchmarks.convergence import Case, Tuned, config, loss_of
+from benchmarks.comparison import loss_of
+from benchmarks.convergence import Case, Tuned, config
 from benchmarks.record import Runs, kept_runs, origins, parser, table, write_record
 from benchmarks.simulations import Job, add_run_flags, add_runs
 

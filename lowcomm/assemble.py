@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,18 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import save_model
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
+from lowcomm.algorithms.base import standing
 from lowcomm.attendance import Seat, attend
 from lowcomm.checkpoint import Checkpoints, state_bytes
+from lowcomm.claim import claimed
+from lowcomm.comm.agreement import check_agreement
 from lowcomm.comm.base import Comm
 from lowcomm.comm.distributed import connect, disconnect, under_torchrun
+from lowcomm.comm.launched import launched, number
 from lowcomm.comm.metered import Meter, MeteredComm
 from lowcomm.comm.solo import SoloComm
 from lowcomm.config import Run, describe, identity
@@ -28,10 +32,20 @@ from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.environment import environment
 from lowcomm.ledger import Ledger
 from lowcomm.membership import Members
-from lowcomm.metrics import Metrics, ProgressSink, Sink, TensorBoardSink, WandbSink, truncate_after
+from lowcomm.metrics import (
+    Metrics,
+    ProgressSink,
+    Sink,
+    TensorBoardSink,
+    WandbSink,
+    check_names,
+    file_of,
+    truncate_after,
+)
 from lowcomm.models.flops import flops_per_token, peak_flops
 from lowcomm.models.length import check_length
 from lowcomm.optim.groups import parameter_groups
+from lowcomm.places import name_of, place_of
 from lowcomm.replica import Replica
 from lowcomm.resume import check_beginning, resume
 from lowcomm.state import state_tree
@@ -39,6 +53,10 @@ from lowcomm.tensors import digest, num_bytes, rng
 from lowcomm.train import Plan, train
 
 _DTYPES = {"fp32": torch.float32, "bf16_mixed": torch.float32, "bf16": torch.bfloat16}
+_ALIKE = (
+    "all replicas must start from the same config, data, software and initial parameters: compare command lines and "
+    "versions"
+)
 
 
 @dataclass(frozen=True)
@@ -49,25 +67,34 @@ class Place:
     backend: str | None
 
 
-def place(run: Run) -> Place:
-    """Choose the device and backend of this rank.
+def device_of(run: Run) -> torch.device:
+    """Choose the device of this process.
 
     Raises:
-        ValueError: when the config asks for CUDA or NCCL and it is not available.
+        ValueError: when the config asks for CUDA and it is not available.
     """
     has_cuda = torch.cuda.is_available()
     if run.device == "cuda" and not has_cuda:
         raise ValueError("device is 'cuda', but torch sees no GPU here; use device 'cpu' or 'auto'")
+    if not has_cuda or run.device == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", number("LOCAL_RANK", 0) % torch.cuda.device_count())
+
+
+def place(run: Run) -> Place:
+    """Choose the device and backend of this rank.
+
+    Raises:
+        ValueError: when the config asks for CUDA or NCCL and it is not available, or variables are wrong.
+    """
+    has_cuda, device = torch.cuda.is_available(), device_of(run)
     if run.backend == "nccl" and (run.device == "cpu" or not has_cuda):
         raise ValueError("backend is 'nccl', which needs CUDA, but this run has no GPU; use backend 'gloo' or 'auto'")
-    on_cuda = has_cuda and run.device != "cpu"
-    local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    device = torch.device("cuda", local_rank % num_gpus) if on_cuda else torch.device("cpu")
     if not under_torchrun():
         return Place(device, None)
     if run.on_loss == "go_on" and run.backend == "nccl":
         raise ValueError("on_loss is 'go_on', which needs gloo for now; set backend to 'gloo', or on_loss to 'stop'")
-    own_gpu = on_cuda and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= num_gpus
+    own_gpu = device.type == "cuda" and number("LOCAL_WORLD_SIZE", 1) <= torch.cuda.device_count()
     return Place(
         device, run.backend if run.backend != "auto" else "nccl" if own_gpu and run.on_loss == "stop" else "gloo"
     )
@@ -76,21 +103,23 @@ def place(run: Run) -> Place:
 def run_replica(run: Run, out: Path, resumes: bool) -> dict[str, Any]:
     """Train this rank's replica to the end and return its summary line.
 
-    Writes into ``out``: config.yaml, environment.json, metrics.jsonl (rank 0; the others metrics.rank<r>.jsonl),
-    checkpoints/, final.safetensors (rank 0).
+    Writes into ``out``, which it claims first: config.yaml, environment.json and final.safetensors (replica 0),
+    checkpoints/, and lines of metrics (`lowcomm.metrics`).
 
     Raises:
         ValueError: before training, for anything wrong with config, data, directory, or between the ranks.
-        Diverged, PeerLost, Late: while training.
+        Diverged, PeerLost, Late, OSError: while training.
     """
     where = place(run)
     if where.device.type == "cuda":
         torch.cuda.set_device(where.device)
-    comm: Comm = SoloComm() if where.backend is None else connect(where.backend, run.timeout_s, run.grace_s)
-    try:
-        return _run_replica(run, out, resumes, where, comm)
-    finally:
-        disconnect()
+    launch = launched()
+    with claimed(out, name_of(0 if launch is None else launch.rank)):
+        comm: Comm = SoloComm() if where.backend is None else connect(where.backend, run.timeout_s, run.grace_s)
+        try:
+            return _run_replica(run, out, resumes, where, comm)
+        finally:
+            disconnect()
 
 
 @dataclass(frozen=True)
@@ -107,6 +136,17 @@ class Assembled:
         num_parameters = sum(x.numel() for x in self.replica.engine.slots()["param"])
         name = type(self.replica.algorithm).__name__
         return self.replica.ledger.summary(name, num_parameters, self.plan.bytes_per_token)
+
+    def save(self, path: Path) -> None:
+        """Rank 0 writes the weights to use; all members call it after training."""
+        replica = self.replica
+
+        def write(comm: MeteredComm) -> None:
+            with standing(replica.algorithm, replica.engine, replica.state, comm.tagged("evaluation")):
+                if comm.rank == 0:
+                    save_weights(self.model, path)
+
+        replica.talk(write)
 
 
 def assemble(
@@ -132,15 +172,17 @@ def assemble(
     validation = data.validation(run.evaluation.batch_size, run.evaluation.num_tokens)
     model = run.model.build(data.vocab_size, run.seed)
     check_length(model, run.data.seq_len)
-    model = model.to(device, _DTYPES[run.precision])
+    check_state(model)
+    check_optimizer(run, num_steps, device)
+    model = cast_(model, _DTYPES[run.precision]).to(device)
     run_id = identity(run, num_replicas, data.fingerprint)
     engine = around(build_engine(run, model, num_steps))  # before the first exchange: whatever moves it must know it
-    hashes = {
+    facts = {
         "config": run_id,
-        "model": digest(list(model.state_dict().values())),
+        "model": digest([x for x in model.state_dict().values() if isinstance(x, Tensor)]),
         "validation text": data.validation_fingerprint,
     }
-    check_agreement(comm.tagged("start"), hashes)
+    check_agreement(comm.tagged("start"), facts, _ALIKE)
 
     ledger = open_ledger(run, model, comm, device, write)
     _seed_draws(run.seed, comm.rank, device)
@@ -150,6 +192,53 @@ def assemble(
     replica = Replica(run.algorithm, engine, state, data.train, ledger, members, device, attendance)
     plan = Plan(num_steps, run.evaluation.every, run.checkpoint.every, validation.batches, validation.bytes_per_token)
     return Assembled(replica, plan, model, run_id)
+
+
+def cast_(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """In place: floating-point parameters in another dtype; buffers and complex numbers keep theirs.
+
+    So do the parameters of norms with running statistics, as torch wants both in one dtype.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
+    kept = {id(p) for m in norms for p in m.parameters()}
+    for p in model.parameters():
+        if p.is_floating_point() and id(p) not in kept:
+            p.data = p.data.to(dtype)
+    return model
+
+
+def check_state(model: nn.Module) -> None:
+    """Refuse extra state that is no tensor, which neither final.safetensors nor a start-up check could hold.
+
+    Raises:
+        ValueError: naming it.
+    """
+    for name, x in model.state_dict().items():
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f"the model's state has {name!r}, a {type(x).__name__}, but only tensors can be saved: let its "
+                "get_extra_state return a tensor, or keep what it holds in a buffer"
+            )
+
+
+def check_optimizer(run: Run, num_steps: int, device: torch.device) -> None:
+    """Let the optimizer take one step of a small layer, whose gradients are dense.
+
+    Raises:
+        ValueError: when it cannot.
+    """
+    with torch.random.fork_rng(devices=[]):
+        toy = nn.Linear(8, 8).to(device, _DTYPES[run.precision])
+    engine = build_engine(run, toy, num_steps)
+    for p in toy.parameters():
+        p.grad = torch.zeros_like(p)
+    try:
+        engine.update()
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"optimizer.path is {run.optimizer.path}, which cannot take a step ({error}): choose one whose step() "
+            "takes dense gradients and no closure, such as torch.optim.AdamW"
+        ) from error
 
 
 def _seed_draws(seed: int, rank: int, device: torch.device) -> None:
@@ -167,57 +256,57 @@ def describe_into(run: Run, out: Path) -> None:
 
 
 def _run_replica(run: Run, out: Path, resumes: bool, where: Place, comm: Comm) -> dict[str, Any]:
-    rank, num_replicas = comm.rank, len(comm.members)
-    metered = MeteredComm(comm, Meter(), stream=where.device if where.backend == "nccl" else None)
-    path = out / ("metrics.jsonl" if rank == 0 else f"metrics.rank{rank}.jsonl")
-    if path.exists() and not resumes:
+    mine = place_of(comm, num_shards=1)
+    num_ranks, is_first = len(comm.members), mine.name == name_of(0)
+    metered = MeteredComm(mine.across, Meter(), stream=where.device if where.backend == "nccl" else None)
+    path = file_of(out, mine.name)
+    check_names(out)
+    if not resumes and any(out.glob("metrics*.jsonl")):  # of any rank; none writes before all have looked
         raise ValueError(f"{out} already holds a run; go on with it by --resume, or choose another --out")
-    metrics = Metrics(path, _sinks(run, out, rank, run.steps(num_replicas)))
+    metrics = Metrics(path, _sinks(run, out, run.steps(len(metered.members))) if is_first else [])
     try:
         assembled = assemble(run, run.data.load(), metered, where.device, metrics.write)
         replica = assembled.replica
-        checkpoints = Checkpoints(out / "checkpoints", rank, num_replicas, assembled.run_id, run.checkpoint.keep)
+        checkpoints = Checkpoints(out / "checkpoints", mine, assembled.run_id, run.checkpoint.keep)
         if run.checkpoint.every:
-            checkpoints.require_space(num_replicas * checkpoint_bytes(replica.engine, replica.state))
+            checkpoints.require_space(num_ranks * checkpoint_bytes(replica.engine, replica.state))
         if resumes:
             if not checkpoints.steps():
                 check_beginning(run, path)
             truncate_after(path, resume(replica, checkpoints))
-        out.mkdir(parents=True, exist_ok=True)
-        if rank == 0:
+        if is_first:
             describe_into(run, out)
         train(replica, assembled.plan, checkpoints)
-        if rank == 0:
-            save_weights(assembled.model, out / "final.safetensors")
+        assembled.save(out / "final.safetensors")
         return assembled.summary()
     finally:
         metrics.close()
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Write parameters and buffers as safetensors; tied ones once, under their first name.
+    """Write parameters and buffers as safetensors; tied ones once, under the first of their names in the model.
 
     Views of larger tensors, which `safetensors` refuses, are written as copies.
 
     Raises:
         OSError: when the file cannot be written.
     """
-    hook = model.register_state_dict_post_hook(_copy_parts)
+    names: dict[Any, str] = {}  # of each tensor, the first: transformers and strict loading look for that one
+    tensors, storages = dict[str, Tensor](), set[int]()
+    metadata = {"format": "pt"}
+    for name, x in model.state_dict().items():
+        first = names.setdefault((x.data_ptr() or name, x.dtype, x.shape, x.stride()), name)
+        if first != name:
+            metadata[name] = first  # from which `safetensors.torch.load_model` knows the other names
+            continue
+        storage = x.untyped_storage()
+        is_whole = x.nbytes == storage.nbytes() and storage.data_ptr() not in storages
+        storages.add(storage.data_ptr())
+        tensors[name] = x.contiguous() if is_whole else x.clone(memory_format=torch.contiguous_format)
     try:
-        save_model(model, str(path))
-    except SafetensorError as error:
+        save_file(tensors, str(path), metadata)
+    except (SafetensorError, OSError) as error:
         raise OSError(f"{path} cannot be written: {error}") from error
-    finally:
-        hook.remove()
-
-
-def _copy_parts(_model: nn.Module, state: dict[str, Any], *_: Any) -> None:
-    """Copy tensors that do not fill their storage; names of one tensor share its copy."""
-    copies: dict[Any, torch.Tensor] = {}
-    for name, x in state.items():
-        if isinstance(x, torch.Tensor) and x.numel() * x.element_size() != x.untyped_storage().nbytes():
-            which = (x.data_ptr(), x.dtype, x.shape, x.stride())
-            state[name] = copies[which] if which in copies else copies.setdefault(which, x.clone())
 
 
 def build_engine(run: Run, model: nn.Module, num_steps: int) -> TorchEngine:
@@ -242,7 +331,7 @@ def autocast_of(run: Run) -> torch.dtype | None:
 def without_values(run: Run, vocab_size: int) -> nn.Module:
     """The run's model on the meta device: shapes alone."""
     with torch.device("meta"):
-        return run.model.build(vocab_size, run.seed).to(_DTYPES[run.precision])
+        return cast_(run.model.build(vocab_size, run.seed), _DTYPES[run.precision])
 
 
 def open_ledger(
@@ -264,35 +353,13 @@ def open_ledger(
     )
 
 
-def check_agreement(comm: MeteredComm, hashes: dict[str, str]) -> None:
-    """Check that all replicas were started alike.
-
-    Args:
-        hashes: hexadecimal digests of equal length, by name.
-
-    Raises:
-        ValueError: on every rank, naming what differs and where.
-    """
-    own = torch.tensor([list(bytes.fromhex(value)) for value in hashes.values()], dtype=torch.uint8)
-    gathered = comm.all_gather(own).wait()
-    for i, what in enumerate(hashes):
-        differing = [r for r, x in zip(comm.members, gathered, strict=True) if not torch.equal(x[i], gathered[0][i])]
-        if differing:
-            raise ValueError(
-                f"the {what} of ranks {differing} differs from rank {comm.members[0]}'s: all replicas must start from "
-                "the same config, data, software and initial parameters; compare the command lines and versions"
-            )
-
-
 def checkpoint_bytes(engine: Engine, state: Any) -> int:
     """The approximate size of this rank's checkpoint, assuming two optimizer states per parameter."""
     now = state_bytes({"engine": engine.state_dict(), "algorithm": state_tree(state)})
     return now + 2 * num_bytes(engine.slots()["param"])
 
 
-def _sinks(run: Run, out: Path, rank: int, num_steps: int) -> list[Sink]:
-    if rank != 0:
-        return []
+def _sinks(run: Run, out: Path, num_steps: int) -> list[Sink]:
     sinks: list[Sink] = [ProgressSink(num_steps)]
     if run.log.tensorboard:
         sinks.append(TensorBoardSink(out / "tensorboard"))

@@ -1,10 +1,11 @@
 """Checkpoints: every rank saves its whole state; a folder is either whole or ends in ``.partial``.
 
-    <run>/checkpoints/t00000100/rank00000/    *.distcp .metadata    tensors, by torch.distributed.checkpoint
-                                              tree.json             everything else, with a place for each tensor
-                                              manifest.json         run, step, ranks; bytes and sha256 of each file
-                                              on_all_ranks          empty; there once every rank had saved this step
+    <run>/checkpoints/t00000100/replica00000/    *.distcp .metadata    tensors, by torch.distributed.checkpoint
+                                                 tree.json             all else, with a place for each tensor
+                                                 manifest.json         run, step, who; bytes and sha256 of each file
+                                                 on_all_ranks          empty; there once every rank had saved this step
 
+Where a replica is many ranks, each has its own: replica00000.shard00000/, replica00000.shard00001/ (`Place.name`).
 Replicas differ (local parameters, moments, data cursor) and may share no disk, so saving communicates nothing. A folder
 is written under another name, flushed and then renamed, so a crash never damages earlier checkpoints.
 
@@ -31,6 +32,8 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 
+from lowcomm.places import Place
+
 MANIFEST, TREE, ON_ALL = "manifest.json", "tree.json", "on_all_ranks"
 _LEAVES = (bool, int, float, str, type(None))
 # what torch.distributed.checkpoint adds to each tensor, measured with torch 2.13 and rounded up
@@ -46,15 +49,14 @@ class Checkpoints:
 
     Attributes:
         dir: the folder ``checkpoints`` of the run; made when first needed.
-        rank: this process.
-        world_size: ranks of the run. A checkpoint of another number cannot be resumed.
+        place: of this rank, when the run was started. A checkpoint of other numbers of replicas and shards cannot be
+            resumed.
         run_id: names the run; a folder that holds another run's checkpoints is refused.
         keep: whole checkpoints that `prune` leaves.
     """
 
     dir: Path
-    rank: int
-    world_size: int
+    place: Place
     run_id: str
     keep: int = 2
 
@@ -75,34 +77,38 @@ class Checkpoints:
         tree = _split(dict(state), "state", tensors)
         whole = self._folder(t)
         partial = whole.with_name(f"{whole.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        writer = FileSystemWriter(partial, sync_files=False)
         try:
-            with _in_one_process():
-                state_dict_saver.save(tensors, storage_writer=writer, no_dist=True)
+            self._write(partial, t, tree, tensors)
+            replaced = [_set_aside(whole)] if whole.exists() else []
+            os.rename(partial, whole)
+            for path in (whole.parent, self.dir, self.dir.parent):
+                _flush(path)
         except (OSError, RuntimeError) as error:  # torch's writer of files knows no other
             raise OSError(f"{partial} cannot be written ({error}); is the disk full?") from error
-        (partial / TREE).write_text(json.dumps(tree), encoding="utf-8")
-        files = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(partial.iterdir())}
-        manifest = {**self._identity(t), "files": files}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for path in [*partial.iterdir(), partial]:
-            _flush(path)
-        replaced = [_set_aside(whole)] if whole.exists() else []
-        os.rename(partial, whole)
-        for path in (whole.parent, self.dir, self.dir.parent):
-            _flush(path)
         for path in replaced:
             shutil.rmtree(path)
         return whole
+
+    def _write(self, folder: Path, t: int, tree: Any, tensors: dict[str, Tensor]) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        with _in_one_process():
+            state_dict_saver.save(tensors, storage_writer=FileSystemWriter(folder, sync_files=False), no_dist=True)
+        (folder / TREE).write_text(json.dumps(tree), encoding="utf-8")
+        files = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(folder.iterdir())}
+        manifest = {**self._identity(t), "files": files}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for path in [*folder.iterdir(), folder]:
+            _flush(path)
 
     def steps(self) -> list[int]:
         """The steps whose checkpoint is whole on this rank (all files there, in their size), oldest first.
 
         Raises:
-            ValueError: when one of them is another run's, or of another number of ranks.
+            ValueError: when one of them is another run's or of another number of replicas or shards, or folders are
+                called otherwise than this run's.
         """
+        self._check_names()
         return [t for t in self._present() if self._manifest(t) is not None]
 
     def newest(self, others: Iterable[Iterable[int]] = ()) -> int | None:
@@ -123,7 +129,7 @@ class Checkpoints:
         folder, manifest = self._folder(t), self._manifest(t)
         if manifest is None:
             raise ValueError(
-                f"{folder} holds no whole checkpoint; rank {self.rank} has those of steps {self.steps()} in {self.dir}"
+                f"{folder} holds no whole checkpoint; {self.place.name} has those of steps {self.steps()} in {self.dir}"
             )
         for name, file in manifest["files"].items():
             if (found := _sha256(folder / name)) != file["sha256"]:
@@ -181,7 +187,7 @@ class Checkpoints:
         """
         place = next(p for p in (self.dir, *self.dir.resolve().parents) if p.exists())
         free = shutil.disk_usage(place).free
-        folders = (x for x in self.dir.glob("t*/rank*") if x.suffix != ".partial")
+        folders = (x for x in self.dir.glob("t*/replica*") if x.suffix != ".partial")
         there = sum(file.stat().st_size for folder in folders for file in folder.iterdir())
         needed = num_bytes * (self.keep + 1) - there
         if free < needed:
@@ -192,11 +198,24 @@ class Checkpoints:
             )
 
     def _identity(self, t: int) -> dict[str, Any]:
-        # in the order of comparing: another world_size alone changes the run_id, and says more
-        return {"world_size": self.world_size, "run_id": self.run_id, "rank": self.rank, "t": t}
+        # in the order of comparing: another number of replicas alone changes the run_id, and says more
+        place = self.place
+        numbers = {"num_replicas": len(place.across.members), "num_shards": place.num_shards}
+        return {**numbers, "run_id": self.run_id, "name": place.name, "t": t}
 
     def _folder(self, t: int) -> Path:
-        return self.dir / f"t{t:08d}" / f"rank{self.rank:05d}"
+        return self.dir / f"t{t:08d}" / self.place.name
+
+    def _check_names(self) -> None:
+        """Refuse folders of an earlier lowcomm (rank00000), and of shards where this run has none, or the reverse."""
+        form = re.sub(r"\d{5}", r"\\d{5,}", re.escape(self.place.name))
+        for folder in sorted(self.dir.glob("t*/r[ae]*")):
+            if not re.fullmatch(rf"{form}(\.old)?(\.partial)?", folder.name):
+                raise ValueError(
+                    f"{folder} is called otherwise than this run's checkpoints, such as {self.place.name}: it is of "
+                    "another number of shards, or of an earlier lowcomm (rank00000), whose checkpoints this one does "
+                    "not read; go on with what wrote it, or start a new run in another --out"
+                )
 
     def _present(self) -> list[int]:
         """All steps with a folder of this rank, whole or damaged, oldest first."""

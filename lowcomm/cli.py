@@ -13,7 +13,9 @@ import os
 import pkgutil
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -22,14 +24,18 @@ from jsonargparse import ArgumentParser, set_loader
 
 import lowcomm
 from lowcomm.assemble import run_replica
+from lowcomm.claim import claimed
 from lowcomm.comm.base import Late, PeerLost
+from lowcomm.comm.launched import number
 from lowcomm.config import Run, describe
+from lowcomm.console import abandon_dead_streams, open_closed_streams, show
 from lowcomm.coordinator.server import serve
 from lowcomm.coordinator.settings import Serving
 from lowcomm.data import BPE, Source, Tokenizer, train_bpe, write_shards
 from lowcomm.data.shards import check_target
 from lowcomm.ledger import Diverged
 from lowcomm.parsing import instantiate, load_yaml, reason
+from lowcomm.places import name_of
 from lowcomm.predict import predict
 from lowcomm.reduce import NonFinite
 from lowcomm.report.page import write_report
@@ -54,8 +60,8 @@ lowcomm COMMAND --help lists the flags of a command.
 """
 
 
-class Interrupted(Exception):
-    """A signal asked this process to stop."""
+class Interrupted(BaseException):
+    """A signal asked this process to stop; as KeyboardInterrupt, no error to recover from wherever it comes."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -63,13 +69,20 @@ class Interrupted(Exception):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    """Run one command and return its exit code; also in a thread, and with no console to speak to."""
+    open_closed_streams()
+    try:
+        return _command(sys.argv[1:] if argv is None else list(argv))
+    finally:
+        abandon_dead_streams()
+
+
+def _command(argv: list[str]) -> int:
     commands = {"train": _train, "simulate": _simulate, "retime": _retime, "data": _data, "report": _report}
     commands |= {"coordinator": _coordinator}
     if argv and argv[0] in commands:
         try:
-            return commands[argv[0]](list(argv[1:]))
+            return commands[argv[0]](argv[1:])
         except argparse.ArgumentError as error:
             return _say(
                 f"error: {reason(error)}\nlowcomm {argv[0]} --help lists flags and the classes that they take", 2
@@ -81,9 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             return _say("stopped by SIGINT", 128 + signal.SIGINT)
     if argv == ["--version"]:
-        print(lowcomm.__version__)
+        show(lowcomm.__version__)
         return 0
-    print(_USAGE, end="")
+    show(_USAGE.rstrip("\n"))
     return 0 if argv in ([], ["-h"], ["--help"]) else _say(f"error: there is no command {argv[0]!r}", 2)
 
 
@@ -156,29 +169,49 @@ def _train(argv: list[str]) -> int:
     if own.dry_run:
         return _dry_run(run)
     _check_directory(own.out)
-    signal.signal(signal.SIGTERM, _interrupt)
-    signal.signal(signal.SIGINT, _interrupt)
-    go_on = f"go on from the newest checkpoint in {own.out / 'checkpoints'} with --resume"
     try:
-        run_replica(run, own.out, own.resume)
+        with _interruptible():
+            run_replica(run, own.out, own.resume)
     except Interrupted as stop:
-        return _say(f"stopped by {stop}; {go_on}", 128 + stop.signum)
+        return _say(f"stopped by {stop}; {_saved(own.out)}; start it again with --resume", 128 + stop.signum)
     except Diverged as error:
-        kept = sorted((own.out / "checkpoints").glob("t*[0-9]"))
-        last = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was saved before it"
-        return _say(f"error: {error}, so training stopped; {last}. A lower learning rate or clip_norm may help.", 1)
+        advice = "A lower learning rate or clip_norm may help."
+        return _say(f"error: {error}, so training stopped; {_saved(own.out)}. {advice}", 1)
     except (PeerLost, Late, NonFinite) as error:
-        return _say(f"error: {error}; {go_on}", 1)
-    except OSError as error:
-        return _say(f"error: {error}; {go_on}" if (own.out / "checkpoints").exists() else f"error: {error}", 1)
+        return _say(f"error: {error}; {_saved(own.out)}; start it again with --resume", 1)
+    except OSError as error:  # such as a disk that is full
+        return _say(f"error: {error}; {_saved(own.out)}", 1)
     return 0
+
+
+def _saved(out: Path) -> str:
+    """The newest checkpoint of this machine, in words."""
+    whole = {int(x.parent.name[1:]): x.parent for x in (out / "checkpoints").glob("t*[0-9]/replica*[0-9]")}
+    if not whole:
+        return "no checkpoint was saved before it"
+    return f"the last good checkpoint is {whole[max(whole)]}, which --resume goes on from"
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into `Interrupted`; in a thread, to which no signals come, do nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {signum: signal.signal(signum, _interrupt) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for signum, action in before.items():
+            signal.signal(signum, signal.SIG_DFL if action is None else action)
 
 
 def _simulate(argv: list[str]) -> int:
     run, cluster, own = parse_simulation(argv)
     _check_directory(own.out)
     try:
-        simulate(run, cluster, own.out, own.timing_only, own.num_resident, own.stacked)
+        with claimed(own.out, name_of(0)):
+            simulate(run, cluster, own.out, own.timing_only, own.num_resident, own.stacked)
     except Diverged as error:
         return _say(f"error: {error}, so the simulation stopped. A lower learning rate or clip_norm may help.", 1)
     except (PeerLost, Late, NonFinite, Deadlock) as error:
@@ -198,25 +231,26 @@ def _retime(argv: list[str]) -> int:
         raise ValueError(f"there is no {config}; give the directory of a simulated run")
     run, _ = parse_run(["--config", str(config)])
     try:
-        summary = retime(Path(given.dir), run, given.cluster, Path(given.out))
+        with claimed(Path(given.out), name_of(0)):
+            summary = retime(Path(given.dir), run, given.cluster, Path(given.out))
     except Deadlock as error:
         return _say(f"error: {error}", 1)
-    print(f"{given.out}: {summary['t']:,} steps in {summary['time_s']:,.1f} s of virtual time")
+    show(f"{given.out}: {summary['t']:,} steps in {summary['time_s']:,.1f} s of virtual time")
     return 0
 
 
 def _dry_run(run: Run) -> int:
-    print(yaml.safe_dump(describe(run), sort_keys=False), end="")
+    show(yaml.safe_dump(describe(run), sort_keys=False).rstrip("\n"))
     world = os.environ.get("WORLD_SIZE")
-    for num_replicas in [int(world)] if world else [2, 4, 8]:
+    for num_replicas in [number("WORLD_SIZE", 1)] if world else [2, 4, 8]:
         try:
             seen = predict(run, num_replicas, run.data.tokenizer.vocab_size)
         except ValueError as error:
             if world:
                 raise
-            print(f"# {num_replicas} replicas: {error}")
+            show(f"# {num_replicas} replicas: {error}")
             continue
-        print(
+        show(
             f"# {num_replicas} replicas, {seen.num_parameters:,} parameters: each replica sends "
             f"{seen.round_bytes:,.0f} bytes a round, {seen.num_rounds:,} rounds in {seen.num_steps:,} steps, "
             f"{seen.step_bytes:,.0f} bytes a step"
@@ -245,7 +279,7 @@ def _data(argv: list[str]) -> int:
             )
         check_target(given.out, given.shard_tokens)  # before the file, which older shards may need, is replaced
         train_bpe(given.source, given.train_bpe, given.tokenizer.path)
-    print(write_shards(given.source, given.tokenizer, given.out, given.shard_tokens))
+    show(str(write_shards(given.source, given.tokenizer, given.out, given.shard_tokens)))
     return 0
 
 
@@ -255,9 +289,9 @@ def _report(argv: list[str]) -> int:
     parser.add_argument("--out", type=str, default=None, help="the HTML file; report.html in the first directory")
     given = parser.parse_args(argv)
     dirs = [Path(d) for d in given.dirs]
-    print(summary_table([run.summary() for run in load_runs(dirs)]))
-    print("runs:", *dirs)
-    print("report:", write_report(dirs, Path(given.out) if given.out else dirs[0] / "report.html"))
+    show(summary_table([run.summary() for run in load_runs(dirs)]))
+    show(" ".join(["runs:", *map(str, dirs)]))
+    show("report: " + str(write_report(dirs, Path(given.out) if given.out else dirs[0] / "report.html")))
     return 0
 
 
@@ -284,7 +318,8 @@ def _parser(command: str, description: str) -> ArgumentParser:
 
 
 def _check_directory(out: Path) -> None:
-    place = next(path for path in (out, *out.absolute().parents) if path.exists())
+    parts = (out, *out.absolute().parents)
+    place = next(path for path in parts if os.path.exists(path))  # `Path.exists` fails where it may not look
     if not place.is_dir():
         raise ValueError(f"--out is {out}, but {place} is a file; name a directory for the run")
 
@@ -295,5 +330,5 @@ def _interrupt(signum: int, frame: Any) -> None:
 
 def _say(message: str, code: int) -> int:
     rank = os.environ.get("RANK", "0")
-    print(f"lowcomm: {message}" if rank == "0" else f"lowcomm (rank {rank}): {message}", file=sys.stderr, flush=True)
+    show(f"lowcomm: {message}" if rank == "0" else f"lowcomm (rank {rank}): {message}", sys.stderr)
     return code

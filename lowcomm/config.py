@@ -23,6 +23,7 @@ from lowcomm.data import Data
 from lowcomm.models.base import ModelConfig
 from lowcomm.models.llama import Llama
 from lowcomm.optim.schedule import Cosine, Schedule
+from lowcomm.optim.steps import needs_closure, said
 from lowcomm.participation.options import Participation
 from lowcomm.rounds.qsr import QSR
 
@@ -46,6 +47,11 @@ class Optimizer:
         unknown = sorted(set(self.args) - set(accepted))
         if unknown:
             raise ValueError(f"optimizer.args: {self.path} does not take {unknown}; it takes {accepted}")
+        if needs_closure(self.load()):
+            raise ValueError(
+                f"optimizer.path {self.path!r} computes the loss anew within its step, and here gradients are averaged "
+                "and clipped once a step: choose one whose step() takes no closure"
+            )
         lr = self.args.get("lr")
         if lr is not None and not (isinstance(lr, int | float) and lr > 0):
             raise ValueError(f"optimizer.args.lr is {lr!r}; it must be a positive number")
@@ -67,15 +73,15 @@ class Optimizer:
         """The optimizer for these parameters or parameter groups.
 
         Raises:
-            ValueError: when it refuses `args`.
+            ValueError: when it refuses `args` or the parameters.
         """
         args: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.args.items()}
         try:
             return self.load()(groups, **args)
-        except (TypeError, IndexError) as error:  # what torch raises for a value of another kind
+        except Exception as error:  # it may be anybody's code
             raise ValueError(
-                f"optimizer.args: {self.path} cannot be made with {self.args} ({error}); correct or leave out what it "
-                "cannot take"
+                f"optimizer.args: {self.path} cannot be made with {self.args} ({said(error)}); correct, add or leave "
+                "out what it says, or choose another optimizer (docs/optimizers.md lists those that were tried)"
             ) from error
 
 
@@ -222,7 +228,7 @@ class Run:
         if isinstance(every, QSR) and every.num_warmup_steps < warmup:
             raise ValueError(
                 f"QSR's num_warmup_steps is {every.num_warmup_steps}, but the learning rate rises for {warmup} steps: "
-                "so low a rate would make the first round last as long as the run; give QSR the schedule's number"
+                "so low a rate would make the first round far too long; give QSR the schedule's number"
             )
         if self.participation is not None and (self.evaluation.every, self.on_loss) != (0, "stop"):
             if self.on_loss != "stop":

@@ -9,7 +9,7 @@ joins the ranks that hold the same shard
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -17,10 +17,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lowcomm.comm.agreement import check_agreement
 from lowcomm.comm.base import Comm
 from lowcomm.comm.distributed import DistributedComm, over
+from lowcomm.engine.held import require_real
 from lowcomm.reduce import NonFinite, Reducer, ReducerState
 from lowcomm.state import restore, state_tree
+
+_ALIKE = "register hooks of one reducer on one model, sharded alike, on all ranks"
 
 
 class Bucket(Protocol):
@@ -81,10 +85,11 @@ class DDPHook:
         self._waiting: list[_Full] = []
 
     def register(self, model: nn.parallel.DistributedDataParallel) -> None:
-        """Average this model's gradients from now on, over its process group.
+        """Average this model's gradients from now on, over its process group; all ranks call it.
 
         Raises:
-            ValueError: when the hook serves a model already.
+            ValueError: when the hook serves a model already, or a gradient will be sparse or not real; on all ranks,
+                when they bring different models or reducers.
         """
         if self._comm is not None:
             raise ValueError("this hook serves a model already: its state is that model's; make another by ddp_hook()")
@@ -93,7 +98,10 @@ class DDPHook:
         named = model.module.named_parameters(remove_duplicate=False)
         kept = [p for name, p in named if (name if "." in name else f".{name}") not in ignored]
         self._parameters = [p for p in dict.fromkeys(kept) if p.requires_grad]
-        self._comm = over(model.process_group, self._parameters[0].device)
+        shapes = _shapes(model.module, self._parameters)
+        comm = over(model.process_group, self._parameters[0].device)
+        check_agreement(comm, {"reducer": repr(self._reducer), "gradient list": shapes}, _ALIKE)
+        self._comm = comm
         self._state = self._reducer.init([_wide(p.detach()) for p in self._parameters])
         model.register_comm_hook(self, _average)
 
@@ -170,14 +178,18 @@ class FSDPHook:
         self._saved: Mapping[str, Any] = {}
 
     def register(self, model: nn.Module) -> None:
-        """Average the gradients of all modules in ``model`` that were sharded, itself included.
+        """Average the gradients of all modules in ``model`` that were sharded, itself included; all ranks call it.
 
         Raises:
-            ValueError: when there is none.
+            ValueError: when there is none, or a gradient will be sparse or not real; on all ranks, when they bring
+                different shards or reducers.
         """
         sharded = {name: module for name, module in model.named_modules() if hasattr(module, "set_all_reduce_hook")}
         if not sharded:
             raise ValueError("no module of the model is sharded; call torch's fully_shard on it first")
+        shapes = _shapes(model, [p for p in model.parameters() if p.requires_grad])
+        facts = {"reducer": repr(self._reducer), "sharded modules": "\n".join(sharded), "gradient list": shapes}
+        check_agreement(self._comm, facts, _ALIKE)
         for name, module in sharded.items():
             module.set_all_reduce_hook(partial(self.average, name))
             if hasattr(module, "set_reduce_scatter_unused_params"):
@@ -235,6 +247,23 @@ def fsdp_hook(reducer: Reducer, comm: Comm) -> FSDPHook:
 
 def _average(state: DDPHook, bucket):  # type: ignore[no-untyped-def]  # torch refuses annotations but its own
     return state.average(bucket)
+
+
+def _shapes(model: nn.Module, parameters: Sequence[Tensor]) -> str:
+    """What gradients there will be of these parameters, a line each, as local shards where they are sharded.
+
+    Raises:
+        ValueError: when one will be sparse, or is not real.
+    """
+    sparse = {id(x.weight) for x in model.modules() if getattr(x, "sparse", False) and hasattr(x, "weight")}
+    names, lines = {id(p): name for name, p in model.named_parameters()}, []
+    for p in parameters:
+        name, local = names[id(p)], p.to_local() if hasattr(p, "to_local") else p
+        require_real(name, p)
+        if id(p) in sparse:
+            raise ValueError(f"{name!r} will have sparse gradients, and only dense ones are averaged: set sparse=False")
+        lines.append(f"{name} {p.dtype}{list(local.shape)}")
+    return "\n".join(lines)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
 """Writes metrics.jsonl, one JSON object per line, and passes lines to other sinks.
 
+That is the file of replica 0; others write metrics.replica00001.jsonl and so on. Where a replica is many ranks, each
+has its own: metrics.jsonl is shard 0's of replica 0, metrics.replica00000.shard00001.jsonl the next (`file_of`).
+
 Keys mean the same in every file. A line has those that apply; a value that is not known or not finite is null.
 
     kind             step, round, eval, fault or summary; the summary is the last line of a run that ended
@@ -21,13 +24,17 @@ import functools
 import json
 import math
 import os
+import re
+import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lowcomm.console import show, spelt
 from lowcomm.optional import require
+from lowcomm.places import name_of
 from lowcomm.report.si import si
 
 if TYPE_CHECKING:
@@ -36,6 +43,7 @@ if TYPE_CHECKING:
 
 KINDS = ("step", "round", "eval", "fault", "summary")
 Record = Mapping[str, Any]
+_DRAW_EVERY_S = 0.1
 
 
 class Sink(ABC):
@@ -53,11 +61,14 @@ class Sink(ABC):
 class Metrics:
     """Appends lines to a file, flushed before `write` returns, and passes them on.
 
+    A sink that fails is left out from then on, and the standard error says so: lines are shown for whoever watches, and
+    training needs nobody. That the file itself cannot be written is an OSError.
+
     The file is open only during writes, as a simulation has one for each of very many ranks.
     """
 
     def __init__(self, path: Path, sinks: Sequence[Sink] = ()) -> None:
-        self._path, self._sinks = path, tuple(sinks)
+        self._path, self._sinks = path, list(sinks)
         self._has_begun = False
 
     def write(self, record: Record) -> None:
@@ -66,18 +77,63 @@ class Metrics:
         assert isinstance(record["t"], int), record
         clean = _finite(record)
         line = json.dumps(clean, allow_nan=False) + "\n"
-        if not self._has_begun:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._has_begun = True
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(line)
-        for sink in self._sinks:
-            sink.write(clean)
+        try:
+            if not self._has_begun:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._has_begun = True
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise OSError(f"{self._path} cannot be written ({error}); is the disk full?") from error
+        self._tell(lambda sink: sink.write(clean))
 
     def close(self) -> None:
         """Close all sinks."""
-        for sink in self._sinks:
-            sink.close()
+        self._tell(lambda sink: sink.close())
+
+    def _tell(self, call: Callable[[Sink], None]) -> None:
+        for sink in list(self._sinks):
+            try:
+                call(sink)
+            except (Exception, SystemExit) as error:  # rich makes an exit of a pipe whose reader left
+                self._sinks.remove(sink)
+                cause = error.__context__ if isinstance(error, SystemExit) else error
+                what = f"{type(sink).__name__} failed ({cause!r}) and is left out from here on"
+                show(f"lowcomm: {what}; training goes on, and {self._path} holds every line", sys.stderr)
+
+
+def file_of(out: Path, name: str) -> Path:
+    """The lines of the rank whose files are called ``name``, see `Place.name`."""
+    is_first = name in (name_of(0), name_of(0, 0, num_shards=2))
+    return out / ("metrics.jsonl" if is_first else f"metrics.{name}.jsonl")
+
+
+def check_names(out: Path) -> None:
+    """Refuse a directory of an earlier lowcomm.
+
+    Raises:
+        ValueError: naming a file that was called by rank.
+    """
+    for former in sorted(out.glob("metrics.rank*.jsonl")):
+        raise ValueError(
+            f"{former} is of an earlier lowcomm, which called files by rank; this one calls them by replica and does "
+            "not go on with those: use the version that wrote it, or another directory"
+        )
+
+
+def of_replicas(out: Path) -> list[dict[str, Any]]:
+    """The last line of each replica of a run, in their order.
+
+    Where a replica is many ranks it is its first one's, whose tokens are the whole replica's, with the bytes of all.
+    """
+    ranks: dict[int, list[dict[str, Any]]] = {}
+    for path in sorted(out.glob("metrics*.jsonl"), key=lambda path: ("shard" in path.name, path.name)):
+        replica = re.search(r"replica(\d+)", path.name)
+        ranks.setdefault(int(replica[1]) if replica else 0, []).append(read(path)[-1])
+    return [
+        lines[0] | {key: sum(line[key] for line in lines) for key in ("bytes_sent", "bytes_received")}
+        for _, lines in sorted(ranks.items())
+    ]
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -158,7 +214,7 @@ class ProgressSink(Sink):
         self._console = console or Console(soft_wrap=True)
         self._latest: dict[str, Any] = {}
         self._first: tuple[int, float] | None = None  # step and time of the first line: a resumed run starts late
-        self._printed_s = -math.inf
+        self._printed_s = self._drawn_s = -math.inf
         self._bar: Progress | None = None
 
     def write(self, record: Record) -> None:
@@ -168,7 +224,7 @@ class ProgressSink(Sink):
         if record["kind"] == "fault":
             self._print(f"fault at step {record['t']}: {record.get('message', 'a replica was lost')}")
         elif self._console.is_terminal and record["kind"] != "summary":
-            self._show(self._line(now))
+            self._show(self._line(now), now)
         elif record["kind"] in ("eval", "summary") or now - self._printed_s >= self._every_s:
             self.close()
             self._print(self._line(now))
@@ -181,17 +237,21 @@ class ProgressSink(Sink):
             self._bar = None
 
     def _print(self, line: str) -> None:
+        line = spelt(line, self._console.encoding)
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def _show(self, line: str) -> None:
+    def _show(self, line: str, now: float) -> None:
         from rich.progress import BarColumn, Progress, TextColumn
 
         if self._bar is None:
             columns = (BarColumn(bar_width=20), TextColumn("{task.description}", markup=False))
-            self._bar = Progress(*columns, console=self._console)
+            # no thread draws it: that could not say that the console is gone
+            self._bar = Progress(*columns, console=self._console, auto_refresh=False)
             self._bar.add_task("", total=self._num_steps)
             self._bar.start()
-        self._bar.update(self._bar.task_ids[0], completed=self._latest["t"], description=line)
+        is_due = now - self._drawn_s >= _DRAW_EVERY_S
+        self._drawn_s = now if is_due else self._drawn_s
+        self._bar.update(self._bar.task_ids[0], completed=self._latest["t"], description=line, refresh=is_due)
 
     def _line(self, now: float) -> str:
         assert self._first is not None

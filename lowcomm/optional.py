@@ -1,4 +1,4 @@
-"""Libraries that not every use needs, imported where they are used."""
+"""Optional libraries, imported where they are used."""
 
 from __future__ import annotations
 

@@ -26,6 +26,26 @@ class Place:
     within: Comm
     across: Comm
 
+    @property
+    def num_shards(self) -> int:
+        """Ranks of each replica."""
+        return len(self.within.members)
+
+    @property
+    def name(self) -> str:
+        """What files of this rank are called."""
+        return name_of(self.replica, self.shard, self.num_shards)
+
+    def meet(self, across: Comm) -> None:
+        """Return once every rank of every replica is here; ``across`` is `Place.across`, or a meter around it."""
+        for comm in [across, self.within] if self.num_shards > 1 else [across]:
+            comm.all_sum(torch.ones(1)).wait()
+
+
+def name_of(replica: int, shard: int = 0, num_shards: int = 1) -> str:
+    """replica00003, or replica00003.shard00001 where replicas are many ranks."""
+    return f"replica{replica:05d}" + (f".shard{shard:05d}" if num_shards > 1 else "")
+
 
 def place_of(comm: Comm, num_shards: int) -> Place:
     """The place of this rank, if every ``num_shards`` consecutive members are one replica.

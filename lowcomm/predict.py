@@ -10,7 +10,7 @@ from lowcomm.assemble import build_engine, without_values
 from lowcomm.comm.echo import EchoComm
 from lowcomm.comm.metered import Meter, MeteredComm
 from lowcomm.config import Run
-from lowcomm.engine.base import Engine
+from lowcomm.rounds.buffers import align
 
 _MAX_STEPS = 2000
 
@@ -49,7 +49,7 @@ def predict(run: Run, num_replicas: int, vocab_size: int) -> Prediction:
             p.grad = torch.empty_like(p)
         run.algorithm.before_update(t, engine, state, comm)
         if t == 1:
-            _first_update(run, engine)
+            engine.update()  # now the optimizer has its states
         elif engine.schedule is not None:
             engine.schedule.step()  # the length of a round may follow the learning rate
         run.algorithm.after_update(t, engine, state, comm)
@@ -59,19 +59,7 @@ def predict(run: Run, num_replicas: int, vocab_size: int) -> Prediction:
             break
     else:
         run.algorithm.finish(num_steps, engine, state, comm)
+        align(run.algorithm, engine, comm)
         counted, num_rounds, sent = num_steps, run.algorithm.num_rounds(state), meter.bytes_sent
     num_parameters = sum(x.numel() for x in engine.slots()["param"])
     return Prediction(num_parameters, counted, num_rounds, sent / max(1, num_rounds), sent / counted)
-
-
-def _first_update(run: Run, engine: Engine) -> None:
-    """Take one step on meta tensors, so that the optimizer has its states."""
-    try:
-        engine.update()
-    except RuntimeError as error:
-        if "meta" not in str(error).lower():
-            raise
-        raise ValueError(
-            f"a dry run knows shapes but no values, and a step of {run.optimizer.path} depends on values ({error}); "
-            "choose another optimizer, or train a few steps and read the traffic off the run"
-        ) from error

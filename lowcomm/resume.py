@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from lowcomm.checkpoint import Checkpoints
+from lowcomm.comm.base import Comm
 from lowcomm.comm.metered import MeteredComm
 from lowcomm.config import Run, decisive, describe
 from lowcomm.metrics import read
@@ -25,18 +26,24 @@ def resume(replica: Replica, checkpoints: Checkpoints) -> int:
         ValueError: as `newest_common`, `Checkpoints.steps` and `Checkpoints.load`; nothing is deleted then.
     """
     comm = replica.comm.tagged("checkpoint")
-    newest = newest_common(checkpoints.steps(), checkpoints.were_on_all(), comm)
+    newest = newest_common(*whole_here(checkpoints), comm)
     loaded = None if newest is None else checkpoints.load(newest)
     if loaded is not None:
         replica.engine.load_state_dict(loaded["engine"])
         restore(replica.state, loaded["algorithm"], replica.device)
         replica.stream.load_state_dict(loaded["stream"])
-    comm.all_sum(torch.ones(1)).wait()
+    checkpoints.place.meet(comm)
     checkpoints.discard_after(newest or 0)
-    comm.all_sum(torch.ones(1)).wait()
+    checkpoints.place.meet(comm)
     if loaded is not None:  # last, for its meter goes on as if nothing had been sent here
         replica.ledger.load_state_dict(loaded["ledger"])
     return newest or 0
+
+
+def whole_here(checkpoints: Checkpoints) -> tuple[list[int], bool]:
+    """The steps whose checkpoints are whole on all ranks of this replica, and whether one knows that all had one."""
+    steps, one_knows = _gathered(checkpoints.steps(), checkpoints.were_on_all(), checkpoints.place.within)
+    return sorted(set.intersection(*steps)), one_knows
 
 
 def newest_common(steps: Sequence[int], were_on_all: bool, comm: MeteredComm) -> int | None:
@@ -48,12 +55,9 @@ def newest_common(steps: Sequence[int], were_on_all: bool, comm: MeteredComm) ->
     Raises:
         ValueError: on every member, when all once had a checkpoint and now have none in common; says who has what.
     """
-    heads = [x.tolist() for x in comm.all_gather(torch.tensor([len(steps), int(were_on_all)])).wait()]
-    longest = max(length for length, _ in heads)
-    padded = torch.tensor([*sorted(steps), *[-1] * (longest - len(steps))], dtype=torch.int64)
-    gathered = [set(x.tolist()) - {-1} for x in comm.all_gather(padded).wait()]
+    gathered, one_knows = _gathered(steps, were_on_all, comm)
     common = max(set.intersection(*gathered), default=None)
-    if common is None and any(knows for _, knows in heads):
+    if common is None and one_knows:
         ranks: dict[int, list[int]] = {}
         for rank, theirs in zip(comm.members, gathered, strict=True):
             ranks.setdefault(max(theirs, default=0), []).append(rank)
@@ -64,6 +68,16 @@ def newest_common(steps: Sequence[int], were_on_all: bool, comm: MeteredComm) ->
             "same order, or share the directory), or start a new run in another --out"
         )
     return common
+
+
+def _gathered(steps: Sequence[int], were_on_all: bool, comm: Comm) -> tuple[list[set[int]], bool]:
+    """Each member's steps, and whether one knows that all had a checkpoint."""
+    if len(comm.members) == 1:  # no process group is made for one rank
+        return [set(steps)], were_on_all
+    heads = [x.tolist() for x in comm.all_gather(torch.tensor([len(steps), int(were_on_all)])).wait()]
+    longest = max(length for length, _ in heads)
+    padded = torch.tensor([*sorted(steps), *[-1] * (longest - len(steps))], dtype=torch.int64)
+    return [set(x.tolist()) - {-1} for x in comm.all_gather(padded).wait()], any(knows for _, knows in heads)
 
 
 def check_beginning(run: Run, path: Path) -> None:

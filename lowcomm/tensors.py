@@ -48,15 +48,22 @@ def copy_(xs: Tensors, ys: Tensors) -> None:
 
 
 def mul_(xs: Tensors, factor: float) -> None:
-    """x <- factor x for each."""
-    if not valueless(xs):
+    """x <- factor x for each; 0 leaves zeros, of infinities and NaN too."""
+    if factor == 0 and not valueless(xs):
+        torch._foreach_zero_(xs)
+    elif not valueless(xs):
         torch._foreach_mul_(xs, factor)
 
 
 def add_(xs: Tensors, ys: Tensors, alpha: float = 1.0) -> None:
-    """x <- x + alpha y for each pair."""
-    if not valueless(xs):
+    """x <- x + alpha y for each pair; with 0 nothing comes from y."""
+    if alpha != 0 and not valueless(xs):
         torch._foreach_add_(xs, ys, alpha=alpha)
+
+
+def mix(x: Tensor, y: Tensor, weight: float) -> Tensor:
+    """(1 - weight) x + weight y, from 0 to 1; nothing comes from what counts for 0, neither infinities nor NaN."""
+    return x if weight == 0 else y if weight == 1 else torch.lerp(x, y, weight)
 
 
 def laid_out_like(xs: Tensors, ys: Tensors) -> list[Tensor]:
@@ -67,6 +74,19 @@ def laid_out_like(xs: Tensors, ys: Tensors) -> list[Tensor]:
 def extremes(x: Tensor) -> Tensor:
     """The minimum and maximum as a vector, both NaN if any value is; zeros if empty. One pass, no copy."""
     return x.new_zeros(2) if x.is_meta or x.numel() == 0 else torch.stack(torch.aminmax(x))
+
+
+def are_finite(xs: Sequence[Tensor]) -> bool:
+    """Whether no value is infinite or NaN; reads views that fill one vector as that vector. Waits for the device."""
+    by_base: dict[int, list[Tensor]] = {}
+    for x in [] if valueless(xs) else xs:
+        by_base.setdefault(id(x if x._base is None else x._base), []).append(x)
+    whole: list[Tensor] = []
+    for views in by_base.values():
+        base, num = views[0]._base, sum(x.numel() for x in views)
+        fits = base is not None and (base.dtype, base.numel()) == (views[0].dtype, num)
+        whole += [base] if base is not None and fits else views
+    return not whole or bool(torch.stack([extremes(x).isfinite().all() for x in whole]).all())
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:

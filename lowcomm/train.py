@@ -10,9 +10,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lowcomm.algorithms.base import standing
 from lowcomm.checkpoint import Checkpoints
 from lowcomm.comm.metered import MeteredComm
 from lowcomm.replica import Replica
+from lowcomm.rounds.buffers import align
 from lowcomm.state import state_tree
 
 T = TypeVar("T")
@@ -54,6 +56,7 @@ def train(replica: Replica, plan: Plan, checkpoints: Checkpoints) -> None:
             replica.gather(t)
             replica.talk(partial(algorithm.complete, t, engine, state))
             replica.talk(partial(algorithm.finish, t, engine, state))
+            replica.talk(lambda comm: align(algorithm, engine, comm.tagged("buffers")))
         ledger.step(t, loss, lr, algorithm.num_rounds(state), len(replica.comm.members), replica.committed())
 
         if _due(t, plan.evaluate_every) or t == plan.num_steps:
@@ -70,25 +73,29 @@ def train(replica: Replica, plan: Plan, checkpoints: Checkpoints) -> None:
 
 def evaluate(replica: Replica, batches: Sequence[Tensor], comm: MeteredComm) -> float:
     """The mean loss of the consensus parameters, equal on all members; each evaluates a share of the batches."""
-    engine = replica.engine
-    live, standing = engine.slots()["param"], replica.algorithm.consensus(engine, replica.state)
-    kept = [x.clone() for x in live]
-    torch._foreach_copy_(live, standing)
+    engine, tagged = replica.engine, comm.tagged("evaluation")
     total = torch.zeros(2, dtype=torch.float64, device=replica.device)  # summed loss, number of targets
-    for batch in batches[comm.place :: len(comm.members)]:
-        num_targets = batch[:, 1:].numel()
-        total[0] += engine.evaluate(batch.to(replica.device)) * num_targets
-        total[1] += num_targets
-    torch._foreach_copy_(live, kept)
-    loss, num_targets = comm.tagged("evaluation").all_sum(total).wait().tolist()
+    with standing(replica.algorithm, engine, replica.state, tagged):
+        buffers = engine.buffers()
+        kept = [x.clone() for x in buffers]
+        try:
+            align(replica.algorithm, engine, comm.tagged("buffers"))
+            for batch in batches[comm.place :: len(comm.members)]:
+                num_targets = batch[:, 1:].numel()
+                total[0] += engine.evaluate(batch.to(replica.device)) * num_targets
+                total[1] += num_targets
+        finally:
+            for x, old in zip(buffers, kept, strict=True):
+                x.copy_(old)
+    loss, num_targets = tagged.all_sum(total).wait().tolist()
     return float(loss / num_targets)
 
 
 def save(replica: Replica, checkpoints: Checkpoints, t: int, comm: MeteredComm) -> None:
-    """Save this rank; older checkpoints are deleted once every member has saved."""
+    """Save this rank; older checkpoints are deleted once every rank of every member has saved."""
     replica.algorithm.settle(replica.state)
     checkpoints.save(t, snapshot(replica))
-    comm.tagged("checkpoint").all_sum(torch.ones(1)).wait()
+    checkpoints.place.meet(comm.tagged("checkpoint"))
     checkpoints.confirm(t)
     checkpoints.prune(t)
 

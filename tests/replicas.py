@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lowcomm.algorithms.base import Algorithm, step
 from lowcomm.comm.base import Comm
 from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.optim.scaled_sgd import ScaledSGD
+from lowcomm.state import state_tree
 from lowcomm.tensors import rng
 
 Inner = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -63,6 +65,18 @@ def step_all(models: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optim
         optimizer.zero_grad()
         mse(model, make_batch(rank, t)).backward()
         optimizer.step()
+
+
+def scripted_engine(size: int = 1) -> TorchEngine:
+    """A vector from 0 whose batches are its gradients, at a rate of 1."""
+    model = nn.Linear(size, 1, bias=False, dtype=torch.float64)
+    nn.init.zeros_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    return TorchEngine(model, optimizer, loss=lambda m, b: (m.weight * b).sum(), clip_norm=None)
+
+
+def tensors_in(state: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(state_tree(state)) if isinstance(x, Tensor)]
 
 
 def flat(params: list[Tensor]) -> Tensor:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from lowcomm.comm.base import Comm
@@ -39,12 +42,24 @@ class Algorithm(ABC, Generic[S]):
         """Whether replicas have equal parameters and optimizer states after every step. By default not."""
         return False
 
+    def ends_apart(self) -> bool:
+        """Whether `finish` leaves each replica parameters of its own. By default not."""
+        return False
+
     def may_skip(self) -> bool:
         """Whether a replica may take alone a round that others finished before a loss.
 
         By default not: it would diverge for good. It may where replicas differ anyway.
         """
         return False
+
+    def loads(self, t: int, state: S) -> bool:
+        """Whether `after_update` of step ``t`` may set parameters; the same on all ranks. By default always.
+
+        What a method before it in `Then` has under way is applied first.
+        """
+        del t, state
+        return True
 
     def during_backward(self, t: int, engine: Engine, state: S, comm: Comm) -> Ready | None:
         """A callback for each gradient that becomes final in backward of step ``t``. By default None.
@@ -113,3 +128,33 @@ def step(algorithm: Algorithm[Any], t: int, engine: Engine, state: Any, comm: Co
     engine.update()
     algorithm.after_update(t, engine, state, comm)
     return loss
+
+
+@contextmanager
+def standing(algorithm: Algorithm[Any], engine: Engine, state: Any, comm: Comm) -> Iterator[None]:
+    """Inside, the model holds what stands for the run, to evaluate or save. All members call it together.
+
+    Schedule-free optimizers evaluate at x, made of the parameters y and a state z that replicas may not share: x would
+    be far from the mean, and differ. As x is linear in both, the mean of the ways from y to x leads to the mean x; it
+    sends a float32 model.
+    """
+    with engine.standing(algorithm.consensus(engine, state)) as ways:
+        if ways and len(comm.members) > 1 and not algorithm.keeps_equal():
+            sums = [comm.all_sum(way) for way in ways]
+            means = [work.wait() / len(comm.members) for work in sums]
+            for x, way, mean in zip(engine.slots()["param"], ways, means, strict=True):
+                x.add_(mean - way)
+        yield
+
+
+def share_states(engine: Engine, comm: Comm) -> None:
+    """Give all members the means of the optimizer's states, each over those who have it."""
+    slots = engine.slots()
+    for name in sorted(slots.keys() - {"param", "grad"}):
+        for x, p in zip(slots[name], slots["param"], strict=True):
+            is_there = x.shape == p.shape
+            total = comm.all_sum(x if is_there else torch.zeros_like(p))
+            num = comm.all_sum(x.new_tensor(float(is_there)))
+            mean = total.wait() / num.wait()
+            if is_there:
+                x.copy_(mean)

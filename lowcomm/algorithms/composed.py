@@ -63,6 +63,9 @@ class _Two(Algorithm[S], ABC):
         self.first.enter(engine, state.first, comm)
         self.then.enter(engine, state.then, comm)
 
+    def ends_apart(self) -> bool:
+        return self.then.ends_apart()
+
     def num_rounds(self, state: S) -> int:
         return self.first.num_rounds(state.first) + self.then.num_rounds(state.then)
 
@@ -102,6 +105,10 @@ class After(_Two[AfterState]):
     def keeps_equal(self) -> bool:
         return self.then.keeps_equal()
 
+    def loads(self, t: int, state: AfterState) -> bool:
+        method, its = self._at(t, state)
+        return method.loads(t, its)
+
     def during_backward(self, t: int, engine: Engine, state: AfterState, comm: Comm) -> Ready | None:
         method, its = self._at(t, state)
         return method.during_backward(t, engine, its, comm)
@@ -111,11 +118,13 @@ class After(_Two[AfterState]):
         method.before_update(t, engine, its, comm)
 
     def after_update(self, t: int, engine: Engine, state: AfterState, comm: Comm) -> None:
-        """Call the current method; initialise the second after the first's last step."""
+        """Call the current method; after the first's last step, drain it and initialise the second."""
         method, its = self._at(t, state)
-        method.after_update(t, engine, its, comm)
-        state.t = t
+        if state.t < t:
+            method.after_update(t, engine, its, comm)
+            state.t = t
         if t == self.num_steps:
+            method.drain(t, engine, its, comm)
             state.then = self.then.init(engine, comm, t)
 
     def drain(self, t: int, engine: Engine, state: AfterState, comm: Comm) -> None:
@@ -155,6 +164,9 @@ class ThenState:
 class Then(_Two[ThenState]):
     """Two methods at every step: the second works on the result of the first, and ends the run.
 
+    Before the second sets parameters, what the first has under way is waited for and applied: it corrects differences
+    between replicas that are gone afterwards, and would part them again.
+
     Attributes:
         first: such as SPARTA, which keeps replicas close.
         then: such as DiLoCo, whose deltas then include the changes made by the first.
@@ -174,6 +186,9 @@ class Then(_Two[ThenState]):
         """Only the second may; what it sends in backward has not been changed by the first in that step."""
         return self.then.sends_in_backward()
 
+    def loads(self, t: int, state: ThenState) -> bool:
+        return self.first.loads(t, state.first) or self.then.loads(t, state.then)
+
     def during_backward(self, t: int, engine: Engine, state: ThenState, comm: Comm) -> Ready | None:
         return self.then.during_backward(t, engine, state.then, comm)
 
@@ -185,6 +200,8 @@ class Then(_Two[ThenState]):
         if state.first_t < t:
             self.first.after_update(t, engine, state.first, comm)
             state.first_t = t
+        if self.then.loads(t, state.then):
+            self.first.drain(t, engine, state.first, comm)
         self.then.after_update(t, engine, state.then, comm)
 
     def drain(self, t: int, engine: Engine, state: ThenState, comm: Comm) -> None:

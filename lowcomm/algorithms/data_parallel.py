@@ -17,7 +17,7 @@ from lowcomm.engine.base import Engine
 from lowcomm.reduce import Reducer
 from lowcomm.rounds.base import GradientRounds, GradientsState
 from lowcomm.rounds.exchanges import Exchange, Sending
-from lowcomm.rounds.participation import check_number, check_participation, check_weights, counted, factor
+from lowcomm.rounds.participation import check_number, check_participation, counted, factor
 from lowcomm.tensors import copy_, mul_
 
 
@@ -40,7 +40,6 @@ class DataParallel(GradientRounds):
     weights: list[float] | None = None
 
     def __post_init__(self) -> None:
-        check_weights(self.weights)
         check_participation(self.reducer, self.weights, None)
 
     def begin(self, engine: Engine, comm: Comm) -> GradientsState:
@@ -57,7 +56,9 @@ class DataParallel(GradientRounds):
                 mul_(gradients, share)
             return gradients
 
-        return [Sending("gradients", self.reducer, params, values, range(len(params)))]
+        # on a GPU a look at each step's means would wait for it; NaN reaches all parameters alike
+        is_watched = not params[0].is_cuda
+        return [Sending("gradients", self.reducer, params, values, range(len(params)), is_watched=is_watched)]
 
     def commit(self, t: int, engine: Engine, state: GradientsState, sent: Exchange, means: list[Tensor]) -> None:
         """Replace the gradients by their mean over replicas."""

@@ -31,7 +31,7 @@ from lowcomm.feedback.ef14 import EF14
 from lowcomm.reduce import Reducer
 from lowcomm.rounds.base import GradientRounds, GradientsState
 from lowcomm.rounds.exchanges import Exchange, Sending
-from lowcomm.tensors import copy_
+from lowcomm.tensors import copy_, zeros
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,16 @@ class DeMo(GradientRounds):
         if (reason := engine.needs_all_gradients()) is not None:
             raise ValueError(f"DeMo takes a step of size lr by the sign of each value, but {reason}")
         _require_no_state(engine)
-        return GradientsState(kept={"momentum": self.keep([_wide(x) for x in engine.slots()["param"]])})
+        return GradientsState(kept={"momentum": self.keep(engine.slots()["param"])})
 
     def round(self, t: int, engine: Engine, state: GradientsState, comm: Comm) -> list[Sending]:
         """lr x gradient."""
 
         def values(places: Sequence[int]) -> list[Tensor]:
-            return list(torch._foreach_mul([_wide(g) for g in engine.gradients(places)], engine.lr()))
+            lr, wide = engine.lr(), [_wide(g) for g in engine.gradients(places)]
+            return list(torch._foreach_mul(wide, lr)) if lr else zeros(wide)
 
-        return [Sending("momentum", self.reducer, [_wide(x) for x in engine.slots()["param"]], values)]
+        return [Sending("momentum", self.reducer, engine.slots()["param"], values)]
 
     def commit(self, t: int, engine: Engine, state: GradientsState, sent: Exchange, means: list[Tensor]) -> None:
         """Replace the gradients by the sign of the result."""
@@ -81,10 +82,11 @@ class DeMo(GradientRounds):
         """Check the optimizer; sends nothing.
 
         Raises:
-            ValueError: at the first step, when the inner optimizer keeps state.
+            ValueError: at the optimizer's first step, when it keeps state.
         """
-        if t == 1:
+        if not state.is_checked:
             _require_no_state(engine)
+            state.is_checked = engine.has_stepped()
 
 
 def _wide(x: Tensor) -> Tensor:

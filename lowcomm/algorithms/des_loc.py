@@ -17,12 +17,13 @@ each rank sends a flag per tensor.
 
 Differs from the paper in: a state is averaged after a step's update, not before it as in the authors' code, so it is
 then equal on all replicas. States are found by name; the authors' code sorts and counts them. Averages are in float32
-or better.
+or better. A state that a replica does not have yet (a gradient scaler skips first steps, a parameter gets no gradient)
+is averaged over those that have it, and the others begin it on their own: the authors' code knows no such replicas.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -31,9 +32,7 @@ import torch
 from torch import Tensor
 
 from lowcomm.comm.base import Comm
-from lowcomm.compress.identity import Identity
 from lowcomm.engine.base import Engine
-from lowcomm.feedback.none import NoFeedback
 from lowcomm.outer.base import Outer
 from lowcomm.outer.sgd import SGD
 from lowcomm.reduce import Reducer
@@ -44,7 +43,7 @@ from lowcomm.tensors import copy_
 
 # The slot of whether a replica has negative values of an optimizer state, by the state's own.
 _SIGNS = "signs of "
-# The slot of the first average of a state, of which nothing is kept.
+# The slot of a state itself rather than its difference to the last average; nothing is kept of it.
 _FIRST = "first "
 
 
@@ -56,6 +55,7 @@ class DESLOCState(RoundsState):
     averages: last averages of optimizer states by name, float32 or better; equal on all replicas. Absent before the
         first and with an exact reducer.
     has_negative: by name, whether each tensor has a negative value on any replica; only within a round.
+    whole: names of the states that all replicas are known to have for all parameters.
     params_t: the step of the last average of the parameters.
     """
 
@@ -63,6 +63,7 @@ class DESLOCState(RoundsState):
     outer: Any
     averages: dict[str, list[Tensor]] = field(default_factory=dict)
     has_negative: dict[str, Tensor] = field(default_factory=dict)
+    whole: list[str] = field(default_factory=list)
     params_t: int = 0
 
 
@@ -110,9 +111,11 @@ class DESLOC(Rounds[DESLOCState]):
         state = super().init(engine, comm, t)
         state.params_t = t
         if t > 0:
-            self._check_names(engine.slots())
-            if not self._is_exact():
-                state.averages = {name: anchor_of(engine.slots()[name]) for name in self.periods if name != "param"}
+            self._check_names(engine)
+            slots = engine.slots()
+            state.whole = [name for name in sorted(self.periods) if all(_present(name, slots))]
+            if not self.reducer.is_exact():
+                state.averages = {name: anchor_of(slots[name]) for name in state.whole if name != "param"}
                 state.kept |= {name: self.keep(average) for name, average in state.averages.items()}
         return state
 
@@ -129,10 +132,11 @@ class DESLOC(Rounds[DESLOCState]):
         """Average all that is due, concurrently.
 
         Raises:
-            ValueError: after the first step, if the optimizer lacks a state in `periods`.
+            ValueError: after the optimizer's first step, if it lacks a state in `periods`.
         """
-        if t == 1:
-            self._check_names(engine.slots())
+        if not state.is_checked:
+            self._check_names(engine)
+            state.is_checked = engine.has_stepped()
         super().after_update(t, engine, state, comm)
 
     def reducer_of(self, slot: str) -> Reducer:
@@ -146,7 +150,16 @@ class DESLOC(Rounds[DESLOCState]):
             if name == "param":
                 sendings += self._parameters(engine, state)
             elif name not in state.averages:
-                wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in slots[name]]
+                if name not in slots:
+                    self._check_names(engine)
+                present = _present(name, slots)
+                tensors = [
+                    x if is_there else torch.zeros_like(p)
+                    for x, p, is_there in zip(slots.get(name, slots["param"]), slots["param"], present, strict=True)
+                ]
+                wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
+                if name not in state.whole:
+                    wide.append(wide[0].new_tensor(present))
                 exact = Reducer(bucket_bytes=self.reducer.bucket_bytes)
                 sendings.append(Sending(_FIRST + name, exact, wide))
             else:
@@ -163,10 +176,18 @@ class DESLOC(Rounds[DESLOCState]):
             copy_(engine.slots()["param"], state.anchor)
             state.params_t = t
         elif sent.slot.startswith(_FIRST):
-            name = sent.slot.removeprefix(_FIRST)
-            copy_(engine.slots()[name], means)
+            name, slots = sent.slot.removeprefix(_FIRST), engine.slots()
+            if name not in state.whole:
+                *means, share = means  # of the replicas that have each; of exactly 1 rounding leaves a trace
+                share = torch.where(share > 1 - 1e-6, 1.0, share.clamp(min=1e-6))
+                means = [x / part for x, part in zip(means, share.unbind(), strict=True)]
+                if share.is_meta or bool((share == 1).all()):
+                    state.whole.append(name)
+            for x, mean, is_there in zip(slots.get(name, means), means, _present(name, slots), strict=True):
+                if is_there:
+                    x.copy_(mean)
             del state.kept[sent.slot]
-            if not self._is_exact():
+            if not self.reducer.is_exact() and name in state.whole:
                 state.averages[name], state.kept[name] = means, self.keep(means)
         elif sent.slot.startswith(_SIGNS):
             state.has_negative[sent.slot.removeprefix(_SIGNS)] = means[0]
@@ -191,14 +212,19 @@ class DESLOC(Rounds[DESLOCState]):
         """The names averaged after step ``t``, in the same order on all replicas."""
         return sorted(name for name, every in self.periods.items() if (t - state.begun_t) % every == 0)
 
-    def _is_exact(self) -> bool:
-        return isinstance(self.reducer.compressor, Identity) and isinstance(self.reducer.feedback, NoFeedback)
-
-    def _check_names(self, names: Collection[str]) -> None:
-        missing = sorted(self.periods.keys() - set(names))
-        if missing:
+    def _check_names(self, engine: Engine) -> None:
+        """Before the optimizer's first step nobody knows its states."""
+        names = engine.slots().keys()
+        missing = sorted(self.periods.keys() - names)
+        if missing and engine.has_stepped():
             raise ValueError(
                 f"periods names {missing}, but the optimizer's states of every parameter are "
-                f"{sorted(set(names) - {'param', 'grad'})}: choose from those, or leave it out and it stays with its "
-                "replica"
+                f"{sorted(names - {'param', 'grad'})}: choose from those, or leave it out and it stays with its replica"
             )
+
+
+def _present(name: str, slots: Mapping[str, list[Tensor]]) -> list[bool]:
+    """Whether each parameter has this state by now."""
+    if name not in slots:
+        return [False] * len(slots["param"])
+    return [x.shape == p.shape for x, p in zip(slots[name], slots["param"], strict=True)]

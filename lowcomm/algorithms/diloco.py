@@ -25,14 +25,7 @@ from lowcomm.reduce import Reducer
 from lowcomm.rounds.anchors import anchor_of, deltas
 from lowcomm.rounds.base import Rounds, RoundsState
 from lowcomm.rounds.exchanges import Exchange, Sending
-from lowcomm.rounds.participation import (
-    DroppedRounds,
-    check_number,
-    check_participation,
-    check_weights,
-    counted,
-    factor,
-)
+from lowcomm.rounds.participation import DroppedRounds, check_number, check_participation, counted, factor
 from lowcomm.rounds.qsr import QSR, check_every
 from lowcomm.tensors import copy_
 
@@ -78,7 +71,6 @@ class DiLoCo(Rounds[DiLoCoState]):
 
     def __post_init__(self) -> None:
         check_every(self.every)
-        check_weights(self.weights)
         check_participation(self.reducer, self.weights, self.dropped)
 
     def begin(self, engine: Engine, comm: Comm) -> DiLoCoState:

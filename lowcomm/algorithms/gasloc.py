@@ -28,7 +28,7 @@ from lowcomm.reduce import Reducer
 from lowcomm.rounds.anchors import anchor_of, delta
 from lowcomm.rounds.base import Rounds, RoundsState
 from lowcomm.rounds.exchanges import Exchange, Sending
-from lowcomm.rounds.gossip import Finalize, check_finalize, check_pull, finalized, group_mean
+from lowcomm.rounds.gossip import Finalize, check_finalize, check_keeps_values, check_pull, finalized, group_mean
 from lowcomm.rounds.qsr import check_every
 from lowcomm.tensors import copy_
 
@@ -87,6 +87,7 @@ class GASLoC(Rounds[GASLoCState]):
         if not (self.gossip > 0 and math.isfinite(self.gossip)):
             raise ValueError(f"GASLoC(gossip={self.gossip}): it must be positive and finite; 1 goes to the mean")
         check_finalize(self.finalize)
+        check_keeps_values(self.reducer, "GASLoC(reducer=...)", "")
         remedy = "lower gossip or momentum"
         check_pull(self.gossip, self.momentum, self.group_size, f"GASLoC(gossip={self.gossip:g})", remedy)
 
@@ -109,6 +110,9 @@ class GASLoC(Rounds[GASLoCState]):
         state.proposed = sent.memo
         copy_(engine.slots()["param"], state.anchor)
 
+    def ends_apart(self) -> bool:
+        return self.finalize == "ensemble"
+
     def may_skip(self) -> bool:
         """A replica alone steps by itself."""
         return True
@@ -127,4 +131,5 @@ def mixed(
 ) -> list[Tensor]:
     """The new x: y pulled towards its group's mean, plus momentum times the change of y."""
     moved = torch._foreach_sub(proposed, last)
-    return list(torch._foreach_add(torch._foreach_lerp(proposed, mean, gossip), moved, alpha=momentum))
+    pulled = mean if gossip == 1 else list(torch._foreach_lerp(proposed, mean, gossip))
+    return list(torch._foreach_add(pulled, moved, alpha=momentum)) if momentum else pulled

@@ -31,7 +31,7 @@ from lowcomm.reduce import Reducer
 from lowcomm.rounds.anchors import anchor_of, delta
 from lowcomm.rounds.base import Rounds, RoundsState
 from lowcomm.rounds.exchanges import Average, Exchange, Sending
-from lowcomm.rounds.gossip import Finalize, check_finalize, check_pull, finalized, group_mean, local
+from lowcomm.rounds.gossip import Finalize, check_finalize, check_keeps_values, check_pull, finalized, group_mean, local
 from lowcomm.rounds.qsr import check_every
 from lowcomm.tensors import add_, copy_, mul_, zeros
 
@@ -100,6 +100,10 @@ class NoLoCo(Rounds[NoLoCoState]):
         check_finalize(self.finalize)
         if self.gamma is not None and not math.isfinite(self.gamma):
             raise ValueError(f"NoLoCo(gamma={self.gamma}): it must be finite; None takes beta's value")
+        if self.gamma is None:
+            check_keeps_values(self.reducer, "NoLoCo(gamma=None)", "; or give gamma a number, and deltas are sent")
+        else:
+            check_keeps_values(self.anchors, "NoLoCo(anchors=...)", "")
         if self.group_size is None:
             return  # anchors are equal at all times: there is nothing to pull together
         if self.gamma is None:
@@ -158,6 +162,9 @@ class NoLoCo(Rounds[NoLoCoState]):
         """The groups change, so their mean anchors are void."""
         super().enter(engine, state, comm)
         state.mean_anchor = None
+
+    def ends_apart(self) -> bool:
+        return self.finalize == "ensemble"
 
     def may_skip(self) -> bool:
         """A replica alone steps by itself."""

@@ -103,7 +103,8 @@ class SAVIC(Rounds[SAVICState]):
     def before_update(self, t: int, engine: Engine, state: SAVICState, comm: Comm) -> None:
         """In the last step of a round, average a copy of the gradients; gradients and D-hat stay."""
         if self.is_due(t, state):
-            gradients = [g.to(s.dtype) for g, s in zip(engine.slots()["grad"], state.squares, strict=True)]
+            gradients = engine.gradients(range(len(state.squares)))
+            gradients = [g.to(s.dtype) for g, s in zip(gradients, state.squares, strict=True)]
             state.gradient, state.gradients = self.gradient_reducer.mean(gradients, state.gradients, comm).result()
 
     def round(self, t: int, engine: Engine, state: SAVICState, comm: Comm) -> list[Sending]:

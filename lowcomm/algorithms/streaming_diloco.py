@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lowcomm.comm.base import Comm
@@ -42,6 +41,7 @@ from lowcomm.rounds.exchanges import Exchange, Sending
 from lowcomm.rounds.fragments import Pattern, cut, offsets
 from lowcomm.rounds.participation import check_number, counted
 from lowcomm.rounds.qsr import check_every
+from lowcomm.tensors import mix
 
 
 @dataclass
@@ -152,6 +152,12 @@ class StreamingDiLoCo(Rounds[StreamingDiLoCoState]):
         """Whether a fragment is sent after step ``t``."""
         return bool(self._due(t, state))
 
+    def loads(self, t: int, state: StreamingDiLoCoState) -> bool:
+        """Whether any replica blends a fragment after step ``t``."""
+        delays, sent = self._delays(), [fragment.sent_t for fragment in state.fragments]
+        sends_and_loads = 0 in delays or self.every in delays
+        return (sends_and_loads and self.is_due(t, state)) or any(s is not None and t - s in delays for s in sent)
+
     def round(self, t: int, engine: Engine, state: StreamingDiLoCoState, comm: Comm) -> list[Sending]:
         """The deltas of the fragments that are due."""
         return [self._sending(k, engine, state, comm) for k in self._due(t, state)]
@@ -214,7 +220,7 @@ class StreamingDiLoCo(Rounds[StreamingDiLoCoState]):
         for a, p in ((state.anchor[i], params[i]) for i in fragment.numbers):
             # to what a replica is loaded with, so that one that stands there already stays
             loaded = a.to(p.dtype).to(a.dtype)
-            p.copy_(torch.lerp(p.to(a.dtype), loaded, 1 - self.blend))
+            p.copy_(mix(p.to(a.dtype), loaded, 1 - self.blend))
 
     def _delays(self) -> list[int]:
         """The delays of all replicas."""

@@ -1,7 +1,7 @@
-"""Expressions over blocks as one program for a GPU, through torch.compile.
+"""Expressions over blocks, each compiled into one GPU program by torch.compile.
 
-What decodes must be bitwise equal on all ranks, so a program never runs otherwise than compiled: where torch would fall
-back, silently, it raises.
+Decoded values must be bitwise equal on all ranks, so a program always runs compiled: where torch would silently fall
+back to eager mode, it raises.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Casts to 16 bits round, as they do elsewhere; blocks and the values in them are one axis; launches are tuned when a
-# program is made, some seconds.
+# In order: casts to 16 bits round as in eager mode; blocks and the values in them are one axis; launches are tuned at
+# compilation, which takes some seconds.
 OPTIONS: dict[str, Any] = {
     "emulate_precision_casts": True,
     "triton.max_tiles": 1,
@@ -26,7 +26,7 @@ Expression = Callable[..., Any]
 
 
 class Programs:
-    """The programs of one codec, made when they are first needed. Copies and pickles start without any."""
+    """One codec's programs, compiled at first use. Copies and pickles start empty."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[str, bool], Expression] = {}
@@ -36,7 +36,7 @@ class Programs:
         return Programs, ()
 
     def tables(self, made: Callable[[], tuple[Tensor, ...]], device: torch.device) -> tuple[Tensor, ...]:
-        """Constants on a device."""
+        """What ``made`` returns, on a device; kept from the first call on."""
         if device not in self._tables:
             self._tables[device] = tuple(table.to(device) for table in made())
         return self._tables[device]
@@ -48,8 +48,8 @@ class Programs:
 
         Args:
             rows: contiguous tensors ``[num, width]``; ``num`` may differ from call to call, widths may not.
-            of: whose expression it is.
-            name: which of them.
+            of: the codec, for error messages.
+            name: tells the codec's expressions apart.
 
         Raises:
             RuntimeError: when torch would not run it compiled.

@@ -1,12 +1,14 @@
 """Floats of 4 bits without a mantissa, e3m0: a sign and a power of two, or zero.
 
-Streaming DiLoCo (arXiv:2501.18512) sends outer gradients so. It does not say how they are scaled or rounded; here:
+Streaming DiLoCo (arXiv:2501.18512) sends outer gradients in this format. It does not say how they are scaled or
+rounded. Here:
 
 - the 7 magnitudes are 2^-6 to 1 times the scale of the block, and one code is zero, exactly;
-- rounding is to the nearest in the linear domain, so the border between 2^-j and 2^-j-1 lies at 0.75 2^-j (rounding
-  of the logarithm would put it at 0.71 and be biased upwards), and below 2^-7 everything is zero;
-- the scale is the largest magnitude of the block, rounded likewise to a power of two, of which one byte keeps the
-  exponent; scales of other formats are the largest magnitude itself.
+- values are rounded to the nearest, so the border between 2^-j and 2^-j-1 lies at 0.75 2^-j, and everything below 2^-7
+  is zero (rounding the logarithm would put the border at 0.71 and be biased upwards);
+- the scale is the block's largest magnitude, likewise rounded to a power of two, whose exponent takes one byte; in
+other
+  formats the scale is the largest magnitude itself.
 """
 
 from __future__ import annotations
@@ -35,5 +37,5 @@ class E3M0(LevelCodec):
 
     @property
     def reach(self) -> float:
-        """A power of two may leave the largest magnitude at up to 1.5, the middle to what would be the next level."""
+        """With a power of two as scale, the largest magnitude may be 1.5, halfway to what would be the next level."""
         return 1.5 if self.scale == "e8m0" else 1.0

@@ -1,13 +1,14 @@
 """Which ``kept`` of ``num`` places were chosen, as bytes: sorted distinct numbers below ``num``, row by row.
 
-Two codes, both of a size that ``num`` and ``kept`` alone decide:
+Two codes, whose size depends on ``num`` and ``kept`` alone:
 
-- "packed": each number in ceil(log2 num) bits, 12 for chunks of 4,096; the lowest bits of all, then the next.
-- "elias_fano": the l = floor(log2(num / kept)) low bits of each number, likewise; of the rest, which never falls from
-  one number to the next, only the rises, in unary: bit (number >> l) + i is set for the i-th number. Together
-  kept (l + 1) + ceil(num / 2^l) bits, at most 2 + log2(num / kept) for each number and less than 1 more in all, within
-  about half a bit a number of what any code needs (Elias 1974; Vigna 2013, arXiv:1206.4300). 64 of 4,096 take 8 bits
-  each, 128 take 7, 32 take 9.
+- "packed": each number in ceil(log2 num) bits, 12 for chunks of 4,096. The lowest bits of all numbers come first, then
+  the next.
+- "elias_fano": the l = floor(log2(num / kept)) low bits of each number, stored the same way. The remaining high bits
+  never fall from one number to the next, so only their rises are stored, in unary: bit (number >> l) + i is set for the
+  i-th number. Together that is kept (l + 1) + ceil(num / 2^l) bits: at most 2 + log2(num / kept) a number, and less
+  than 1 more in all. No code needs less than about half a bit a number below that (Elias 1974; Vigna 2013,
+  arXiv:1206.4300). 64 of 4,096 take 8 bits each, 128 take 7, 32 take 9.
 
 All of ``num`` places, or none, take no bytes.
 """
@@ -26,7 +27,7 @@ INDEX_CODES = ("packed", "elias_fano")
 
 
 def index_bytes(num: int, kept: int, code: IndexCode) -> int:
-    """The size of one row, filled up to whole bytes."""
+    """The size of one row, rounded up to whole bytes."""
     if kept in (0, num):
         return 0
     if code == "packed":
@@ -77,7 +78,7 @@ def _high_size(num: int, kept: int, low: int) -> int:
 
 
 def _to_bits(numbers: Tensor, width: int) -> Tensor:
-    """``[rows, num]`` as single bits, uint8 ``[rows, width * num]``: the lowest of all numbers, then the next."""
+    """``[rows, num]`` as single bits, uint8 ``[rows, width * num]``: the lowest of all numbers, then the next bit."""
     kind = _kind(width)
     shifts = torch.arange(width, dtype=kind, device=numbers.device)[:, None]
     return ((numbers.to(kind)[:, None] >> shifts) & 1).to(torch.uint8).flatten(1)
@@ -93,5 +94,5 @@ def _from_bits(bits: Tensor, num: int, width: int) -> Tensor:
 
 
 def _kind(width: int) -> torch.dtype:
-    """What holds so many bits, and no more bytes than it must: they are many."""
+    """The narrowest dtype for so many bits: the tensors are large."""
     return torch.int32 if width < 32 else torch.int64

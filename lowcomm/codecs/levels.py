@@ -1,4 +1,4 @@
-"""Rounding to the nearest of a few levels: how codes do it, how they read it back, and the most that is lost."""
+"""Rounding to the nearest of a few levels: encoding, decoding, and a bound on the loss."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lowcomm.codecs.packing import unpack
 from lowcomm.codecs.scales import SCALE_GROWTH, ScaleFormat
 
 CELLS = 2**16
-# float32 arithmetic itself misses by parts in 2^24; no bound is sharper than its square, with room to spare
+# float32 arithmetic itself errs by parts in 2^24: no loss is taken to be below the square of that, with room to spare
 ROUNDING = 1e-12
-# the codes of bits 1, 2, 4 or 8 that each of 256 bytes holds, one byte after the other
+# the codes, of 1, 2, 4 or 8 bits, in each of the 256 bytes, byte after byte
 CODES_OF_BYTES = {
     bits: unpack(torch.arange(256, dtype=torch.uint8)[:, None], 8 // bits, bits).reshape(-1).to(torch.int32)
     for bits in (1, 2, 4, 8)
@@ -23,10 +23,10 @@ CODES_OF_BYTES = {
 
 
 def cells_of_levels(levels: Sequence[float], reach: float) -> Tensor:
-    """The place of the nearest level for each cell of [-reach, reach], uint8; beyond counts as the end.
+    """The index of the nearest level for each cell of [-reach, reach], uint8; the cells are of `cell_size`.
 
-    ``levels`` ascend and hold 0. A cell, one of at most 2^16, goes by its end next to zero: within a cell of the middle
-    of two levels the smaller magnitude may be taken.
+    ``levels`` ascend and contain 0. The end of a cell that is next to zero decides. So values within one cell of the
+    middle of two levels may get the level of smaller magnitude.
     """
     cell = cell_size(reach)
     # the first cell that belongs to the upper of two levels
@@ -36,19 +36,19 @@ def cells_of_levels(levels: Sequence[float], reach: float) -> Tensor:
 
 
 def round_to_bytes(x: Tensor) -> Tensor:
-    """The nearest integers of float32 values in [-128, 255] as uint8, modulo 256; ``x`` is used up.
+    """The nearest integers of float32 values in [-128, 255] as uint8, modulo 256; ``x`` is overwritten.
 
-    Beside 1.5 2^23 the unit in the last place is 1: the sum rounds, ties to even, and its lowest byte is the integer.
-    torch's own rounding wakes all threads on CPUs, however few values there are.
+    Near 1.5 2^23 floats are 1 apart. So adding that rounds, ties to even, and the lowest byte of the sum is the
+    integer. torch's own rounding would start all threads of a CPU, however few values there are.
     """
     return x.add_(1.5 * 2**23).view(torch.int32).to(torch.uint8)
 
 
 def round_at_random(x: Tensor, draws: Tensor) -> Tensor:
-    """The integer below or above each float32 value, so that the mean is the value; both arguments are used up.
+    """The integer below or above each float32 value, such that the mean is the value; both arguments are overwritten.
 
-    The random number meets the fraction alone: added to the value it may round up to the next integer, and so would
-    zero after any offset.
+    The random number is added to the fraction alone. Added to the value itself, the sum might round up to the next
+    integer: then even a zero, once it has an offset, would not stay.
     """
     whole = x.floor()
     return whole.add_(x.sub_(whole).add_(draws).floor_())
@@ -65,18 +65,18 @@ def cell_size(reach: float) -> float:
 
 
 def byte_table(levels: Tensor) -> Tensor:
-    """What the codes of each byte stand for: float32 ``[num * 256, codes of a byte]`` for ``[num, 2**bits]``."""
+    """The values of the codes in each byte, float32 ``[num * 256, codes in a byte]``, for levels ``[num, 2**bits]``."""
     bits = levels.shape[1].bit_length() - 1
     return levels.index_select(1, CODES_OF_BYTES[bits].to(levels.device)).view(-1, 8 // bits)
 
 
 def look_up(levels: Tensor, packed: Tensor, out: Tensor, table: Tensor | None = None) -> Tensor:
-    """What packed codes ``[num, bytes]`` stand for: float32 ``[num, width]``, in ``out`` where it can be.
+    """The values of packed codes ``[num, bytes]``: float32 ``[num, width]``, written to ``out`` where possible.
 
     Args:
-        levels: by code, for all blocks or for each: float32 ``[1 or num, 2**bits]``.
-        out: of that shape, contiguous.
-        table: `byte_table` of them, if it is at hand.
+        levels: the value of each code, the same for all blocks or one row each: float32 ``[1 or num, 2**bits]``.
+        out: contiguous, of the result's shape.
+        table: `byte_table` of ``levels``; None: made here.
     """
     (num, width), bits = out.shape, levels.shape[1].bit_length() - 1
     if torch.compiler.is_compiling():
@@ -99,15 +99,15 @@ def look_up(levels: Tensor, packed: Tensor, out: Tensor, table: Tensor | None = 
 def contraction_of_nearest(
     levels: Sequence[float], width: int, reach: float, scale: ScaleFormat, inexact: float = 0.0
 ) -> float:
-    """The sharp delta of ``width`` values that are scaled to at most ``reach`` and rounded to the nearest level.
+    """The sharp contraction delta of blocks of ``width`` values, scaled to at most ``reach`` and rounded to ``levels``.
 
-    With the loss lambda = 1 - delta, no block may have sum(e^2 - lambda v^2) > 0. For a single value the maximum of
-    that stands in the middle of two levels, for the largest it may also stand at either end of where the largest can
-    lie: [reach / growth of the scale's format, reach]. So lambda is found by bisection.
+    Let lambda = 1 - delta be the loss, and e the error of a value v. No block may have sum(e^2 - lambda v^2) > 0. Each
+    term is largest in the middle of two levels. The block's largest value lies in [reach / growth of the scale's
+    format, reach]; its term may also be largest at an end of that. lambda is found by bisection.
 
     Args:
         levels: ascending, with 0.
-        inexact: how far beyond the middle of two levels the lower magnitude may still be taken.
+        inexact: how far beyond the middle of two levels the lower magnitude may still be chosen.
     """
     low, high = reach / SCALE_GROWTH[scale], reach
     worst = [(max(abs(a), abs(b)) - (b - a) / 2 + inexact, (b - a) / 2 + inexact) for a, b in pairwise(levels)]

@@ -1,4 +1,4 @@
-"""Small unsigned integers and floats as bytes, row by row. Machines are taken to be little-endian, as all are here."""
+"""Small unsigned integers and floats as bytes, row by row, on little-endian machines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def packed_bytes(num: int, bits: int) -> int:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Numbers below ``2**bits``, uint8 or bool ``[rows, num]``, as uint8 ``[rows, packed_bytes(num, bits)]``.
 
-    The first number of a byte stands in its lowest bits; the last byte is filled up with zeros.
+    The first number of a byte is in its lowest bits; the last byte is padded with zeros.
     """
     assert bits in (1, 2, 4, 8) and codes.itemsize == 1
     if bits == 8:
@@ -46,7 +46,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, num: int, bits: int) -> Tensor:
-    """The inverse of `pack`: uint8 ``[rows, num]``, compiled int32."""
+    """The inverse of `pack`: uint8 ``[rows, num]``; int32 when compiled."""
     assert bits in (1, 2, 4, 8) and packed.dtype == torch.uint8
     if bits == 8:
         return packed[:, :num]
@@ -69,15 +69,15 @@ def unpack(packed: Tensor, num: int, bits: int) -> Tensor:
 
 
 def of_byte(x: Tensor, bits: int) -> tuple[Tensor, ...]:
-    """The first, second, ... of all those values ``[rows, num]`` whose codes share a byte.
+    """Values ``[rows, num]`` by their place in a byte of codes: all first ones, all second ones, and so on.
 
-    Compiled, what is packed and what is reduced go through rows in this order, so that they become one program.
+    When compiled, both packing and reductions read rows in this order, so that they fuse into one program.
     """
     return x.view(x.shape[0], -1, 8 // bits).unbind(2)
 
 
 def largest(x: Tensor, bits: int) -> Tensor:
-    """The largest magnitude of each row ``[rows, 1]``; codes of ``bits`` bits will be packed."""
+    """The largest magnitude of each row, ``[rows, 1]``; ``bits``: of the codes that will be packed."""
     size = x.abs()
     if torch.compiler.is_compiling():
         size = reduce(torch.maximum, of_byte(size, bits))
@@ -85,7 +85,7 @@ def largest(x: Tensor, bits: int) -> Tensor:
 
 
 def total(x: Tensor, bits: int) -> Tensor:
-    """The sum of each row ``[rows, 1]``; see `largest`."""
+    """The sum of each row, ``[rows, 1]``; ``bits`` as in `largest`."""
     if torch.compiler.is_compiling():
         x = reduce(torch.add, of_byte(x, bits))
     return x.sum(1, keepdim=True)
@@ -104,7 +104,7 @@ def from_bytes(raw: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def copy_bytes(out: Tensor, x: Tensor) -> None:
-    """out <- x, both uint8 ``[rows, num]``, word by word where rows lie so: GPUs are slow at single bytes of rows."""
+    """out <- x, both uint8 ``[rows, num]``, in words where rows are aligned: GPUs copy single bytes slowly."""
     for dtype in (torch.int64, torch.int32):
         if all(n % dtype.itemsize == 0 for y in (out, x) for n in (y.shape[1], y.stride(0), y.storage_offset())):
             out.view(dtype).copy_(x.view(dtype))

@@ -1,4 +1,4 @@
-"""What a block keeps as its scale: a positive number in a small format, rounded up."""
+"""The scale of a block: a nonnegative number in a small format, rounded up."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 ScaleFormat = Literal["float32", "bfloat16", "float16", "e8m0"]
 SCALE_TYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 SCALE_TYPES["e8m0"] = torch.uint8
-# How much larger than what it stands for a rounded scale can be. In float16 only between 6.1e-5 and 65504: larger
-# scales take the largest, so that their block saturates, and smaller ones are coarse.
+# By how much rounding can enlarge a scale. In float16 that holds between 6.1e-5 and 65504: larger scales become the
+# largest, so that their block saturates, and smaller ones are coarse.
 SCALE_GROWTH: dict[str, float] = {"float32": 1.0, "bfloat16": 1 + 2**-7, "float16": 1 + 2**-10, "e8m0": 2.0}
 
 
@@ -26,10 +26,10 @@ def check_scale(scale: str) -> None:
 
 
 def scale_to_format(scale: Tensor, how: ScaleFormat) -> tuple[Tensor, Tensor]:
-    """Nonnegative float32 ``[num, 1]`` in `SCALE_TYPES`, and as what is read back; 0 stays 0, and NaN is kept as NaN.
+    """Nonnegative float32 scales ``[num, 1]`` in the format, and as float32 after it; 0 stays 0, NaN is kept as NaN.
 
-    Rounded up, so that no value of the block lies beyond what the scale allows; scales too large for the format take
-    its largest.
+    They are rounded up, so that the scale covers every value of its block. Scales too large for the format become its
+    largest number.
     """
     if how == "float32":
         return scale, scale.clone()
@@ -49,7 +49,7 @@ def scale_to_format(scale: Tensor, how: ScaleFormat) -> tuple[Tensor, Tensor]:
 
 
 def scale_from_format(kept: Tensor) -> Tensor:
-    """What is read back of headers, as float32 of their shape."""
+    """Scales in a format as float32, in the same shape."""
     if kept.dtype != torch.uint8:
         return kept.float()
     return ((kept.to(torch.int32) << 23) | (kept == 255)).view(torch.float32)

@@ -19,14 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
 from lowcomm.comm.base import Call, Comm, Late, PeerLost, Work
+from lowcomm.comm.launched import Launch, check_interfaces, launched, number
 from lowcomm.tensors import bytes_of
 
 T = TypeVar("T")
 
-_ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _POLL_S = 0.01
 _ALL_TO_ALL_TAG, _EXCHANGE_TAG = 1, 2  # `send` and `recv` use 0
 
@@ -284,8 +283,8 @@ def over(group: dist.ProcessGroup, device: torch.device) -> DistributedComm:
 
 
 def under_torchrun() -> bool:
-    """Whether torchrun's environment variables are all set."""
-    return all(name in os.environ for name in _ENVIRONMENT)
+    """Whether torchrun's environment variables are set; a ValueError when only some are, see `launched`."""
+    return launched() is not None
 
 
 def connect(backend: str, timeout_s: float = 600.0, grace_s: float = 30.0) -> DistributedComm:
@@ -293,20 +292,23 @@ def connect(backend: str, timeout_s: float = 600.0, grace_s: float = 30.0) -> Di
 
     Args:
         backend: "gloo" or "nccl"; nccl takes the GPU of number LOCAL_RANK.
-        timeout_s: how long a message may take before `Late`.
+        timeout_s: how long a message, and the others at the start, may take.
         grace_s: how long a rank that notices a loss waits for the others, which may notice it later (`Comm.regroup`).
 
     Raises:
-        ValueError: when a variable is missing, or NCCL is asked for without enough GPUs.
+        ValueError: when a variable is missing or wrong, NCCL is asked for without enough GPUs, or the ranks do not find
+            together in time.
     """
-    missing = [name for name in _ENVIRONMENT if name not in os.environ]
-    if missing:
-        raise ValueError(f"the variables {missing} are not set; start the program with torchrun")
+    launch = launched()
+    if launch is None:
+        raise ValueError("the variables RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are not set; start it with torchrun")
     if backend not in ("gloo", "nccl"):
         raise ValueError(f"backend {backend!r}: choose 'gloo' or 'nccl'")
     device = torch.device("cpu")
-    if backend == "nccl":
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if backend == "gloo":
+        check_interfaces()
+    else:
+        local_rank = number("LOCAL_RANK", 0)
         if not torch.cuda.is_available():
             raise ValueError("backend 'nccl' needs CUDA, and torch sees no GPU here; use backend 'gloo'")
         if local_rank >= torch.cuda.device_count():
@@ -320,11 +322,46 @@ def connect(backend: str, timeout_s: float = 600.0, grace_s: float = 30.0) -> Di
     # functions for ever: `disconnect` could not end gloo's threads, and one that then frees a tensor while Python ends
     # aborts the process.
     importlib.import_module("torch.distributed.nn.functional")
-    # No device_id: a group that is bound to its GPU splits its sub-groups off, for which all ranks must call, and the
-    # ranks outside of a `sub` know nothing of it.
     timeout = timedelta(seconds=timeout_s)
-    store, rank, num_ranks = next(rendezvous("env://", timeout=timeout))
-    return _join(backend, device, _World(tuple(range(num_ranks)), store, 0, timeout, grace_s), rank)
+    try:
+        store = _store(launch, timeout)
+        launch.meet(PrefixStore("start", store), timeout_s)
+        # No device_id: a group that is bound to its GPU splits its sub-groups off, for which all ranks must call, and
+        # the ranks outside of a `sub` know nothing of it.
+        world = _World(tuple(range(launch.num_ranks)), store, 0, timeout, grace_s)
+        return _join(backend, device, world, launch.rank)
+    except RuntimeError as error:
+        disconnect()
+        interface = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
+        raise ValueError(
+            f"rank {launch.rank} of {launch.num_ranks} could not connect to the others, met at {launch.address}: "
+            f"{_first_line(error)}. If another rank stopped, its own message says why; otherwise set {interface} to "
+            f"the interface that leads to them (now {os.environ.get(interface, 'not set')}), or raise timeout_s "
+            f"(now {timeout_s:g})"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """What torch says before its trace."""
+    return str(error).strip().split("\n")[0].split(" Exception raised from")[0].rstrip(".") or repr(error)
+
+
+def _store(launch: Launch, timeout: timedelta) -> Store:
+    """The key-value store of all ranks, held by rank 0 or by torchrun."""
+    if not launch.holds_store:
+        launch.reach(timeout.total_seconds())
+    try:
+        store: Store = dist.TCPStore(  # type: ignore[attr-defined]
+            launch.host, launch.port, None, launch.holds_store, timeout, wait_for_workers=False, multi_tenant=True
+        )
+    except RuntimeError as error:
+        if "failed to listen" in str(error):
+            raise ValueError(
+                f"rank 0 cannot listen on MASTER_PORT {launch.port} ({_first_line(error)}): another program does, such "
+                "as another run or a second process of rank 0; end it, or give all ranks another port (1024 to 65535)"
+            ) from error
+        raise
+    return store if launch.attempt is None else PrefixStore(f"/worker/attempt_{launch.attempt}", store)
 
 
 def _join(backend: str, device: torch.device, world: _World, rank: int) -> DistributedComm:

@@ -59,6 +59,12 @@ class Compressor(ABC, Generic[S]):
         """Whether the mean at each place is over all ranks, also those that sent nothing there. By default yes."""
         return True
 
+    def keeps_values(self) -> bool:
+        """Whether the mean is close for any values, such as parameters, from the first round on. By default yes; not
+        where places or directions are left out.
+        """
+        return True
+
     def num_messages(self) -> int:
         """The most exchanges in sequence within `mean`, each depending on the last. By default 1."""
         return 1

@@ -87,6 +87,9 @@ class Chosen(Compressor[ChosenState], ABC):
         mean = spread(mean)
         return spread(sent) if wants_sent else mean, mean, ChosenState(state.round + 1, inner)
 
+    def keeps_values(self) -> bool:
+        return False
+
     def num_messages(self) -> int:
         return self.values.num_messages()
 

@@ -111,6 +111,9 @@ class CountSketch(Compressor[int]):
             ours = values[kept]
         return _placed(mine, kept, x), _placed(ours, kept, x), state + 1
 
+    def keeps_values(self) -> bool:
+        return False
+
     def num_messages(self) -> int:
         return 2 if self.exact else 1
 

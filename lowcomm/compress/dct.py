@@ -80,6 +80,9 @@ class DCT(Compressor[Any]):
         mean = self.inverse(mean, shape)
         return self.inverse(sent, shape) if wants_sent else mean, mean, state
 
+    def keeps_values(self) -> bool:
+        return self.inner.keeps_values()
+
     def num_messages(self) -> int:
         return self.inner.num_messages()
 

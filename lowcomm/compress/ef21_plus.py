@@ -86,6 +86,9 @@ class EF21Plus(Compressor[EF21PlusState]):
         is_whole = (messages[:, 0] == 1).view(-1, *[1] * x.dim())
         return _round(torch.where(is_whole, heard, known + heard), comm)
 
+    def keeps_values(self) -> bool:
+        return self.dense_first
+
     def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> int:
         """Vectors too short to gain from flag and code are sent uncoded."""
         num = prod(shape)

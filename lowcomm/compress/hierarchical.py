@@ -99,6 +99,9 @@ class Hierarchical(Compressor[HierarchicalState]):
     def divides_by_all(self) -> bool:
         return self.inner.divides_by_all() and self.outer.divides_by_all()
 
+    def keeps_values(self) -> bool:
+        return self.inner.keeps_values() and self.outer.keeps_values()
+
     def num_messages(self) -> int:
         return self.inner.num_messages() + self.outer.num_messages() + 1
 

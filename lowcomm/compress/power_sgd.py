@@ -115,12 +115,16 @@ class PowerSGD(Compressor[PowerSGDState]):
             return sent, mean, replace(state, round=state.round + 1)
         matrices, shape = x.reshape(*x.shape[:1], x.shape[1], -1), x.shape
         if self.alternate:
-            sent, mean, state = yield from self._half_steps(matrices, state, comm)
+            steps = self._half_steps(matrices, state, comm)
         else:
-            wants_sent = wants_sent and self.error == "local"
-            sent, mean, state = yield from self._steps(matrices, state, comm, wants_sent)
+            steps = self._steps(matrices, state, comm, wants_sent and self.error == "local")
+        del x, matrices
+        sent, mean, state = yield from steps
         mean = mean.view(shape)
         return mean if self.error == "global" else sent.view(shape), mean, state
+
+    def keeps_values(self) -> bool:
+        return False
 
     def num_messages(self) -> int:
         return self._num_factors
@@ -150,10 +154,12 @@ class PowerSGD(Compressor[PowerSGDState]):
     ) -> Generator[Work[Any], Any, tuple[Tensor, Tensor, PowerSGDState]]:
         assert state.q is not None
         q = state.q if self.warm_start else self._drawn(x, state.q.shape, state.round)
-        for _ in range(self.num_iterations):
+        for i in range(self.num_iterations):
             total = yield comm.all_sum(x @ _near_unit(q))
             p = _orthonormal(total)
             mine = x.mT @ p
+            if i == self.num_iterations - 1:
+                del x
             total = yield comm.all_sum(mine)
             q = total / len(comm.members)
         mean = p @ q.mT

@@ -75,6 +75,9 @@ class Sketch(Compressor[int]):
         mean = self._expand(total / len(comm.members), signs, rows, x)
         return self._expand(sketch, signs, rows, x) if wants_sent else mean, mean, state + 1
 
+    def keeps_values(self) -> bool:
+        return False
+
     def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> float:
         num_blocks, _, num_kept = self._cut(prod(shape))
         num_values = min(num_blocks * num_kept, prod(shape))

@@ -123,6 +123,9 @@ class TopK(Compressor[int]):
     def divides_by_all(self) -> bool:
         return self.divide_by == "all"
 
+    def keeps_values(self) -> bool:
+        return False
+
     def sent_bytes(self, shape: Sequence[int], element_bytes: int, num_members: int) -> int:
         return (num_members - 1) * self.num_bytes(prod(shape))
 

@@ -1,8 +1,8 @@
-"""The mean of coded vectors in two shots, which no partial sum passes through a code more than once.
+"""The mean of coded vectors in two shots: vectors are coded once, and their mean once (ZeRO++, arXiv:2306.10209, 3.3).
 
-Rank i owns the i-th of n equal chunks. Everybody sends each owner its chunk, coded; the owner decodes and adds the n
-chunks in members' order, codes the mean and sends it to all. That is 2 (n - 1) / n codes of the vector for each rank,
-as in a ring, but the error does not grow with n (spec of ZeRO++, arXiv:2306.10209, section 3.3, for the idea).
+Rank i owns the i-th of n equal chunks. Each rank sends every owner its chunk, coded. The owner decodes the n chunks,
+adds them in members' order, and sends their mean, coded, to all. Each rank sends 2 (n - 1) / n codes of the vector, as
+in a ring, but the error does not grow with n.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ def two_shot(
 ) -> Generator[Work[Any], Any, tuple[Tensor, Tensor]]:
     """What this rank sent and the mean, both shaped like ``x``; all ranks get the same mean, bit for bit.
 
-    Owners use the decoded mean as all others do. The rounding of the second shot belongs to the owner, who alone knows
-    it: its ``sent`` holds n times that, so the mean of what was sent stays the mean. See `Compressor.mean` for
-    ``wants_sent``.
+    Owners use the decoded mean as all others do. Only the owner knows the error of the second shot: its ``sent``
+    includes n times that error, so the mean of what was sent stays the mean. See `Compressor.mean` for ``wants_sent``.
     """
     n, me, num, shape, dtype = len(comm.members), comm.place, x.numel(), x.shape, x.dtype
     if num == 0:

@@ -24,8 +24,8 @@ END_OF_DOCUMENT = "<|endoftext|>"
 class BPE(Tokenizer):
     """A tokenizer in the JSON form of the `tokenizers` library: one made by `train_bpe`, or any ``tokenizer.json``.
 
-    Truncation, padding and added start or end tokens that the file may ask for are switched off, and a special token
-    written out in a document is text, not a command.
+    Truncation, padding and start or end tokens that the file may ask for are switched off. A special token spelled out
+    in a document is plain text.
 
     Attributes:
         path: the JSON file; read at the first use.
@@ -82,7 +82,7 @@ class BPE(Tokenizer):
         return [np.array(one.ids, np.uint32) for one in encoded]
 
     def num_bytes(self, ids: NDArray[Any]) -> int | None:
-        """Known for a byte-level tokenizer that leaves the text as it is, as `train_bpe`'s."""
+        """Known only for byte-level tokenizers that do not change the text, such as `train_bpe`'s."""
         return None if self._token_bytes is None else int(self._token_bytes[ids].sum())
 
     @cached_property
@@ -104,8 +104,8 @@ class BPE(Tokenizer):
 def train_bpe(source: Source, vocab_size: int, path: str) -> BPE:
     """Learn a byte-level BPE of at most ``vocab_size`` ids from all documents of ``source`` and write it to ``path``.
 
-    Any text can be encoded: the 256 bytes are tokens. The end-of-document token has the id 0. Little text may hold
-    fewer pairs than asked for, and gives a smaller vocabulary.
+    Any text can be encoded: the 256 bytes are tokens. The end-of-document token has the id 0. A short text may have too
+    few pairs, and gives a smaller vocabulary.
 
     Raises:
         ValueError: when ``vocab_size`` is below 257.

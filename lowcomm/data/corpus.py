@@ -1,4 +1,4 @@
-"""Tokens of many documents as one long line, in memory or mapped from files."""
+"""The tokens of many documents as one sequence, in memory or mapped from files."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def join(
 
 
 def tokenize(documents: Iterable[str], tokenizer: Tokenizer, max_tokens: int | None = None) -> Corpus:
-    """All documents in memory, or as many whole ones as it takes to reach ``max_tokens``.
+    """The tokens of all documents, in memory; with ``max_tokens``, of the first documents that have so many, whole.
 
     Raises:
         ValueError: when there is no document.
@@ -169,7 +169,7 @@ def encode_documents(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator
 
 
 def digest(*parts: bytes | memoryview) -> str:
-    """32 hexadecimal digits that stand for the bytes."""
+    """A 128-bit hash of the bytes, in hexadecimal."""
     hashed = hashlib.blake2b(digest_size=16)
     for part in parts:
         hashed.update(part)

@@ -21,9 +21,9 @@ _CHUNK_CHARACTERS = 1 << 20
 class Files(Source):
     """Documents from files, in the order of ``paths``; the matches of one glob are sorted.
 
-    .txt is one document, or those between ``separator``; .jsonl and .json hold one object a line and .parquet one row
-    a document, with the text under ``field``. All but Parquet may be compressed: .txt.gz, .jsonl.xz. Text is UTF-8.
-    Empty documents are left out, a file without any other is an error.
+    A .txt file is one document, or is cut at ``separator``. A document is an object in one line of .jsonl and .json, or
+    a row of .parquet, with its text under ``field``. All but Parquet may be compressed: .txt.gz, .jsonl.xz. Text is
+    UTF-8. Empty documents are left out; a file with no other is an error.
 
     Attributes:
         paths: files or globs (``**`` goes through folders).
@@ -51,7 +51,7 @@ class Files(Source):
         return f"Files({files}, {self.field!r}, {self.separator!r})"
 
     def files(self) -> list[Path]:
-        """The files that ``paths`` names; ValueError for one that is missing or a glob without a match."""
+        """The files named by ``paths``; ValueError for a missing one or a glob without a match."""
         found: list[Path] = []
         for name in self.paths:
             matches = [Path(name)] if Path(name).is_file() else []
@@ -131,7 +131,7 @@ class Files(Source):
 
 
 def text_of(row: dict[str, Any], field: str, place: str) -> str:
-    """The text of a row; ``place`` says in an error where the row stands.
+    """The text of a row; errors name its ``place``.
 
     Raises:
         ValueError: when the field is missing, is not a string, or holds half a surrogate pair.

@@ -1,8 +1,9 @@
 """Tokens on disk, tokenised once and mapped into memory: any size, no loading time.
 
-A folder of files ``tokens-00000.bin``, ``tokens-00001.bin``, ... each of a header (see `_Header`), the tokens as
-little-endian uint16 or uint32, zeros up to a multiple of 8 bytes, then two uint64 for each document: where its tokens
-end (the separator included), and where its bytes of text end, both counted from the start of the file's own.
+A folder holds the files ``tokens-00000.bin``, ``tokens-00001.bin``, ... Each has a header (`_Header`), then the tokens
+as little-endian uint16 or uint32, then zeros up to a multiple of 8 bytes, then two arrays of uint64 with a number for
+each document: where its tokens end (with the separator), and where its bytes of text end. Both count from the file's
+first document.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class _Header:
 
     @property
     def ends_at(self) -> int:
-        """Where the document ends begin in the file."""
+        """The byte of the file at which the document ends begin."""
         tokens_end = _HEADER_BYTES + self.num_tokens * self.token_bytes
         return tokens_end + -tokens_end % 8
 
@@ -58,7 +59,7 @@ class _Header:
 
 @dataclass(frozen=True)
 class Shards(Origin):
-    """A folder written by `write_shards`, to be used wherever text is asked for.
+    """A folder written by `write_shards`, as a source.
 
     Attributes:
         path: the folder.
@@ -122,8 +123,8 @@ class ShardsSummary:
 def write_shards(source: Source, tokenizer: Tokenizer, out_dir: str, shard_tokens: int = 100_000_000) -> ShardsSummary:
     """Tokenise every document of ``source`` into the new folder ``out_dir``.
 
-    A file is closed at the end of the document with which it reaches ``shard_tokens``; no document is cut. Everything
-    is written to a folder beside and renamed at the end, so that ``out_dir`` is whole or not there.
+    A file ends with the document that brings it to ``shard_tokens``; no document is cut. All is written to another
+    folder beside ``out_dir``, which is renamed at the end: so ``out_dir`` is never there in part.
 
     Raises:
         ValueError: when ``out_dir`` holds anything already, or the source holds no document.
@@ -155,7 +156,7 @@ def write_shards(source: Source, tokenizer: Tokenizer, out_dir: str, shard_token
 
 
 def check_target(out_dir: str, shard_tokens: int) -> None:
-    """Raises ValueError where `write_shards` would, for who does other things before it."""
+    """Raise ValueError for arguments that `write_shards` refuses; for callers that have work to do before it."""
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens is {shard_tokens}; it must be at least 1")
     out = Path(out_dir)
@@ -170,7 +171,7 @@ def _path(folder: Path, shard: int) -> Path:
 def _write_shard(
     path: Path, encoded: Iterator[tuple[Tokens, int]], tokenizer: Tokenizer, shard_tokens: int
 ) -> _Header | None:
-    """Write documents until the file is full, with an empty header; None, and no file, when no document is left."""
+    """Write documents until the file is full, after an empty header. None, and no file, when no document is left."""
     first = next(encoded, None)
     if first is None:
         return None

@@ -1,7 +1,7 @@
 """Batches of windows: shuffled, one share for each replica, resumable at any batch.
 
-A window is ``seq_len + 1`` tokens, inputs ``[:-1]`` and targets ``[1:]``. Consecutive windows overlap by one token, so
-that every token is a target once; only the very first token never is one, nor are those behind the last whole window.
+A window is ``seq_len + 1`` tokens: inputs ``[:-1]`` and targets ``[1:]``. Consecutive windows overlap by one token, so
+every token is a target once, except the very first and those after the last whole window.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class TokenStream(ABC):
 
 
 class WindowStream(TokenStream):
-    """The windows of a corpus, permuted anew every epoch, dealt to the replicas in equal shares.
+    """The windows of a corpus, permuted anew every epoch, in equal shares for the replicas.
 
     Window i of batch b of replica r is number ``(b * num_replicas + r) * batch_size + i`` of the epoch's permutation:
-    one replica with ``num_replicas`` times the batch consumes the same windows at the same time. Windows that do not
-    fill a batch on every replica are dropped; the next epoch's permutation drops others.
+    one replica with ``num_replicas`` times the batch would see the same windows at the same step. Windows that do not
+    fill a batch on every replica are dropped; the next epoch drops others.
 
-    The state is the number of batches taken, the same on all replicas: a newcomer may load that of any other, and
-    replicas and batch size may change at a restart as long as their product stays.
+    The state is the number of batches taken, the same on all replicas. A newcomer may load any other's. The number of
+    replicas and the batch size may change at a restart if their product stays.
 
     Args:
         purpose: sets the permutations apart from those of other streams with this seed.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
@@ -36,11 +37,23 @@ class Around(Engine, ABC):
     def evaluate(self, batch: Any) -> Tensor:
         return self._inner.evaluate(batch)
 
+    def standing(self, params: list[Tensor]) -> AbstractContextManager[list[Tensor]]:
+        return self._inner.standing(params)
+
+    def has_stepped(self) -> bool:
+        return self._inner.has_stepped()
+
     def slots(self) -> Mapping[str, list[Tensor]]:
         return self._inner.slots()
 
     def gradients(self, numbers: Sequence[int]) -> list[Tensor]:
         return self._inner.gradients(numbers)
+
+    def buffers(self) -> list[Tensor]:
+        return self._inner.buffers()
+
+    def recalculate(self) -> None:
+        self._inner.recalculate()
 
     def names(self) -> list[str]:
         return self._inner.names()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
@@ -56,7 +57,22 @@ class Engine(ABC):
 
     @abstractmethod
     def evaluate(self, batch: Any) -> Tensor:
-        """The mean loss of ``batch`` without gradients, in evaluation mode, as a 0-d float32 tensor."""
+        """The mean loss of ``batch`` without gradients, in evaluation mode, as a 0-d float32 tensor.
+
+        Where the optimizer wants to be evaluated at another point than it trains at: there.
+        """
+
+    @abstractmethod
+    def standing(self, params: list[Tensor]) -> AbstractContextManager[list[Tensor]]:
+        """Inside, the model holds these parameters in place of its own, to evaluate or save; nothing else is allowed.
+
+        Optimizers with ``train()`` and ``eval()``, such as schedule-free ones, move them to where they want to be
+        evaluated. Gives the way there of each parameter, in float32; nothing without such a move.
+        """
+
+    @abstractmethod
+    def has_stepped(self) -> bool:
+        """Whether the optimizer has ever taken a step: a gradient scaler may skip the first ones."""
 
     @abstractmethod
     def slots(self) -> Mapping[str, list[Tensor]]:
@@ -64,13 +80,20 @@ class Engine(ABC):
 
         "param": every trainable parameter once; always present. "grad": between `backward` and `update`; zeros where
         there was no gradient. After the first update, a slot for each per-parameter state of the optimizer, such as
-        "exp_avg".
+        "exp_avg"; a parameter that has no states yet, since it got no gradient, has an empty tensor there.
         """
 
     def gradients(self, numbers: Sequence[int]) -> list[Tensor]:
         """Live, final gradients of these parameters; unlike "grad" of `slots`, also during backward."""
         gradients = self.slots()["grad"]
         return [gradients[i] for i in numbers]
+
+    def buffers(self) -> list[Tensor]:
+        """Live buffers that training has changed, such as running statistics; each once. By default none."""
+        return []
+
+    def recalculate(self) -> None:  # noqa: B027  # without values there is nothing to do
+        """Make `buffers` anew for the present parameters, by forward passes over the last training inputs."""
 
     @abstractmethod
     def names(self) -> list[str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -13,18 +14,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils._pytree import tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 from lowcomm.engine.base import Engine, Ready
+from lowcomm.engine.buffers import NUM_FORWARDS, Buffers
+from lowcomm.engine.held import trainable
+from lowcomm.models.base import logits_of
+from lowcomm.optim import steps
+from lowcomm.tensors import copy_
 
 
 def next_token_loss(model: nn.Module, batch: Tensor) -> Tensor:
     """Mean cross-entropy in fp32 of each next token; ``batch [batch, seq + 1]`` is int64 on the model's device.
 
-    The model maps tokens ``[batch, seq]`` to logits ``[batch, seq, vocab]``, as a tensor or in an attribute ``logits``.
+    The model maps tokens ``[batch, seq]`` to logits ``[batch, seq, vocab]``, in any form that `logits_of` knows.
     """
-    logits = model(batch[:, :-1])
-    if not isinstance(logits, Tensor):
-        logits = logits.logits
+    logits = logits_of(model(batch[:, :-1]))
     return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
 
 
@@ -69,13 +75,21 @@ class TorchEngine(Engine):
         if schedule is not None and schedule.optimizer is not optimizer:
             raise ValueError("the schedule was built for another optimizer; build it for the one given here")
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
-        self._parameters = _trainable(model, optimizer)
+        self._parameters = trainable(model, optimizer)
         # Without autograd: arithmetic on what `slots` hands out must not record a graph.
         self._values = [p.detach() for p in self._parameters]
         self._device = self._parameters[0].device
-        self._loss = torch.compile(loss) if compile else loss
+        self._plain_loss, self._loss = loss, torch.compile(loss) if compile else loss
         self._num_micro_batches, self._clip_norm, self._autocast = num_micro_batches, clip_norm, autocast
         self._updated: set[int] = set()  # since backward began
+        # Schedule-free optimizers and the like evaluate at another point than they train at
+        self.has_modes = hasattr(optimizer, "train") and hasattr(optimizer, "eval")
+        self._has_stepped = self._is_moved = False
+        optimizer.register_step_post_hook(self._note_step)
+        if self.has_modes:
+            optimizer.train()  # type: ignore[attr-defined]
+        self._buffers, self._batches = Buffers(model), deque[Any](maxlen=NUM_FORWARDS)
+        self._recalculates: bool | None = None  # None: not known before the first backward
 
     def backward(self, batch: Any, ready: Ready | None = None) -> Tensor:
         """``batch`` is the loss's input; with micro-batches, a tensor or tuple of tensors cut along dim 0.
@@ -93,7 +107,12 @@ class TorchEngine(Engine):
             with self._reporting(ready) if ready is not None and k == num else nullcontext():
                 (loss / num).backward()
             losses.append(loss.detach().float())
-        self._gradients()
+        for parameter in self._parameters:
+            parameter.grad = _dense_gradient(parameter)
+        if self._recalculates is None:
+            self._recalculates = bool(self._buffers.changed())
+        if self._recalculates:
+            self._batches.append(batch)
         return sum(losses[1:], start=losses[0]) / num
 
     def update(self) -> None:
@@ -127,14 +146,16 @@ class TorchEngine(Engine):
     def needs_all_gradients(self) -> str | None:
         if self._clip_norm is not None:
             return f"clip_norm is {self._clip_norm}, and the norm of all gradients is known at its end: set it to None"
-        closure = signature(self.optimizer.step).parameters.get("closure")
-        if closure is not None and closure.default is Parameter.empty:
+        if steps.needs_closure(type(self.optimizer)):
             name = type(self.optimizer).__name__
             return f"{name} computes the loss anew within its step: choose an optimizer whose step() takes no closure"
         return None
 
     def evaluate(self, batch: Any) -> Tensor:
         """The batch is not cut into micro-batches, so it must fit as a whole."""
+        if self.has_modes and self._has_stepped and not self._is_moved:
+            with self.standing(self._values):
+                return self.evaluate(batch)
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
@@ -144,28 +165,83 @@ class TorchEngine(Engine):
             for module, training in modes:
                 module.training = training
 
+    @contextmanager
+    def standing(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
+        """Also restores the parameters bitwise, which switching an optimizer back and forth would not."""
+        kept = [x.clone() for x in self._values]
+        copy_(self._values, params)
+        ways = list[Tensor]()
+        try:
+            if self.has_modes and self._has_stepped:
+                before = [x.clone() for x in self._values]
+                self.optimizer.eval()  # type: ignore[attr-defined]
+                self._is_moved = True
+                ways = [x.float() - y.float() for x, y in zip(self._values, before, strict=True)]
+            yield ways
+        finally:
+            if self._is_moved:
+                self.optimizer.train()  # type: ignore[attr-defined]
+            self._is_moved = False
+            copy_(self._values, kept)
+
+    def has_stepped(self) -> bool:
+        return self._has_stepped
+
     def slots(self) -> Mapping[str, list[Tensor]]:
-        """Optimizer states are the tensors that every parameter has in its own shape."""
+        """Optimizer states are the tensors that every parameter with states has in its own shape."""
         slots = {"param": list(self._values)}
         if any(p.grad is not None for p in self._parameters):
-            slots["grad"] = self._gradients()
+            slots["grad"] = self._filled()
         states = [self.optimizer.state.get(p, {}) for p in self._parameters]
-        for name in states[0]:
-            tensors = [state[name] for state in states if isinstance(state.get(name), Tensor)]
-            shapes = [x.shape for x in tensors]
+        for name in next((state for state in states if state), {}):
+            tensors = [
+                state.get(name) if state else p.new_empty(0) for p, state in zip(self._values, states, strict=True)
+            ]
             # torch's convention: "step" counts, and has the shape of a 0-d parameter
-            if name != "step" and shapes == [p.shape for p in self._parameters]:
+            if name != "step" and all(
+                isinstance(x, Tensor) and (x.shape == p.shape or not state)
+                for x, p, state in zip(tensors, self._values, states, strict=True)
+            ):
                 slots[name] = tensors
         return slots
 
     def gradients(self, numbers: Sequence[int]) -> list[Tensor]:
-        found = []
-        for i in numbers:
-            parameter = self._parameters[i]
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            found.append(parameter.grad)
+        found = self._filled(numbers)
+        for i, gradient in zip(numbers, found, strict=True):
+            if gradient.layout != torch.strided:
+                raise ValueError(
+                    f"the gradient of {self.names()[i]!r} is sparse, and only dense ones are averaged: set the layer's "
+                    "sparse to False, or choose a method that averages no gradients, such as DiLoCo"
+                )
         return found
+
+    def buffers(self) -> list[Tensor]:
+        return self._buffers.changed()
+
+    def recalculate(self) -> None:
+        """The inputs are the last batches of `backward` and, after `watch_forward`, of forward passes elsewhere."""
+        if self._device.type == "meta":
+            return
+        forwards = list(self._buffers.recent)
+        for batch in self._batches:
+            forwards += [partial(self._forward, x) for x in _micro_batches(batch, self._num_micro_batches)]
+        if not forwards:
+            warnings.warn(
+                "buffers such as running statistics could not be recalculated for the last parameters, as the model "
+                "itself was not called since its first step or the last restart: check an evaluation, or pass some "
+                "batches forward in training mode before it, such as by torch.optim.swa_utils.update_bn",
+                stacklevel=2,
+            )
+        self._buffers.recalculate(forwards)
+
+    def watch_forward(self) -> RemovableHandle:
+        """For loops that do not call `backward`: count changes of buffers from now on, and keep the last inputs."""
+        self._buffers.begin()
+        return self._buffers.watch()
+
+    def _forward(self, batch: Any) -> None:
+        with self._casting():
+            self._plain_loss(self.model, batch)
 
     def names(self) -> list[str]:
         """A tied parameter has its first name."""
@@ -188,6 +264,7 @@ class TorchEngine(Engine):
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "rng_cpu": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state(self._device) if on_cuda else None,
+            "batches": list(self._batches),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -202,13 +279,16 @@ class TorchEngine(Engine):
                 f"the {has} has a learning-rate schedule and the {lacks} has none; resume with the same one"
             )
         self._drop_gradients()
+        self._has_stepped = bool(state["optimizer"]["state"])
         self.model.load_state_dict(state["model"])
-        _load_optimizer(self.optimizer, state["optimizer"])
+        steps.load(self.optimizer, state["optimizer"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["rng_cpu"].cpu())
         if self._device.type == "cuda" and state["rng_cuda"] is not None:
             torch.cuda.set_rng_state(state["rng_cuda"].cpu(), self._device)
+        self._batches.clear()
+        self._batches.extend(tree_map_only(Tensor, lambda x: x.to(self._device), state.get("batches", [])))
 
     def _casting(self) -> AbstractContextManager[object]:
         return nullcontext() if self._autocast is None else torch.autocast(self._device.type, self._autocast)
@@ -218,14 +298,14 @@ class TorchEngine(Engine):
         """A context that calls ``ready`` once for each parameter, for the remaining ones at its end."""
         waiting = set(range(len(self._parameters)))
 
-        def report(i: int, parameter: Tensor) -> None:
+        def report(i: int, parameter: nn.Parameter) -> None:
             if i not in waiting:
                 raise ValueError(
                     "a parameter's gradient came in parts, so it cannot be sent while backward goes on: switch off "
                     "reentrant activation checkpointing, or the algorithm's overlap"
                 )
             waiting.remove(i)
-            assert parameter.grad is not None
+            parameter.grad = _dense_gradient(parameter)
             ready(i, parameter.grad)
 
         hooks = [p.register_post_accumulate_grad_hook(partial(report, i)) for i, p in enumerate(self._parameters)]
@@ -234,22 +314,31 @@ class TorchEngine(Engine):
         finally:
             for hook in hooks:
                 hook.remove()
-        gradients = self._gradients()
+        gradients = self._filled()
         for i in sorted(waiting, reverse=True):
             ready(i, gradients[i])
 
-    def _gradients(self) -> list[Tensor]:
-        """The gradient of each parameter, set to zeros where there was none."""
-        return self.gradients(range(len(self._parameters)))
+    def _filled(self, numbers: Sequence[int] | None = None) -> list[Tensor]:
+        """The gradients of these parameters (None: all), set to zeros where there was none."""
+        found = []
+        for i in range(len(self._parameters)) if numbers is None else numbers:
+            parameter = self._parameters[i]
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            found.append(parameter.grad)
+        return found
 
     def _step(self, numbers: set[int]) -> None:
         """The optimizer step of these parameters alone: torch skips those without a gradient."""
         hidden = [(p, p.grad) for i, p in enumerate(self._parameters) if i not in numbers]
         for p, _ in hidden:
             p.grad = None
-        self.optimizer.step()
+        steps.step(self.optimizer)
         for p, gradient in hidden:
             p.grad = gradient
+
+    def _note_step(self, *_: Any) -> None:
+        self._has_stepped = True
 
     def _drop_gradients(self) -> None:
         self._updated.clear()
@@ -257,24 +346,11 @@ class TorchEngine(Engine):
             p.grad = None
 
 
-def _trainable(model: nn.Module, optimizer: Optimizer) -> list[nn.Parameter]:
-    """The model's trainable parameters, once each; all must be in the optimizer."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        raise ValueError("the model has no trainable parameter: requires_grad is False for all, or there are none")
-    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    left_out = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in optimized]
-    if left_out:
-        raise ValueError(
-            f"trainable parameters that the optimizer does not hold: {', '.join(left_out)}; give them to it or freeze "
-            "them with requires_grad_(False)"
-        )
-    if optimized - {id(p) for p in model.parameters()}:
-        raise ValueError("the optimizer holds parameters that are not the model's; their state could not be saved")
-    addresses = [p.data_ptr() for p in parameters if p.data_ptr()]
-    if len(set(addresses)) < len(addresses):
-        raise ValueError("two parameters share memory; tie them as one nn.Parameter, which then has one gradient")
-    return parameters
+def _dense_gradient(parameter: nn.Parameter) -> Tensor:
+    """Zeros where there is none; a sparse gradient becomes dense."""
+    if parameter.grad is None:
+        return torch.zeros_like(parameter)
+    return parameter.grad if parameter.grad.layout == torch.strided else parameter.grad.to_dense()
 
 
 def _options(optimizer: Optimizer) -> list[dict[str, Any]]:
@@ -300,23 +376,3 @@ def _micro_batches(batch: Any, num: int) -> list[Any]:
             "a multiple of it"
         )
     return list(batch.chunk(num))
-
-
-def _load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    """Load in place, so that the optimizer's state keeps its memory.
-
-    torch's own loading replaces tensors, may share them with ``saved``, and casts them to the parameter's dtype, which
-    would round fp32 moments of bf16 parameters.
-    """
-    before = {p: dict(state) for p, state in optimizer.state.items()}
-    optimizer.load_state_dict(dict(saved))
-    saved_ids = [i for group in saved["param_groups"] for i in group["params"]]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, p in zip(saved_ids, parameters, strict=True):
-        for name, value in saved["state"].get(i, {}).items():
-            if isinstance(value, Tensor):
-                exact = value.detach().to(optimizer.state[p][name].device, copy=True)
-                old = before.get(p, {}).get(name)
-                if isinstance(old, Tensor) and (old.shape, old.dtype) == (exact.shape, exact.dtype):
-                    exact = old.copy_(exact)
-                optimizer.state[p][name] = exact

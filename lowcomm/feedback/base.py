@@ -16,7 +16,7 @@ S = TypeVar("S")
 class Feedback(ABC, Generic[S]):
     """Functions before and after a compressor; what changes between rounds is in the state ``S``.
 
-    States are not modified, so a failed round changes nothing.
+    Only `after` modifies a state, once all messages of the round are here: a failed round changes nothing.
 
     Attributes:
         keeps_mean: whether it accumulates means of what was sent, and so needs them over all ranks at every place.
@@ -42,6 +42,8 @@ class Feedback(ABC, Generic[S]):
     @abstractmethod
     def after(self, kept: Any, sent: Tensor, mean: Tensor, state: S) -> tuple[Tensor, S]:
         """The estimate of the mean of ``x`` over ranks, equal on all of them, and the new state.
+
+        The new state may be the old one, modified; the estimate shares no memory with it.
 
         Args:
             kept: the second result of `before`.

@@ -61,13 +61,13 @@ class EF14(Feedback[EF14State]):
         error = state.error
         if self.memory is not None:
             error = self.memory.decode(error, x.numel()).view(x.shape).to(x.dtype)
-        wanted = x.add(error, alpha=self.decay)
+        wanted = x if self.decay == 0 else x.add(error, alpha=self.decay)
         return wanted, wanted
 
     def after(self, kept: Tensor, sent: Tensor, mean: Tensor, state: EF14State) -> tuple[Tensor, EF14State]:
         """The mean of what was sent."""
         num_rounds = state.num_rounds + 1
-        return mean, EF14State(self._kept(kept - sent, num_rounds), num_rounds)
+        return mean, EF14State(self._kept(kept.sub_(sent), num_rounds), num_rounds)
 
     def _kept(self, error: Tensor, num_rounds: int) -> Tensor:
         if self.memory is None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lowcomm.comm.base import Comm, Work
 from lowcomm.feedback.base import Feedback
-from lowcomm.feedback.tracked import Tracked, moved, resynced, tracked
+from lowcomm.feedback.tracked import Tracked, move, resynced, tracked
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class EF21(Feedback[Tracked]):
 
     def after(self, kept: None, sent: Tensor, mean: Tensor, state: Tracked) -> tuple[Tensor, Tracked]:
         """The mean of all g."""
-        state = moved(state, sent, mean)
+        move(state, sent, mean)
         return state.ours.clone(), state
 
     def resync(self, state: Tracked, comm: Comm) -> Generator[Work[Any], Any, Tracked]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowcomm.comm.base import Comm, Work
 from lowcomm.feedback.base import Feedback
-from lowcomm.feedback.tracked import Tracked, moved, resynced, tracked
+from lowcomm.feedback.tracked import Tracked, move, resynced, tracked
 
 
 @dataclass
@@ -58,13 +58,14 @@ class EF21SGDM(Feedback[EF21SGDMState]):
 
     def before(self, x: Tensor, state: EF21SGDMState) -> tuple[Tensor, Tensor]:
         """What is new in v, and v."""
-        average = x.clone() if state.average is None else state.average.mul(1 - self.eta).add_(x, alpha=self.eta)
-        return average - state.known.mine, average
+        last = state.average
+        average = x.clone() if last is None or self.eta == 1 else last.mul(1 - self.eta).add_(x, alpha=self.eta)
+        return average if state.known.is_new else average - state.known.mine, average
 
     def after(self, kept: Tensor, sent: Tensor, mean: Tensor, state: EF21SGDMState) -> tuple[Tensor, EF21SGDMState]:
         """The mean of what is known of all v."""
-        known = moved(state.known, sent, mean)
-        return known.ours.clone(), EF21SGDMState(kept, known)
+        move(state.known, sent, mean)
+        return state.known.ours.clone(), EF21SGDMState(kept, state.known)
 
     def resync(self, state: EF21SGDMState, comm: Comm) -> Generator[Work[Any], Any, EF21SGDMState]:
         """Recompute the mean; a new member starts v with its first x."""

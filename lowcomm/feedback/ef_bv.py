@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lowcomm.comm.base import Comm, Work
 from lowcomm.feedback.base import Feedback
-from lowcomm.feedback.tracked import Tracked, moved, resynced, tracked
+from lowcomm.feedback.tracked import Tracked, move, resynced, tracked
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,9 @@ class EFBV(Feedback[Tracked]):
         """The mean of all h and nu of what was sent now; all of it where that was exact."""
         is_dense = self.is_dense(state)
         lam, nu = (1.0, 1.0) if is_dense else (self.lam, self.nu)
-        return state.ours.add(mean, alpha=nu), moved(state, sent, mean, by=lam)
+        estimate = state.ours.add(mean, alpha=nu)
+        move(state, sent, mean, by=lam)
+        return estimate, state
 
     def resync(self, state: Tracked, comm: Comm) -> Generator[Work[Any], Any, Tracked]:
         """Recompute the mean; a new member has h = 0."""

@@ -36,9 +36,11 @@ def tracked(like: Tensor) -> Tracked:
     return Tracked(torch.zeros_like(like), torch.zeros_like(like), True)
 
 
-def moved(state: Tracked, sent: Tensor, mean: Tensor, by: float = 1.0) -> Tracked:
-    """Both vectors after a round in which this member sent ``sent`` and all together ``mean``, times ``by``."""
-    return Tracked(state.mine.add(sent, alpha=by), state.ours.add(mean, alpha=by), False)
+def move(state: Tracked, sent: Tensor, mean: Tensor, by: float = 1.0) -> None:
+    """Move both vectors in place, by what this member and all together sent, times ``by``."""
+    state.mine.add_(sent, alpha=by)
+    state.ours.add_(mean, alpha=by)
+    state.is_new = False
 
 
 def resynced(state: Tracked, comm: Comm) -> Generator[Work[Any], Any, Tracked]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowcomm.tensors import rng
 
@@ -15,7 +17,7 @@ from lowcomm.tensors import rng
 class ModelConfig(ABC):
     """A causal language model: its module maps tokens ``[batch, seq]`` (int64) to logits ``[batch, seq, vocab]``.
 
-    The logits are a tensor, or the attribute ``logits`` of what forward returns.
+    What forward returns holds them as `logits_of` knows.
     """
 
     def build(self, vocab_size: int, seed: int) -> nn.Module:
@@ -46,6 +48,30 @@ class ModelConfig(ABC):
     @abstractmethod
     def construct(self, vocab_size: int) -> nn.Module:
         """The module, initialised from torch's global CPU generator, which `build` has seeded."""
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits ``[batch, seq, vocab]`` in what a model's forward returns.
+
+    That is the tensor itself, an entry or attribute ``logits``, or the first tensor of three dimensions in a tuple.
+
+    Raises:
+        ValueError: when there are none.
+    """
+    found = output
+    if isinstance(output, Mapping):
+        found = output.get("logits")
+    elif hasattr(output, "logits"):
+        found = output.logits
+    elif isinstance(output, (tuple, list)):
+        found = next((x for x in output if isinstance(x, Tensor) and x.ndim == 3), None)
+    if isinstance(found, Tensor) and found.ndim == 3 and found.is_floating_point():
+        return found
+    given = f"{found.dtype}{list(found.shape)}" if isinstance(found, Tensor) else f"a {type(output).__name__} without"
+    raise ValueError(
+        f"the model's forward returns {given} where there should be floating-point logits [batch, seq, vocab]: return "
+        'them as a tensor, as "logits" of a dict or object, or first in a tuple'
+    )
 
 
 def check_vocabulary(model: str, num_embeddings: int, vocab_size: int) -> None:

@@ -17,10 +17,10 @@ def flops_per_token(model: nn.Module, seq_len: int) -> float | None:
 
     For a transformer this is 6 x the matrix parameters (the head counts, the embedding's look-up does not) plus
     12 x num_layers x dim x seq_len: attention counts the full square, although a causal kernel may skip half of it.
-    Measured rather than derived: the matrix products of one forward of ``seq_len`` tokens on fake tensors, which have
-    shapes and no values, times three for forward and backward; so it holds for any architecture. Recomputed
-    activations do not count, and frozen parameters count as if they were trained. A forward whose work depends on
-    values, such as a mixture of experts, cannot be counted so.
+    It is measured: the matrix products of one forward of ``seq_len`` tokens on fake tensors, which have shapes and no
+    values, times three for forward and backward. So it holds for any architecture. Recomputed activations do not count,
+    and frozen parameters count as if they were trained. A forward whose work depends on values, such as a mixture of
+    experts, cannot be counted.
 
     Raises:
         ValueError: when ``seq_len`` is below 1.

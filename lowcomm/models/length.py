@@ -7,13 +7,13 @@ from torch import nn
 
 
 class _FarEnough(Exception):
-    """Forward came to the first layer."""
+    """Forward reached the first layer."""
 
 
 def check_length(model: nn.Module, seq_len: int) -> None:
-    """Try one sequence of ``seq_len`` tokens as far as the first layer, before which most models look positions up.
+    """Run one sequence of ``seq_len`` tokens up to the first layer; most models look positions up before it.
 
-    That is the first module that an nn.ModuleList or nn.Sequential holds. Rotary positions have no end.
+    The first layer is the first module in an nn.ModuleList or nn.Sequential. Rotary positions have no limit.
 
     Args:
         model: on the CPU, where an index that is too large is an error that can be caught; left as it was.
@@ -57,6 +57,6 @@ def _failure(model: nn.Module, seq_len: int) -> Exception | None:
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    """What lists and sequences of modules hold; those among it that are not called, such as lists, left out."""
+    """The members of lists and sequences of modules, but for those that cannot be called, such as lists."""
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential))
     return [x for one in lists for x in one.children() if type(x).forward is not nn.Module.forward]

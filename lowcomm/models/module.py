@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lowcomm.models.base import ModelConfig, check_vocabulary
+from lowcomm.models.base import ModelConfig, check_vocabulary, logits_of
 
 
 @dataclass(frozen=True)
@@ -50,20 +50,26 @@ class Module(ModelConfig):
         return model
 
     def _check_contract(self, model: nn.Module, vocab_size: int) -> None:
-        """Try two tokens with the highest id: a wrong shape is best told before a run starts."""
+        """Try two tokens with the highest id, to find wrong shapes before a run starts."""
         modes = [(module, module.training) for module in model.modules()]
         try:
             with torch.no_grad():
-                logits = model.eval()(torch.full((1, 2), vocab_size - 1))
+                logits = logits_of(model.eval()(torch.full((1, 2), vocab_size - 1)))
         except IndexError as error:
             raise ValueError(
                 f"{self.path} does not accept token id {vocab_size - 1} ({error}): the tokenizer needs a vocabulary "
                 f"of {vocab_size}; enlarge the model's in args, now {dict(self.args)}"
             ) from error
+        except (TypeError, RuntimeError) as error:
+            if torch.get_default_device().type == "meta":  # `lowcomm.sim.record.timing` knows what to say
+                raise
+            raise ValueError(
+                f"{self.path} cannot pass forward tokens [1, 2], int64 ({error}): forward must take tokens [batch, seq]"
+                " alone, of any length up to seq_len"
+            ) from error
         finally:
             for module, training in modes:
                 module.training = training
-        logits = logits if isinstance(logits, Tensor) else logits.logits
         if logits.shape[:-1] != (1, 2):
             raise ValueError(
                 f"{self.path} maps tokens [1, 2] to {list(logits.shape)}; forward must return [batch, seq, vocab]"

@@ -51,14 +51,13 @@ class Nesterov(Outer[NesterovState]):
             raise ValueError(f"Nesterov(momentum={self.momentum}): it must be at least 0 and below 1; 0.9 is usual")
 
     def init(self, anchor: list[Tensor]) -> NesterovState:
-        """Zero momentum."""
         return NesterovState(zeros(anchor))
 
     def tensors(self, state: NesterovState) -> list[Tensor]:
         return state.buffer
 
     def apply(self, anchor: list[Tensor], delta: list[Tensor], state: NesterovState) -> None:
-        """One step, in place, by torch's fused kernel: one pass over all of it."""
+        """By torch's fused kernel, in one pass."""
         if not anchor or valueless(anchor):
             return
         state.buffer[:] = laid_out_like(anchor, state.buffer)

@@ -28,9 +28,7 @@ class SGD(Outer[None]):
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"outer SGD(lr={self.lr}): it must be positive and finite; 1 is plain averaging")
 
-    def init(self, anchor: list[Tensor]) -> None:
-        """No state."""
+    def init(self, anchor: list[Tensor]) -> None: ...
 
     def apply(self, anchor: list[Tensor], delta: list[Tensor], state: None) -> None:
-        """anchor <- anchor - lr delta."""
         add_(anchor, delta, alpha=-self.lr)

@@ -57,8 +57,8 @@ class View:
 class Meeting:
     """The replicas between rounds, single-threaded; times are the caller's.
 
-    The caller calls `poll` after other methods and when the last `poll` said so. It looks at everyone who is present, so
-    of many arrivals that are there together it follows the last.
+    The caller calls `poll` after other methods and when the last `poll` said so. It looks at everyone who is
+    present, so of many arrivals that are there together it follows the last.
 
     Attributes:
         rule: when a round goes on.

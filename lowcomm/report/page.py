@@ -1,4 +1,4 @@
-"""The page: a table, pictures, and what each run was."""
+"""The HTML page: a table, curves, and each run's config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Curves as SVG that takes its colours from the page around it, and so reads on light and on dark."""
+"""Curves as SVG that takes its colours from the page, light or dark."""
 
 from __future__ import annotations
 
@@ -116,11 +116,11 @@ def picture(id: str, curves: Sequence[tuple[str, Sequence[Point]]], axis: Axis, 
 
 
 def for_page(svg: str, id: str, colours: Mapping[str, str]) -> str:
-    """What matplotlib wrote as a bare ``<svg>`` within a page, whose font it takes.
+    """Matplotlib's output as a bare ``<svg>`` that takes the font of its page.
 
     Args:
         id: unique on the page; every id within gets it as a prefix.
-        colours: what stands in CSS for each colour that is to follow the page.
+        colours: the CSS colour to put in place of each drawn one.
     """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)

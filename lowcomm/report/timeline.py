@@ -1,4 +1,4 @@
-"""What the ranks of a simulated run did in a few of its rounds, as a picture for the page."""
+"""A picture of what the ranks of a simulated run did in a few rounds."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def middle_steps(num_steps: int, num_rounds: int) -> tuple[int, int]:
 
 
 def span_of_steps(spans: Sequence[Span], first: int, last: int) -> tuple[float, float] | None:
-    """From when a rank begins step ``first`` to when one begins the step after ``last``, or to the end of the spans.
+    """When the first rank begins step ``first``, and when the first begins the step after ``last``, or the end of all.
 
     None when no rank computed ``first``.
     """

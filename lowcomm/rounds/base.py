@@ -38,6 +38,7 @@ class RoundsState(ABC):  # noqa: B024  # what states are made from, and none its
         synced_t: the step of the last round.
         ends_t: the step at which the present round ends.
         completed_t: the step of the last `complete`; None before.
+        is_checked: whether a method that minds the optimizer's states has seen them, after a first real step.
     """
 
     kept: dict[str, list[ReducerState]] = field(default_factory=dict)
@@ -49,6 +50,7 @@ class RoundsState(ABC):  # noqa: B024  # what states are made from, and none its
     synced_t: int = 0
     ends_t: int = 0
     completed_t: int | None = None
+    is_checked: bool = False
 
 
 S = TypeVar("S", bound=RoundsState)
@@ -190,6 +192,11 @@ class Rounds(Algorithm[S], ABC):
             engine.update_part([sending.numbers[i] for i in group])
         exchange.add(group, sending.start(group, state.kept[sending.slot][k], comm))
 
+    def loads(self, t: int, state: S) -> bool:
+        """At the end of a round, and when an average arrives."""
+        is_due = self.is_due(t, state) or any(sent.due_t <= t for sent in state.under_way)
+        return self.averages == "param" and is_due
+
     def before_update(self, t: int, engine: Engine, state: S, comm: Comm) -> None:
         """Do the step's round and pending exchanges here if it averages gradients."""
         if self.averages == "grad":
@@ -275,6 +282,9 @@ class Rounds(Algorithm[S], ABC):
         if is_due:
             state.round, state.synced_t = state.round + 1, t
             state.ends_t = t + round_steps(self.every, t, engine.lr())
+        elif isinstance(self.every, QSR):  # a rate that has risen since the round began asks for a shorter one
+            length = self.every.round_steps(state.synced_t, engine.lr())
+            state.ends_t = min(state.ends_t, max(t + 1, state.synced_t + length))
 
     def exchange(
         self, t: int, engine: Engine, state: S, comm: Comm, sendings: list[Sending], is_last: bool = False
@@ -285,12 +295,13 @@ class Rounds(Algorithm[S], ABC):
         try:
             sent, arrived = self._talk(t, state, comm, sendings, due, is_last)
         except (PeerLost, Late, NonFinite) as error:
-            failure = error
+            failure = NonFinite(error.ranks, t) if isinstance(error, NonFinite) else error
         comm.agree(failure)
 
         state.leaving = []
         state.under_way = [x for x in [*state.under_way, *sent] if x not in arrived]
         for exchange in arrived:
+            exchange.settle(in_place=True)
             state.kept[exchange.slot] = exchange.kept()
             self.commit(t, engine, state, exchange, exchange.means())
         for exchange in sent:
@@ -314,7 +325,7 @@ class Rounds(Algorithm[S], ABC):
             exchange.advance(t)
         arrived = [*due, *(x for x in sent if is_last or x.due_t <= t)]
         for exchange in arrived:
-            exchange.settle()
+            exchange.arrive()
         return sent, arrived
 
     def _sent(self, t: int, sending: Sending, kept: dict[str, list[ReducerState]], state: S, comm: Comm) -> Exchange:

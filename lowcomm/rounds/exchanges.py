@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lowcomm.comm.base import Comm, Late, PeerLost, Task
-from lowcomm.reduce import ALL_SENT, BUCKET_BYTES, Reducer, ReducerState
-from lowcomm.tensors import buckets
+from lowcomm.comm.base import Comm, Late, PeerLost, Task, Work
+from lowcomm.feedback.none import NoFeedback
+from lowcomm.reduce import ALL_SENT, BUCKET_BYTES, Arrived, NonFinite, Reducer, ReducerState
+from lowcomm.tensors import are_finite, buckets, valueless
 
 # What to average of the tensors at these places of a list.
 Values = Callable[[Sequence[int]], list[Tensor]]
 # Starts an average of values as `Reducer.mean` does.
-Average = Callable[[list[Tensor], ReducerState, Comm], Task[tuple[list[Tensor], ReducerState]]]
+Averaged = tuple[list[Tensor], ReducerState]
+Average = Callable[[list[Tensor], ReducerState, Comm], Task[Averaged]]
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Sending:
         memo: returned to the method with the means: tensors, numbers, lists of them.
         average: averages ``like``, in place of the reducer's mean over all members.
         has_prelude: whether the first message may be a preliminary exchange, waited for one step later.
+        is_watched: whether means that are not finite are refused.
     """
 
     slot: str
@@ -46,6 +50,7 @@ class Sending:
     memo: Any = None
     average: Average | None = None
     has_prelude: bool = False
+    is_watched: bool = True
 
     def cut(self, overlap: bool) -> list[list[int]]:
         """The places that are sent together, in order: with ``overlap`` groups of the reducer's ``bucket_bytes`` from
@@ -59,9 +64,29 @@ class Sending:
         """Start averaging the values at these places."""
         like, values = [self.like[i] for i in places], self.values
         if self.average is not None:
-            return UnderWay(self.average(like, kept, comm))
-        made = None if values is None else lambda some: values([places[k] for k in some])
-        return UnderWay(self.reducer.mean(like, kept, comm, made))
+            task: Task[Any] = self.average(like, kept, comm)
+        else:
+            made = None if values is None else lambda some: values([places[k] for k in some])
+            task = self.reducer.arrival(like, kept, comm, made)
+        has_asked = self.average is None and not isinstance(self.reducer.feedback, NoFeedback)
+        if self.is_watched and self.reducer.compressor.passes_nonfinite and not has_asked and not valueless(like):
+            task = Task(self._refusing(task, lambda: like if values is None else values(places), comm))
+        return UnderWay(task)
+
+    def _refusing(
+        self, task: Task[Any], own: Callable[[], list[Tensor]], comm: Comm
+    ) -> Generator[Work[Any], Any, Averaged]:
+        """The task, but means that are not finite raise `NonFinite`: on all ranks, as their means are equal."""
+        found = yield from task.steps()
+        means, kept = found.commit() if isinstance(found, Arrived) else found
+        if not are_finite(means):
+            spoils = not are_finite(own())
+            ranks = [comm.rank] if spoils else []
+            if self.average is None and not self.delay and not self.pace:  # all ranks are here, with all others
+                told = yield comm.all_gather(torch.tensor([spoils]))
+                ranks = [rank for rank, flag in zip(comm.members, told.flatten().tolist(), strict=True) if flag]
+            raise NonFinite(ranks)
+        return means, kept
 
     def exchange(self, t: int) -> Exchange:
         """The `Exchange` for step ``t``, still without parts."""
@@ -84,7 +109,7 @@ class UnderWay:
     """A started average.
 
     Attributes:
-        task: the pending computation; None once settled.
+        task: the pending computation, of an `Arrived` or of means and state; None once settled.
         means: the result, once settled.
         reducer: the reducer's new state, once settled.
     """
@@ -103,10 +128,11 @@ class UnderWay:
             if self.task.pending is ALL_SENT:
                 return
 
-    def settle(self) -> None:
-        """Wait for the result, and keep it as plain tensors for checkpoints."""
+    def settle(self, in_place: bool = False) -> None:
+        """Wait for the result, and keep it as plain tensors for checkpoints. See `Arrived.commit` for ``in_place``."""
         if self.task is not None:
-            self.means, self.reducer = self.task.result()
+            found = self.task.result()
+            self.means, self.reducer = found.commit(in_place) if isinstance(found, Arrived) else found
             self.task = None
 
     def is_between_messages(self) -> bool:
@@ -151,12 +177,19 @@ class Exchange:
                     if not (self.has_prelude and k == 0 and part.is_between_messages()):
                         part.advance()
 
-    def settle(self) -> None:
-        """Wait for all parts; raises `failure`."""
+    def arrive(self) -> None:
+        """Wait for all messages, and change nothing; raises `failure`."""
         if self.failure is not None:
             raise self.failure
         for part in self.parts:
-            part.settle()
+            if part.task is not None:
+                part.task.result()
+
+    def settle(self, in_place: bool = False) -> None:
+        """Wait for all parts and keep their results; raises `failure`. With ``in_place`` it is the commit."""
+        self.arrive()
+        for part in self.parts:
+            part.settle(in_place)
 
     def means(self) -> list[Tensor]:
         """The means in the order of places."""

@@ -112,6 +112,28 @@ def check_pull(pull: float, momentum: float, size: int | None, named: str, remed
         )
 
 
+def check_keeps_values(reducer: Reducer, named: str, remedy: str) -> None:
+    """Refuse reducers that cannot average parameters themselves: zeros would stand where nothing was sent.
+
+    A feedback that sends differences to what is known, and begins uncompressed, makes any compressor fit.
+
+    Args:
+        named: the method and its option.
+        remedy: what else to change.
+
+    Raises:
+        ValueError: naming the compressor.
+    """
+    feedback = reducer.feedback
+    follows = feedback.keeps_mean and feedback.is_dense(feedback.init(torch.zeros(1)))
+    if not (follows or reducer.compressor.keeps_values()):
+        raise ValueError(
+            f"{named} averages parameters themselves, of which {reducer.compressor} leaves out a part, with "
+            f"{feedback}: what is not sent would become 0; take a compressor that sends every value, such as "
+            f"Quantized, or EF21() as feedback{remedy}"
+        )
+
+
 def check_finalize(finalize: str) -> None:
     """Check that it is a `Finalize`.
 

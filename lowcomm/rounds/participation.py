@@ -46,18 +46,6 @@ class DroppedRounds:
         return (draws >= self.probability).tolist()
 
 
-def check_weights(weights: Sequence[float] | None) -> None:
-    """Check that there is a valid weight for each member.
-
-    Raises:
-        ValueError: for a weight that is not positive and finite.
-    """
-    if weights is not None and any(not (w > 0 and math.isfinite(w)) for w in weights):
-        raise ValueError(
-            f"weights {list(weights)}: each must be positive and finite; leave a replica out to give it none"
-        )
-
-
 def check_number(name: str, options: Sequence[object] | None, members: Sequence[int]) -> None:
     """Check that a list has one entry for each replica.
 
@@ -69,12 +57,17 @@ def check_number(name: str, options: Sequence[object] | None, members: Sequence[
 
 
 def check_participation(reducer: Reducer, weights: Sequence[float] | None, dropped: DroppedRounds | None) -> None:
-    """Refuse reducers that do not weight a replica by its factor.
+    """Refuse what cannot be weighted.
 
     Raises:
-        ValueError: for a mean over the ranks that sent a place, whose weights are unknown; and for dropped rounds with
-            a feedback, whose memory would be sent although its replica is dropped.
+        ValueError: for a weight that is not positive and finite; for a mean over the ranks that sent a place, whose
+            weights are unknown; and for dropped rounds with a feedback, whose memory would be sent although its replica
+            is dropped.
     """
+    if weights is not None and any(not (w > 0 and math.isfinite(w)) for w in weights):
+        raise ValueError(
+            f"weights {list(weights)}: each must be positive and finite; leave a replica out to give it none"
+        )
     if (weights is not None or dropped is not None) and not reducer.compressor.divides_by_all():
         raise ValueError(
             f"weights or dropped with {reducer.compressor}: its mean is over those that sent a place, however much "

@@ -6,7 +6,9 @@ Power 2 is QSR; 1 and 3 are the linear and the cubic rule that the paper compare
 the constant one.
 
 Differs from the paper in: during warm-up, the length follows from ``peak_lr``, or is ``base`` without one (the authors'
-code has an option ``init_h``). At a rate of 0 the round lasts to the end of the run; the authors' code divides by it.
+code has an option ``init_h``). A rate that rises within a round shortens it to what it would have been at that rate, as
+in a warm-up that nobody told of; one that falls changes only the next. A round at a rate of 0 lasts until the rate
+rises, or to the end of the run; the authors' code divides by it.
 alpha 0, their switch to a constant length, is refused.
 """
 

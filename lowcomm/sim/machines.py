@@ -33,7 +33,7 @@ class Machines:
         schedule_faults(cluster.fault_events(), self.clock, self._world, network)
 
     def comm(self, rank: int, on_timely: Callable[[str], None] | None = None) -> MeteredComm:
-        """A rank's view of all, whose waits stand in the timeline; see `Meter` for ``on_timely``."""
+        """A rank's view of all ranks, with its waits in the timeline; see `Meter` for ``on_timely``."""
         meter = Meter(
             on_timely=on_timely,
             on_wait=lambda tag, start_s, end_s: self.trace.add(rank, "wait", start_s, end_s, tag),
@@ -46,7 +46,7 @@ class Machines:
 
     def run(self, program: Callable[[int], T]) -> list[Any]:
         """Let every rank run its program to the end; see `Clock.run`."""
-        stopped_s: dict[int, float] = {}  # when ranks did that did not end of themselves
+        stopped_s: dict[int, float] = {}  # when ranks ended by an exception
 
         def noted(rank: int) -> T:
             try:

@@ -15,14 +15,14 @@ import yaml
 
 from lowcomm.checkpoint import Checkpoints
 from lowcomm.config import Run, describe
-from lowcomm.metrics import Metrics, Record, read
+from lowcomm.metrics import Metrics, Record, check_names, file_of, read
+from lowcomm.places import name_of, place_of
 from lowcomm.sim.cluster.cluster import Cluster
 from lowcomm.sim.cluster.faults import Crash, Rejoin
 from lowcomm.sim.engine import SimEngine
 from lowcomm.sim.machines import Machines
 from lowcomm.sim.record.timing import assemble_shapes, explained, shapes_of
 from lowcomm.sim.record.trace import write_chrome_trace
-from lowcomm.sim.simulate import metrics_name
 from lowcomm.train import train
 
 _TIMES = ("time_s", "comm_wait_s", "compute_s", "tokens_per_s", "mfu")
@@ -43,6 +43,7 @@ def retime(run_dir: Path, run: Run, cluster: Cluster, out: Path) -> dict[str, An
     if any(out.glob("metrics*.jsonl")):
         raise ValueError(f"{out} already holds a run; choose another --out")
     vocab_size, token_flops, peak_flops = _kept(run_dir)
+    check_names(run_dir)
     num_ranks = len(list(run_dir.glob("metrics*.jsonl")))
     _check(run, cluster, num_ranks)
     shapes = shapes_of(run, num_ranks, vocab_size)
@@ -61,12 +62,13 @@ def retime(run_dir: Path, run: Run, cluster: Cluster, out: Path) -> dict[str, An
         ledger = assembled.replica.ledger
         ledger.now = lambda: machines.clock.now  # which may be read
         ledger.token_flops, ledger.peak_flops = token_flops, peak_flops
-        train(assembled.replica, assembled.plan, Checkpoints(out / "checkpoints", rank, num_ranks, "simulated"))
+        place = place_of(assembled.replica.comm, num_shards=1)
+        train(assembled.replica, assembled.plan, Checkpoints(out / "checkpoints", place, "simulated"))
         assembled.summary()
 
     with explained():
         machines.run(program)
-    lines = [_anew(run_dir / metrics_name(rank), new) for rank, new in enumerate(found)]
+    lines = [_anew(file_of(run_dir, name_of(rank)), new) for rank, new in enumerate(found)]
 
     out.mkdir(parents=True, exist_ok=True)
     for name in ("config.yaml", "environment.json"):
@@ -74,7 +76,7 @@ def retime(run_dir: Path, run: Run, cluster: Cluster, out: Path) -> dict[str, An
     (out / "cluster.yaml").write_text(yaml.safe_dump(describe(cluster), sort_keys=False), encoding="utf-8")
     write_chrome_trace(machines.trace.spans, out / "trace.json")
     for rank, of_rank in enumerate(lines):
-        metrics = Metrics(out / metrics_name(rank))
+        metrics = Metrics(file_of(out, name_of(rank)))
         for line in of_rank:
             metrics.write(line)
     return lines[0][-1]

@@ -16,14 +16,16 @@ from typing import Any
 import torch
 import yaml
 
-from lowcomm.assemble import Assembled, assemble, autocast_of, describe_into, place, save_weights
+from lowcomm.assemble import Assembled, assemble, autocast_of, describe_into, device_of
 from lowcomm.attendance import Seat
 from lowcomm.checkpoint import Checkpoints
 from lowcomm.comm.metered import MeteredComm
 from lowcomm.config import Run, describe
+from lowcomm.console import show
 from lowcomm.engine.base import Engine
 from lowcomm.engine.torch_engine import TorchEngine
-from lowcomm.metrics import Metrics, ProgressSink, Sink
+from lowcomm.metrics import Metrics, ProgressSink, Sink, file_of
+from lowcomm.places import name_of, place_of
 from lowcomm.sim.cluster.calibrate import measured_step_s
 from lowcomm.sim.cluster.cluster import Cluster
 from lowcomm.sim.cluster.faults import Rejoin
@@ -65,7 +67,7 @@ def simulate(
     """
     _refuse(run, cluster, out, timing_only, num_resident, stacked)
     num_ranks = cluster.num_ranks
-    device = torch.device("cpu") if timing_only else place(run).device
+    device = torch.device("cpu") if timing_only else device_of(run)
     residence = Residence(device, num_resident, out)
     stack = Stack(autocast_of(run), compile=run.compile) if stacked else None
     if device.type == "cuda":
@@ -74,7 +76,7 @@ def simulate(
     build = _timing(run, num_ranks) if timing_only else _real(run, device)
     if cluster.compute.needs_calibration():
         step_s = measured_step_s(lambda comm: build(comm, lambda record: None, lambda engine: engine, None), num_ranks)
-        print(f"a step takes {step_s:.4g} s on this machine")
+        show(f"a step takes {step_s:.4g} s on this machine")
         cluster = replace(cluster, compute=cluster.compute.calibrated(step_s))
     describe_into(run, out)
     (out / "cluster.yaml").write_text(yaml.safe_dump(describe(cluster), sort_keys=False), encoding="utf-8")
@@ -85,7 +87,7 @@ def simulate(
 
     def program(rank: int) -> dict[str, Any]:
         sinks: list[Sink] = [ProgressSink(run.steps(num_ranks))] if rank == 0 else []
-        metrics = Metrics(out / metrics_name(rank), sinks)
+        metrics = Metrics(file_of(out, name_of(rank)), sinks)
         pace = machines.pace(rank)
 
         def around(engine: Engine) -> Engine:
@@ -104,9 +106,10 @@ def simulate(
             if rank == 0:
                 ledger = assembled.replica.ledger
                 kept.update(token_flops=ledger.token_flops, peak_flops=ledger.peak_flops)
-            train(assembled.replica, assembled.plan, Checkpoints(out / "checkpoints", rank, num_ranks, "simulated"))
-            if rank == 0 and not timing_only:
-                save_weights(assembled.model, out / "final.safetensors")
+            place = place_of(assembled.replica.comm, num_shards=1)
+            train(assembled.replica, assembled.plan, Checkpoints(out / "checkpoints", place, "simulated"))
+            if not timing_only:
+                assembled.save(out / "final.safetensors")
             return assembled.summary()
         finally:
             residence.leave(rank)
@@ -122,16 +125,11 @@ def simulate(
     environment = json.loads((out / "environment.json").read_text(encoding="utf-8"))
     environment |= {"simulated": kept, "memory": residence.measured()}
     (out / "environment.json").write_text(json.dumps(environment, indent=1), encoding="utf-8")
-    print(residence.line())
+    show(residence.line())
     if stack is not None:
-        print(stack.line())
+        show(stack.line())
     first: dict[str, Any] = summaries[0]
     return first
-
-
-def metrics_name(rank: int) -> str:
-    """The file of a rank's lines in a run directory."""
-    return "metrics.jsonl" if rank == 0 else f"metrics.rank{rank}.jsonl"
 
 
 def _refuse(run: Run, cluster: Cluster, out: Path, timing_only: bool, num_resident: int | None, stacked: bool) -> None:

@@ -5,19 +5,28 @@ import inspect
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
+import lowcomm
 from lowcomm.algorithms.base import Algorithm, step
 from lowcomm.algorithms.diloco import DiLoCo
 from lowcomm.algorithms.noloco import NoLoCo
+from lowcomm.algorithms.sparta import SPARTA
 from lowcomm.algorithms.streaming_diloco import StreamingDiLoCo
 from lowcomm.comm.echo import EchoComm
 from lowcomm.comm.metered import Meter, MeteredComm
 from lowcomm.comm.solo import SoloComm
+from lowcomm.compress.power_sgd import PowerSGD
 from lowcomm.compress.quantized import Quantized
-from lowcomm.reduce import Reducer
+from lowcomm.compress.top_k import TopK
+from lowcomm.feedback.ef21 import EF21
+from lowcomm.feedback.none import NoFeedback
+from lowcomm.reduce import NonFinite, Reducer
 from lowcomm.state import restore, state_tree
+from lowcomm.tensors import digest
 from tests.algorithms import all_algorithms, expected_rounds, inner_of
-from tests.replicas import flat, make_batch, make_engine, make_model, mse, train
+from tests.compressors import all_feedbacks
+from tests.replicas import flat, make_batch, make_engine, make_model, mse, tensors_in, train
 from tests.roles import players
 from tests.world import Passing, run_world
 
@@ -38,6 +47,26 @@ def test_all_ranks_end_with_the_same_parameters(algorithm, num_ranks):
     assert torch.isfinite(final[0]).all()
 
 
+def test_all_ranks_refuse_a_nan_of_one(algorithm):
+    def program(comm):
+        engine = make_engine(inner_of(algorithm))
+        state = algorithm.init(engine, comm)
+
+        def steps():
+            for t in range(1, STEPS + 1):
+                if t == 3 and comm.rank == 1:
+                    engine.slots()["param"][0].fill_(float("nan"))
+                step(algorithm, t, engine, state, comm, make_batch(comm.rank, t))
+            algorithm.finish(STEPS, engine, state, comm)
+
+        with pytest.raises(NonFinite, match="to the round of step") as refused:
+            steps()
+        return refused.value.ranks, all(x.isfinite().all() for x in engine.slots()["param"])
+
+    (other, untouched), (guilty, _) = run_world(2, program)
+    assert other in ((), (1,)) and guilty == (1,) and untouched
+
+
 def test_two_runs_are_bitwise_equal(algorithm):
     first, second = (run_world(3, lambda comm: train(algorithm, comm, STEPS, inner_of(algorithm))) for _ in range(2))
     for a, b in zip(first, second, strict=True):
@@ -50,12 +79,13 @@ def test_state_restored_in_the_middle_of_a_run_goes_on_bitwise(algorithm, stop):
         def steps(engine, state, first, last):
             for t in range(first, last + 1):
                 step(algorithm, t, engine, state, comm, make_batch(comm.rank, t))
-            return flat(engine.slots()["param"])
+            algorithm.settle(state)
+            numbers = [x for x in tree_leaves(state_tree(state)) if not isinstance(x, torch.Tensor)]
+            return numbers, digest([*engine.slots()["param"], *tensors_in(state)])
 
         engine = make_engine(inner_of(algorithm))
         state = algorithm.init(engine, comm)
         steps(engine, state, 1, stop)
-        algorithm.settle(state)
         saved = copy.deepcopy((engine.state_dict(), state_tree(state)))
         expected = steps(engine, state, stop + 1, STEPS)
 
@@ -66,7 +96,7 @@ def test_state_restored_in_the_middle_of_a_run_goes_on_bitwise(algorithm, stop):
         return expected, steps(fresh, fresh_state, stop + 1, STEPS)
 
     for expected, got in run_world(2, program):
-        assert torch.equal(expected, got)
+        assert expected == got
 
 
 OF_THREE = [DiLoCo(4, weights=[1.0, 2.0, 5.0]), StreamingDiLoCo(4, delays=[3, 1, 2]), NoLoCo(4, finalize="pick")]
@@ -133,18 +163,19 @@ def num_rounds(tree):
     return [n for value in tree for n in num_rounds(value)] if isinstance(tree, list) else []
 
 
-def with_reducers():
-    """Every class with each of its reducers; only NoLoCo's of anchors begins anew at the end of a run."""
+def with_reducers(reducer, left_out=""):
+    """Every class with each of its reducers but one: NoLoCo's of anchors begins anew at the end of a run."""
     options = {"DESLOC": {"periods": {"param": 2, "exp_avg": 3}}, "SPARTA": {"fraction": 0.3, "delay": 2}}
     for cls in players(Algorithm, "algorithms"):
         fields = inspect.signature(cls).parameters
         given = options.get(cls.__name__, {"every": 2} if "every" in fields else {})
         for name, field in fields.items():
-            if isinstance(field.default, Reducer) and name != "anchors":
-                yield cls(**given, **{name: Reducer(Quantized())})
+            if isinstance(field.default, Reducer) and name != left_out:
+                # it averages other values in each round
+                yield cls(**given, **{name: Reducer(reducer.compressor) if cls is SPARTA else reducer})
 
 
-@pytest.mark.parametrize("algorithm", list(with_reducers()), ids=str)
+@pytest.mark.parametrize("algorithm", list(with_reducers(Reducer(Quantized()), "anchors")), ids=str)
 def test_what_a_reducer_keeps_goes_on_from_round_to_round(algorithm):
     def program(comm):
         engine = make_engine(inner_of(algorithm))
@@ -156,6 +187,39 @@ def test_what_a_reducer_keeps_goes_on_from_round_to_round(algorithm):
 
     for found in run_world(2, program):
         assert found and min(found) >= 2
+
+
+def memories(tree, is_kept=False):
+    """The floating-point tensors of compressors and feedbacks in a `state_tree`."""
+    if isinstance(tree, torch.Tensor):
+        return [tree] if is_kept and tree.is_floating_point() else []
+    is_kept |= isinstance(tree, dict) and tree.get("__class__") == "BucketState"
+    values = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else []
+    return [found for value in values for found in memories(value, is_kept)]
+
+
+WARM = Reducer(PowerSGD(1, min_compression=1), EF21())
+
+
+@pytest.mark.parametrize("algorithm", list(with_reducers(WARM)), ids=str)
+def test_memories_of_parameters_in_bfloat16_have_32_bits(algorithm):
+    engine, comm = make_engine(inner_of(algorithm), torch.bfloat16), EchoComm(2)
+    state = algorithm.init(engine, comm)
+    for t in range(1, 6):
+        step(algorithm, t, engine, state, comm, make_batch(0, t, torch.bfloat16))
+    found = memories(state_tree(state))
+    assert {x.dtype for x in found} <= {torch.float32} and (found or isinstance(algorithm, SPARTA))
+
+
+@pytest.mark.parametrize("feedback", all_feedbacks(), ids=str)
+def test_memories_of_hooks_have_32_bits(feedback):
+    hook = lowcomm.fsdp_hook(Reducer(TopK(0.5), feedback), EchoComm(2))
+    gradient = torch.ones(8, dtype=torch.bfloat16)
+    for _ in range(2):
+        hook.average("part", gradient)
+    found = {x.dtype for x in memories(hook.state_dict())}
+    has_none = isinstance(feedback, NoFeedback) or getattr(feedback, "memory", None) is not None
+    assert found == (set() if has_none else {torch.float32}) and gradient.dtype == torch.bfloat16
 
 
 def test_it_says_whether_it_ever_sends_in_backward(algorithm):

@@ -29,7 +29,7 @@ PARTS: dict[str, set[str]] = {
     "reduce": {"tensors", "comm.base", "codecs", "joined", "compress", "feedback"},
     "optim": {"tensors"},
     "engine.base": set(),
-    "engine": {"tensors", "engine.base", "optim"},
+    "engine": {"tensors", "engine.base", "optim", "models"},
     "algorithms.base": {"comm.base", "engine.base"},
     "rounds": {
         *("tensors", "comm.base", "engine.base", "codecs", "compress", "feedback", "reduce", "pairwise"),
@@ -46,24 +46,25 @@ PARTS: dict[str, set[str]] = {
 }
 RUN: dict[str, set[str]] = {
     "state": {"tensors"},
+    "claim": set(),
+    "console": set(),
     "environment": {"__init__"},
     "ledger": {"tensors", "comm", "data"},
     "report.si": set(),
-    "metrics": {"tensors", "optional", "comm", "ledger", "report.si"},
-    "checkpoint": {"tensors", "state"},
+    "metrics": {"tensors", "optional", "places", "comm", "ledger", "console", "report.si"},
+    "checkpoint": {"tensors", "places", "state"},
     "config": {*PARTS},
     "attendance": {"comm.base", "engine.base", "algorithms.base", "rounds", "participation"},
     "membership": {"comm.base", "engine.base", "algorithms.base"},
     "replica": {"comm", "engine.base", "algorithms.base", "rounds", "ledger", "membership", "attendance"},
-    "train": {"comm", "engine.base", "algorithms.base", "state", "ledger", "membership", "checkpoint", "replica"},
+    "train": {"comm", "algorithms.base", "rounds", "state", "checkpoint", "replica"},
     "resume": {"comm.base", "comm", "state", "checkpoint", "config", "metrics", "replica"},
-    "assemble": {
-        *(*PARTS, "resume", "state", "environment", "ledger", "metrics", "membership", "attendance", "replica"),
-        *("checkpoint", "config", "train"),
-    },
+    "assemble": {*PARTS, "claim", "resume", "state", "environment", "ledger", "metrics", "membership", "attendance"}
+    | {"replica", "checkpoint", "config", "train"},
     "predict": {*PARTS, "config", "assemble"},
-    "attach": {"comm.base", "comm", "engine.base", "engine", "algorithms.base", "state", "membership"},
-    "hooks": {"comm.base", "comm", "reduce", "state"},
+    "attach": {"tensors", "comm.base", "comm", "engine.base", "engine"}
+    | {"algorithms.base", "rounds", "state", "membership"},
+    "hooks": {"comm.base", "comm", "engine.base", "engine", "reduce", "state"},
     "coordinator": {"optional", "participation"},
     "report": {"optional", "config", "metrics", "report.si", "sim.record"},
 }
@@ -77,8 +78,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("tensors", "optional", "comm", "engine.base", "engine", "membership", "attendance", "replica", "train"),
         *("config", "assemble", "sim.wire"),
     },
-    "sim": {*PARTS, *RUN, "sim.wire", "sim.cluster", "sim.record"}
-    - {"report", "coordinator"},  # only the command line imports them
+    "sim": {*PARTS, *RUN, "sim.wire", "sim.cluster", "sim.record"} - {"report", "coordinator"},  # the command line's
     "parsing": set(),
     "cli": {*PARTS, *RUN, "sim", "sim.wire", "sim.cluster", "parsing", "__init__"},
     "__main__": {"cli"},
@@ -101,7 +101,7 @@ NOT_A_METHOD = {
     "lowcomm/feedback/none.py",
     "lowcomm/feedback/tracked.py",
     "lowcomm/outer/sgd.py",
-    *(f"lowcomm/rounds/{name}.py" for name in ("anchors", "exchanges", "gossip", "participation")),
+    *(f"lowcomm/rounds/{name}.py" for name in ("anchors", "buffers", "exchanges", "gossip", "participation")),
     "lowcomm/algorithms/data_parallel.py",
     "lowcomm/algorithms/composed.py",
 }

@@ -18,7 +18,7 @@ def test_a_run_goes_on(call, tmp_path):
     flags = ["train", "--config", str(write_tiny(tmp_path)), "--on_loss", "go_on", "--grace_s", "5"]
     ended = launch([*flags, "--out", str(tmp_path / "out")], 3, f"{LOST}:call:{call}:SIGKILL")
     assert ended.codes == [0, 0, -9], ended.errors
-    ends = [read(tmp_path / "out" / name)[-1] for name in ("metrics.jsonl", "metrics.rank1.jsonl")]
+    ends = [read(tmp_path / "out" / name)[-1] for name in ("metrics.jsonl", "metrics.replica00001.jsonl")]
     assert all(end["kind"] == "summary" and end["t"] == 40 and end["members"] == 2 for end in ends)
     same = ("val_loss", "tokens", "round")
     assert [ends[0][key] for key in same] == [ends[1][key] for key in same]
@@ -31,7 +31,7 @@ def test_a_run_that_may_not_go_on_stops(tmp_path):
     assert ended.codes == [1, 1, -9], ended.errors
 
 
-@pytest.mark.parametrize("call", [6, 7])
+@pytest.mark.parametrize("call", [7, 8])
 def test_loops_of_ones_own_go_on(call, tmp_path):
     port, processes = free_port(), []
     for rank in range(3):

@@ -26,7 +26,7 @@ def history(out: Path) -> tuple[list, list, bytes]:
     """All that must not depend on interruptions: losses of both ranks by step, evaluations, final weights."""
     losses = [
         [(r["t"], r["loss"], r["lr"], r["round"], r["tokens"]) for r in read(out / name) if r["kind"] == "step"]
-        for name in ("metrics.jsonl", "metrics.rank1.jsonl")
+        for name in ("metrics.jsonl", "metrics.replica00001.jsonl")
     ]
     evaluations = [(r["t"], r["val_loss"]) for r in read(out / "metrics.jsonl") if r["kind"] == "eval"]
     return losses, evaluations, (out / "final.safetensors").read_bytes()
@@ -82,14 +82,14 @@ def test_a_rank_that_lost_its_checkpoints_makes_all_refuse_and_costs_nothing(los
     run = ["train", "--config", str(write_tiny(tmp_path)), "--out", str(out)]
     first = launch([*run, "--num_steps", "40"], stop_at=f"0:step:{lost[-1][0]}8:SIGKILL")
     assert first.codes == [-signal.SIGKILL, 1], first.errors
-    moved = [out / "checkpoints" / f"t000000{t}" / "rank00001" for t in lost]
+    moved = [out / "checkpoints" / f"t000000{t}" / "replica00001" for t in lost]
     for folder in moved:
         shutil.move(folder, tmp_path / folder.parent.name)
-    kept = {x: x.read_bytes() for x in out.rglob("*") if x.is_file()}
+    kept = {x: x.read_bytes() for x in out.rglob("*") if x.is_file() and x.suffix != ".claim"}
     refused = launch([*run, "--resume"])
     assert refused.codes == [2, 2], refused.errors
     assert all(f"step {lost[-1]} on ranks [0]; none on ranks [1]" in error for error in refused.errors), refused.errors
-    assert {x: x.read_bytes() for x in out.rglob("*") if x.is_file()} == kept
+    assert {x: x.read_bytes() for x in out.rglob("*") if x.is_file() and x.suffix != ".claim"} == kept
     for folder in moved:
         shutil.move(tmp_path / folder.parent.name, folder)
     again = launch([*run, "--resume"])
@@ -103,12 +103,12 @@ def test_newer_checkpoints_outlast_a_common_one_that_does_not_load(tmp_path):
     run = ["train", "--config", str(write_tiny(tmp_path)), "--out", str(out)]
     assert launch(run, stop_at="1:step:28:SIGKILL").codes == [1, -signal.SIGKILL]
     folders = out / "checkpoints"
-    shutil.rmtree(folders / "t00000020" / "rank00001")
-    tree = folders / "t00000010" / "rank00001" / "tree.json"
+    shutil.rmtree(folders / "t00000020" / "replica00001")
+    tree = folders / "t00000010" / "replica00001" / "tree.json"
     tree.write_text(tree.read_text().replace("0", "1", 1))
     refused = launch([*run, "--resume"])
     assert refused.codes[1] == 2 and "is damaged" in refused.errors[1], refused.errors
-    assert refused.codes[0] == 1 and (folders / "t00000020" / "rank00000").exists()
+    assert refused.codes[0] == 1 and (folders / "t00000020" / "replica00000").exists()
 
 
 @pytest.mark.timeout(200)
@@ -116,6 +116,8 @@ def test_a_run_interrupted_while_it_writes_its_first_checkpoint_starts_again(tmp
     out = tmp_path / "out"
     run = ["train", "--config", str(write_tiny(tmp_path)), "--out", str(out)]
     assert launch(run, stop_at="0:rename:1:SIGKILL").codes == [-signal.SIGKILL, 1]
-    assert (out / "checkpoints/t00000010/rank00001").exists() and not (out / "checkpoints/t00000010/rank00000").exists()
+    assert (out / "checkpoints/t00000010/replica00001").exists() and not (
+        out / "checkpoints/t00000010/replica00000"
+    ).exists()
     again = launch([*run, "--resume"])
     assert again.codes == [0, 0], again.errors

@@ -173,22 +173,25 @@ def test_a_slot_is_equal_on_all_replicas_after_its_sync_and_only_then(reducer, s
 
 @pytest.mark.parametrize("num_ranks", [2, 5])
 def test_traffic_is_the_formula(num_ranks):
-    """1 / K_x + the sum of 1 / K_j all-reduces a step, over a common multiple of the periods."""
+    """1 / K_x + the sum of 1 / K_j all-reduces a step, over a common multiple of the periods.
+
+    The first of each state carries a number for each tensor besides.
+    """
 
     def program(comm):
         metered = MeteredComm(comm, Meter())
         trace_slots(DESLOC(PERIODS), metered, num_steps=24)
         return metered.meter.bytes_sent
 
-    num_parameters = sum(p.numel() for p in make_model().parameters())
-    ring = 2 * (num_ranks - 1) / num_ranks * 8 * num_parameters  # float64
-    expected = 24 * ring * (1 / 2 + 1 / 3 + 1 / 4)
+    params = list(make_model().parameters())
+    ring = 2 * (num_ranks - 1) / num_ranks * 8  # a number in float64
+    expected = ring * (24 * sum(p.numel() for p in params) * (1 / 2 + 1 / 3 + 1 / 4) + 2 * len(params))
     for sent in run_world(num_ranks, program):
         assert sent == pytest.approx(expected, abs=24)  # a meter counts whole bytes of each message
 
 
 def test_lossy_traffic_is_the_formula():
-    """The first round of each state is exact; the others carry a number for each tensor besides."""
+    """The first round of each state is exact; all carry a number for each tensor besides."""
     compressor = Quantized()
 
     def program(comm):
@@ -202,7 +205,8 @@ def test_lossy_traffic_is_the_formula():
     finite = 3  # a byte to each other rank: whether this one is finite
     lossy = compressor.sent_bytes([num_parameters], 8, 4) + finite
     signs = 2 * 3 / 4 * 4 * len(params)
-    expected = 12 * lossy + (dense + 7 * (lossy + signs)) + (dense + 5 * (lossy + signs))
+    present = 2 * 3 / 4 * 8 * len(params)
+    expected = 12 * lossy + 2 * (dense + present) + 12 * (lossy + signs)
     for sent in run_world(4, program):
         assert sent == pytest.approx(expected, abs=50)
 

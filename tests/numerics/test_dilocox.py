@@ -11,7 +11,7 @@ from lowcomm.compress.power_sgd import PowerSGD
 from lowcomm.feedback.ef14 import EF14
 from lowcomm.outer.nesterov import Nesterov
 from lowcomm.reduce import Reducer
-from tests.replicas import adamw, flat, make_batch, make_model, mse, train
+from tests.replicas import adamw, flat, make_model, step_all, train
 from tests.world import run_world
 
 N, EVERY, LR, MOMENTUM = 3, 3, 0.4, 0.9
@@ -52,10 +52,7 @@ def reference(num_rounds):
 
     for round in range(num_rounds):
         for t in range(round * EVERY + 1, (round + 1) * EVERY + 1):
-            for rank, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
-                optimizer.zero_grad()
-                mse(model, make_batch(rank, t)).backward()
-                optimizer.step()
+            step_all(models, optimizers, t)
         params = [list(m.parameters()) for m in models]
         deltas = [[a - ps[i].detach() for ps in params] for i, a in enumerate(anchor)]
         outer()

@@ -17,13 +17,12 @@ from lowcomm.compress.gathered import Gathered
 from lowcomm.compress.power_sgd import PowerSGD
 from lowcomm.compress.quantized import Quantized
 from lowcomm.compress.top_k import TopK
-from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.feedback.ef14 import EF14
 from lowcomm.feedback.ef21 import EF21
 from lowcomm.outer.nesterov import Nesterov
 from lowcomm.outer.sgd import SGD
 from lowcomm.reduce import Reducer
-from tests.replicas import adamw, flat, make_batch, make_engine, make_model, sgd, step_all, train
+from tests.replicas import adamw, flat, make_batch, make_engine, make_model, scripted_engine, sgd, step_all, train
 from tests.world import run_world
 
 N, STEPS, LR, MOMENTUM = 3, 14, 0.4, 0.9
@@ -126,11 +125,7 @@ def test_the_common_anchor_and_its_outer_state_are_equal_on_all_ranks(reducer):
 
 def scripted(algorithm, comm, num_steps, size=24):
     """Deltas that depend on rank and step alone; each round's delta and distance from the common anchor."""
-    model = torch.nn.Linear(size, 1, bias=False, dtype=torch.float64)
-    torch.nn.init.zeros_(model.weight)
-    engine = TorchEngine(
-        model, torch.optim.SGD(model.parameters(), lr=1.0), loss=lambda m, b: (m.weight * b).sum(), clip_norm=None
-    )
+    engine = scripted_engine(size)
     state = algorithm.init(engine, comm)
     deltas, distances = [], []
     for t in range(1, num_steps + 1):

@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lowcomm.algorithms.gasloc import mixed
-from lowcomm.algorithms.noloco import outer_step
+from lowcomm.algorithms.gasloc import GASLoC, mixed
+from lowcomm.algorithms.noloco import NoLoCo, outer_step
 from lowcomm.codecs.absmax import Absmax
 from lowcomm.comm.metered import Meter, MeteredComm
 from lowcomm.comm.solo import SoloComm
@@ -21,6 +21,7 @@ from lowcomm.feedback.none import NoFeedback
 from lowcomm.reduce import Reducer
 from lowcomm.rounds.gossip import disagreement, group_mean, groups, largest_pull
 from lowcomm.tensors import rng
+from tests.compressors import DCT, Hierarchical, TopK, all_compressors, all_feedbacks
 from tests.world import run_world
 
 
@@ -279,3 +280,40 @@ def test_disagreement_is_the_root_mean_square_distance_to_the_mean():
     assert all(x == pytest.approx(float(spread(stacked)), rel=1e-12) for x in found)
     assert disagreement(brought(0, 0), SoloComm()) == 0
     assert max(run_world(4, lambda comm: disagreement(brought(0, 0), comm))) == 0
+
+
+def first_error(reducer):
+    """The share of parameters' energy that a first round gets wrong."""
+    x = torch.randn(48, 64, generator=rng(0, "parameters"))
+    (mean,), _ = reducer.mean([x], reducer.init([x]), SoloComm()).result()
+    return float((mean - x).square().sum() / x.square().sum())
+
+
+@pytest.mark.parametrize("compressor", [*all_compressors(), Hierarchical(1, outer=TopK()), DCT(RandomK(0.5))], ids=str)
+def test_what_averages_parameters_themselves_refuses_reducers_that_leave_some_out(compressor):
+    for feedback in (NoFeedback(), *all_feedbacks()):
+        try:
+            reducer = Reducer(compressor, feedback)
+        except ValueError:
+            continue
+        makers = [lambda: NoLoCo(reducer=reducer), lambda: GASLoC(reducer=reducer)]  # noqa: B023
+        makers.append(lambda: NoLoCo(gamma=0.5, anchors=reducer))  # noqa: B023
+        begins_whole = feedback.keeps_mean and feedback.is_dense(feedback.init(torch.zeros(1)))
+        if begins_whole or compressor.keeps_values():
+            assert first_error(reducer) < 0.5
+            for make in makers:
+                make()
+        else:
+            for make in makers:
+                with pytest.raises(
+                    ValueError, match="leaves out a part, with .*: what is not sent would become 0; take"
+                ):
+                    make()
+        NoLoCo(gamma=0.5, reducer=reducer)  # sends deltas
+
+
+def test_the_remedy_is_in_the_message():
+    sparse = Reducer(TopK(0.1), EF14())
+    with pytest.raises(ValueError, match=r"EF21\(\) as feedback; or give gamma a number, and deltas are sent"):
+        NoLoCo(reducer=sparse)
+    assert first_error(sparse) > 0.3

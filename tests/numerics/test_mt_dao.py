@@ -114,7 +114,7 @@ def test_traffic_of_the_configs_is_that_of_the_papers(name, factor):
     """In terms of data parallel's: 3 / 32, a tenth; and with periods K, 3 K and 6 K half of that."""
     run, _ = parse_run(["--config", str(CONFIGS / f"{name}.yaml"), "--num_steps", "384"])
     seen = predict(run, 4, run.data.tokenizer.vocab_size)
-    assert seen.step_bytes == pytest.approx(factor * 2 * 3 / 4 * 4 * seen.num_parameters, rel=1e-6)
+    assert seen.step_bytes == pytest.approx(factor * 2 * 3 / 4 * 4 * seen.num_parameters, rel=1e-5)
     assert seen.num_rounds == 384 / 32
 
 

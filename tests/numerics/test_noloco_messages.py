@@ -40,8 +40,8 @@ class PairsOnly(Passing):
         NoLoCo(2),
         NoLoCo(2, gamma=0.5, group_size=3),
         NoLoCo(2, gamma=0.5, reducer=Reducer(Quantized(), EF21()), anchors=Reducer(Cast())),
-        NoLoCo(2, reducer=Reducer(RandomK(0.5), EF14(0.5))),
-        NoLoCo(2, group_size=None, reducer=Reducer(PowerSGD(1, min_compression=1), EF14())),
+        NoLoCo(2, gamma=0.5, reducer=Reducer(RandomK(0.5), EF14(0.5))),
+        NoLoCo(2, gamma=0.5, group_size=None, reducer=Reducer(PowerSGD(1, min_compression=1), EF14())),
     ],
     ids=str,
 )
@@ -87,9 +87,9 @@ def test_traffic_is_the_closed_form(num, size, gamma):
 ANCHORS = [
     Reducer(),
     Reducer(Cast(), bucket_bytes=64),
-    Reducer(RandomK(0.5)),
+    Reducer(RandomK(0.5), EF21()),
     Reducer(Cast("float16"), EF21()),
-    Reducer(PowerSGD(1, min_compression=1), EF14()),
+    Reducer(PowerSGD(1, min_compression=1), EF21()),
 ]
 
 

@@ -43,8 +43,8 @@ def chosen(num_parts, number, seed=0, num_late=0):
 
 
 def reference(num_replicas, inner, fraction, every=1, delay=0, h=None, num_steps=STEPS):
-    """Explicit replicas, value by value; every `h` steps a DiLoCo round. Each replica's parameters after each step, and
-    after the run's end.
+    """Explicit replicas, value by value; every `h` steps all that is under way, then a DiLoCo round. Each replica's
+    parameters after each step, and after the run's end.
     """
     models = [make_model() for _ in range(num_replicas)]
     optimizers = [inner(list(m.parameters())) for m in models]
@@ -70,9 +70,10 @@ def reference(num_replicas, inner, fraction, every=1, delay=0, h=None, num_steps
         if t % every == 0:
             where = chosen(math.ceil(1 / fraction), t // every, num_late=delay // every)
             under_way.append((t, where, [[float(x[i]) for i in where] for x in xs]))
-        if under_way and under_way[0][0] + delay == t:
+        syncs = bool(h) and t % h == 0
+        while under_way and (under_way[0][0] + delay == t or syncs):
             take_in(xs, under_way.pop(0))
-        if h and t % h == 0:
+        if syncs:
             xs = outer_step(xs)
         for rank, (model, x) in enumerate(zip(models, xs, strict=True)):
             torch.nn.utils.vector_to_parameters(x.clone(), model.parameters())

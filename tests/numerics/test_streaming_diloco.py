@@ -19,15 +19,13 @@ from lowcomm.compress.gathered import Gathered
 from lowcomm.compress.hierarchical import Hierarchical
 from lowcomm.compress.power_sgd import PowerSGD
 from lowcomm.compress.quantized import Quantized
-from lowcomm.engine.torch_engine import TorchEngine
 from lowcomm.feedback.ef14 import EF14
 from lowcomm.outer.nesterov import Nesterov
 from lowcomm.outer.sgd import SGD
 from lowcomm.reduce import Reducer
 from lowcomm.rounds.fragments import cut, offsets
-from lowcomm.state import restore, state_tree
 from lowcomm.tensors import digest
-from tests.replicas import adamw, flat, make_batch, make_engine, make_model, mse, train
+from tests.replicas import adamw, flat, make_batch, make_engine, make_model, mse, scripted_engine, train
 from tests.world import run_world
 
 N, STEPS, LR, MOMENTUM = 3, 13, 0.4, 0.9
@@ -202,15 +200,11 @@ def test_a_blend_of_1_leaves_replicas_alone_while_anchors_move(delay):
 
 def scripted(steps, algorithm, gradient=-2.0):
     """A single parameter from 0 under a given gradient with lr 1: its value after each step, and the anchor's."""
-    model = torch.nn.Linear(1, 1, bias=False, dtype=torch.float64)
-    torch.nn.init.zeros_(model.weight)
-    engine = TorchEngine(
-        model, torch.optim.SGD(model.parameters(), lr=1.0), loss=lambda m, b: (m.weight * b).sum(), clip_norm=None
-    )
+    engine = scripted_engine()
     state, comm, values = algorithm.init(engine, SoloComm()), SoloComm(), []
     for t in range(1, steps + 1):
         step(algorithm, t, engine, state, comm, torch.tensor(gradient, dtype=torch.float64))
-        values.append((float(model.weight.detach()), float(state.anchor[0])))
+        values.append((float(engine.slots()["param"][0]), float(state.anchor[0])))
     return values
 
 
@@ -304,41 +298,6 @@ def test_zero_local_steps_change_nothing_in_bf16(reducer, blend):
 
     for before, after in run_world(2, idle):
         assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
-
-
-@pytest.mark.parametrize("reducer", [Reducer(), *WIRES[1:4]], ids=str)
-@pytest.mark.parametrize(("delay", "blend"), [(1, 0.5), (3, 0.5), (4, 0.0)])
-def test_a_run_that_is_saved_with_a_fragment_under_way_goes_on_bitwise(reducer, delay, blend):
-    algorithm = StreamingDiLoCo(4, delay, blend=blend, blocks_per_fragment=1, reducer=reducer)
-
-    def program(comm):
-        def steps(engine, state, first, last):
-            for t in range(first, last + 1):
-                step(algorithm, t, engine, state, comm, make_batch(comm.rank, t))
-
-        def to_the_end(engine, state, first):
-            steps(engine, state, first, STEPS)
-            algorithm.finish(STEPS, engine, state, comm)
-            return digest(engine.slots()["param"])
-
-        whole = make_engine(adamw)
-        expected = to_the_end(whole, algorithm.init(whole, comm), 1)
-        for stop in (4, 5, 6, 7):
-            engine = make_engine(adamw)
-            state = algorithm.init(engine, comm)
-            steps(engine, state, 1, stop)
-            algorithm.settle(state)
-            num_under_way = sum(0 <= stop - sent < delay for sent in (4, 6))
-            assert len(state.under_way) == num_under_way
-            saved = copy.deepcopy((engine.state_dict(), state_tree(state)))
-
-            engine = make_engine(adamw)
-            state = algorithm.init(engine, comm)
-            engine.load_state_dict(saved[0])
-            restore(state, saved[1])
-            assert to_the_end(engine, state, stop + 1) == expected
-
-    run_world(2, program)
 
 
 @pytest.mark.parametrize("delay", [0, 1, 3, 4])

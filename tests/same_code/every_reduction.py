@@ -60,7 +60,7 @@ def methods(reducer: Reducer) -> dict[str, tuple[Algorithm, int]]:
         "DESLOC": (DESLOC({"param": 2, "exp_avg": 2, "exp_avg_sq": 3}, reducer=reducer), 2),
         "EagerDiLoCo": (EagerDiLoCo(every=2, reducer=reducer), 2),
         "DeMo": (DeMo(reducer), 1),
-        "NoLoCo": (NoLoCo(every=2, group_size=None, reducer=reducer), 2),
+        "NoLoCo": (NoLoCo(every=2, gamma=0.5, group_size=None, reducer=reducer), 2),
         "StreamingDiLoCo": (StreamingDiLoCo(every=2, blocks_per_fragment=1, reducer=reducer), 2),
     }
 

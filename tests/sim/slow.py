@@ -7,6 +7,8 @@ import torch
 from lowcomm.sim.wire.clock import Clock
 from lowcomm.sim.wire.collectives import Ring
 from lowcomm.sim.wire.comm import World
+from lowcomm.sim.wire.links import BARE, Links
+from lowcomm.sim.wire.network import Network
 
 
 class SlowNetwork:
@@ -39,6 +41,15 @@ def simulate(*programs, schedule=Ring(), slow=True, slow_path=None, isolate_torc
     for rank, time in crashes:
         clock.at(time, partial(world.crash, rank))
     return clock.run()
+
+
+def on_links(program, bytes_per_s):
+    """The results of program(comm, clock) on two ranks that bare links of a rate join, and when they end."""
+    clock, rates = Clock(), [8 * bytes_per_s] * 2
+    world = World(clock, Network(clock, Links(rates, rates, lambda a, b: 0.0, transport=BARE)))
+    for rank in (0, 1):
+        clock.spawn(rank, partial(program, world.comm(rank, (0, 1)), clock))
+    return clock.run(), clock.now
 
 
 def byte(value):

@@ -1,7 +1,5 @@
 """Eager updates: a round's transfer has the whole next round, its later messages included."""
 
-from functools import partial
-
 import pytest
 
 from lowcomm.algorithms.base import step
@@ -13,32 +11,23 @@ from lowcomm.sim.cluster.compute import Constant
 from lowcomm.sim.engine import SimEngine
 from lowcomm.sim.pace import Pace
 from lowcomm.sim.record.trace import Trace
-from lowcomm.sim.wire.clock import Clock
-from lowcomm.sim.wire.comm import World
-from lowcomm.sim.wire.links import BARE, Links
-from lowcomm.sim.wire.network import Network
 from tests.replicas import make_batch, make_engine
+from tests.sim.slow import on_links
 
 
 def seconds(algorithm, bytes_per_s):
     """When two ranks have taken 8 steps of a second each, and when `finish` has come to its end."""
-    clock = Clock()
-    rates = [8 * bytes_per_s] * 2
-    world = World(clock, Network(clock, Links(rates, rates, lambda a, b: 0.0, transport=BARE)))
 
-    def program(rank):
-        comm = world.comm(rank, (0, 1))
-        engine = SimEngine(make_engine(), Pace(clock, Constant(1.0), Trace(), rank))
+    def program(comm, clock):
+        engine = SimEngine(make_engine(), Pace(clock, Constant(1.0), Trace(), comm.rank))
         state = algorithm.init(engine, comm)
         for t in range(1, 9):
-            step(algorithm, t, engine, state, comm, make_batch(rank, t))
+            step(algorithm, t, engine, state, comm, make_batch(comm.rank, t))
         trained_s = clock.now
         algorithm.finish(8, engine, state, comm)
         return trained_s, clock.now
 
-    for rank in (0, 1):
-        clock.spawn(rank, partial(program, rank))
-    first, second = clock.run()
+    (first, second), _ = on_links(program, bytes_per_s)
     assert first == second
     return pytest.approx(first)
 

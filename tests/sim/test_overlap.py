@@ -6,12 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-import lowcomm
 from lowcomm.algorithms.base import step
 from lowcomm.algorithms.data_parallel import DataParallel
 from lowcomm.algorithms.diloco import DiLoCo
 from lowcomm.comm.base import Comm
-from lowcomm.comm.solo import SoloComm
 from lowcomm.compress.cast import Cast
 from lowcomm.compress.identity import Identity
 from lowcomm.engine.torch_engine import TorchEngine
@@ -22,10 +20,8 @@ from lowcomm.sim.engine import SimEngine
 from lowcomm.sim.pace import Pace
 from lowcomm.sim.record.trace import Span, Trace
 from lowcomm.sim.wire.clock import Clock
-from lowcomm.sim.wire.comm import World
-from lowcomm.sim.wire.links import BARE, Links
-from lowcomm.sim.wire.network import Network
 from tests.replicas import adamw, flat, make_batch, make_engine, train
+from tests.sim.slow import on_links
 from tests.world import run_world
 
 BUCKETS = [1, 64, 256, 2**20]  # make_model has tensors of 240, 40, 40 and 8 bytes
@@ -78,20 +74,15 @@ def three_layers():
 
 def one_step(algorithm, bytes_per_s):
     """Seconds of a step of 9 s on two ranks, the parameters after it, and what rank 0 sent when."""
-    clock = Clock()
-    links = Links([8 * bytes_per_s] * 2, [8 * bytes_per_s] * 2, lambda a, b: 0.0, transport=BARE)
-    world = World(clock, Network(clock, links))
 
-    def program(rank):
-        comm = Recorder(world.comm(rank, (0, 1)))
-        engine = SimEngine(three_layers(), Pace(clock, Constant(STEP_S), Trace(), rank))
+    def program(comm, clock):
+        comm = Recorder(comm)
+        engine = SimEngine(three_layers(), Pace(clock, Constant(STEP_S), Trace(), comm.rank))
         state = algorithm.init(engine, comm)
-        step(algorithm, 1, engine, state, comm, rank + 1.0)
+        step(algorithm, 1, engine, state, comm, comm.rank + 1.0)
         return clock.now, [p.tolist() for p in engine.slots()["param"]], comm.sums
 
-    for rank in (0, 1):
-        clock.spawn(rank, partial(program, rank))
-    results = clock.run()
+    results, _ = on_links(program, bytes_per_s)
     assert results[0][:2] == results[1][:2]
     return results[0]
 
@@ -126,21 +117,15 @@ def test_groups_are_filled_from_the_last_parameter_on(method):
 
 def three_rounds(algorithm):
     """Seconds of three rounds of two steps on two ranks, and their parameters."""
-    clock = Clock()
-    links = Links([8000.0] * 2, [8000.0] * 2, lambda a, b: 0.0, transport=BARE)
-    world = World(clock, Network(clock, links))
 
-    def program(rank):
-        comm = world.comm(rank, (0, 1))
-        engine = SimEngine(make_engine(adamw), Pace(clock, Constant(1.0), Trace(), rank))
+    def program(comm, clock):
+        engine = SimEngine(make_engine(adamw), Pace(clock, Constant(1.0), Trace(), comm.rank))
         state = algorithm.init(engine, comm)
         for t in range(1, 7):
-            step(algorithm, t, engine, state, comm, make_batch(rank, t))
+            step(algorithm, t, engine, state, comm, make_batch(comm.rank, t))
         return flat(engine.slots()["param"])
 
-    for rank in (0, 1):
-        clock.spawn(rank, partial(program, rank))
-    return clock.run(), clock.now
+    return on_links(program, 1000.0)
 
 
 def test_rounds_that_overlap_have_the_same_end_sooner():
@@ -162,10 +147,3 @@ def test_a_step_is_one_span_in_the_trace_and_takes_its_time_with_and_without_a_l
         clock.run()
         assert clock.now == STEP_S
         assert trace.spans == [Span(0, "compute", 0.0, STEP_S, "step 1")]
-
-
-def test_a_loop_of_ones_own_refuses_overlap():
-    model = nn.Linear(2, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="set overlap to False"):
-        lowcomm.attach(model, optimizer, DataParallel(overlap=True), SoloComm())

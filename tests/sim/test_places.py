@@ -1,5 +1,7 @@
 """Replicas of two ranks, of which each holds half of the parameters, do what replicas of one rank do."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -14,13 +16,20 @@ from lowcomm.algorithms.local_sgd import LocalSGD
 from lowcomm.algorithms.noloco import NoLoCo
 from lowcomm.algorithms.sparta import SPARTA
 from lowcomm.algorithms.streaming_diloco import StreamingDiLoCo
+from lowcomm.checkpoint import Checkpoints
 from lowcomm.comm.base import Late
+from lowcomm.comm.metered import Meter, MeteredComm
 from lowcomm.compress.quantized import Quantized
 from lowcomm.engine.around import Around
+from lowcomm.ledger import Ledger
+from lowcomm.membership import Members
+from lowcomm.metrics import Metrics, file_of, of_replicas, read, truncate_after
 from lowcomm.places import place_of
 from lowcomm.reduce import NonFinite, Reducer
+from lowcomm.resume import resume
 from lowcomm.state import state_tree
-from tests.replicas import adamw, flat, make_batch, make_engine
+from lowcomm.train import Plan, Replica, train
+from tests.replicas import adamw, flat, make_batch, make_engine, mse
 from tests.sim.test_losses import assert_same, clean
 from tests.world import run_world
 
@@ -118,6 +127,89 @@ def test_what_one_shard_cannot_average_none_does():
         assert_same(before, clean([engine.slots(), state_tree(state)]))
 
     run_world(4, program)
+
+
+class Batches:
+    """A replica's own, in their order; the process dies when it asks for that of ``dies_at``."""
+
+    def __init__(self, replica, dies_at):
+        self.replica, self.t, self.dies_at = replica, 0, dies_at
+
+    def next(self):
+        self.t += 1
+        if self.t == self.dies_at:
+            raise Died
+        x, y = make_batch(self.replica, self.t)
+        return torch.cat([x, y[:, None]], dim=1)
+
+    def state_dict(self):
+        return {"t": self.t}
+
+    def load_state_dict(self, state):
+        self.t = state["t"]
+
+
+class Died(Exception):
+    """Some rank of the world."""
+
+
+def run_of(comm, out, keep=2, dies_at=None, resumes=False):
+    """One rank of 2 replicas of 2 shards, with checkpoints every 2 steps; the whole parameters at the end."""
+    place = place_of(comm, NUM_SHARDS)
+    inner = make_engine(adamw, loss=lambda model, batch: mse(model, (batch[:, :6], batch[:, 6])))
+    across = MeteredComm(place.across, Meter())
+    engine, algorithm, metrics = Sharded(inner, place), DiLoCo(3), Metrics(file_of(out, place.name))
+    ledger = Ledger(
+        write=metrics.write, meter=across.meter, now=lambda: 0.0, rank=comm.rank, num_replicas=len(across.members),
+        step_tokens=5, log_every=1, token_flops=None, peak_flops=None,
+    )  # fmt: skip
+    state, stream = algorithm.init(engine, across), Batches(place.replica, dies_at)
+    replica = Replica(algorithm, engine, state, stream, ledger, Members(across), torch.device("cpu"))
+    checkpoints = Checkpoints(out / "checkpoints", place, "run", keep)
+    if resumes:
+        truncate_after(file_of(out, place.name), resume(replica, checkpoints))
+    train(replica, Plan(STEPS, 0, 2, (), 1.0), checkpoints)
+    ledger.summary("DiLoCo", 0, 1.0)
+    engine.gather()
+    return flat(inner.slots()["param"])
+
+
+def test_sharded_replicas_go_on_as_if_nothing_had_been(tmp_path):
+    """From the newest step that every shard of every replica has, with files called by replica and shard."""
+    whole = run_world(4, lambda comm: run_of(comm, tmp_path / "whole"))
+    out = tmp_path / "broken"
+    with pytest.raises(Died):
+        run_world(4, lambda comm: run_of(comm, out, dies_at=8))
+    names = [f"replica0000{replica}.shard0000{shard}" for replica in range(2) for shard in range(2)]
+    assert sorted(x.name for x in (out / "checkpoints" / "t00000006").iterdir()) == names
+
+    shutil.rmtree(out / "checkpoints" / "t00000006" / names[3])  # so all go on from step 4, the other shards too
+    again = run_world(4, lambda comm: run_of(comm, out, resumes=True))
+    for x, y in zip(whole, again, strict=True):
+        assert torch.equal(x, y)
+    for name in names:
+        both = [read(file_of(folder, name)) for folder in (out, tmp_path / "whole")]
+        first, second = ([(x["kind"], x["t"], x["rank"], x["tokens"], x.get("loss")) for x in lines] for lines in both)
+        assert first == second
+    lines = of_replicas(out)
+    assert [(line["rank"], line["tokens"], line["members"]) for line in lines] == [(0, 90, 2), (2, 90, 2)]
+    ranks = [read(file_of(out, name))[-1]["bytes_sent"] for name in names]
+    assert [line["bytes_sent"] for line in lines] == [ranks[0] + ranks[1], ranks[2] + ranks[3]]
+
+
+def test_no_shard_forgets_a_checkpoint_before_all_shards_have_the_next(tmp_path, monkeypatch):
+    """One shard of one replica dies as it saves step 4: all others keep step 2, those of the other shard too."""
+    saves = Checkpoints.save
+
+    def save(self, t, state):
+        if t == 4 and self.place.name == "replica00001.shard00001":
+            raise Died
+        return saves(self, t, state)
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    with pytest.raises(Died):
+        run_world(4, lambda comm: run_of(comm, tmp_path, keep=1))
+    assert len(list((tmp_path / "checkpoints" / "t00000002").iterdir())) == 4
 
 
 def test_ranks_that_make_no_whole_replicas_are_refused():

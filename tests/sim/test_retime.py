@@ -229,7 +229,7 @@ def test_what_cannot_be_timed_anew_is_refused(flags, tmp_path, capsys):
     steps.write_text("rank,t,seconds\n0,1,1\n1,1,1\n")
     refused(run, out, LAN(num_hosts=2, compute=Replay(str(steps))), "ends at step 1 of rank 0, before 11")
     (tmp_path / "rest").mkdir()
-    (tmp_path / "rest" / "metrics.rank1.jsonl").write_text("{}\n")
+    (tmp_path / "rest" / "metrics.replica00001.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="already holds a run"):
         retime(run, LAN(num_hosts=2), tmp_path / "rest")
 
@@ -247,10 +247,12 @@ def test_metrics_that_are_of_another_run_are_refused(flags, tmp_path):
         shutil.copy(tmp_path / other / "metrics.jsonl", tmp_path / "mixed")
         refused(tmp_path / "mixed", tmp_path / "out", LAN(num_hosts=2), "metrics.jsonl .*not of one run")
     shutil.copytree(tmp_path / "long", tmp_path / "mixed", dirs_exist_ok=True)
-    lines = (tmp_path / "long" / "metrics.rank1.jsonl").read_text()
+    lines = (tmp_path / "long" / "metrics.replica00001.jsonl").read_text()
     for changed in (lines.replace('"bytes_sent": ', '"bytes_sent": 1'), lines[: lines.rindex("{")]):
-        (tmp_path / "mixed" / "metrics.rank1.jsonl").write_text(changed)
-        refused(tmp_path / "mixed", tmp_path / "out", LAN(num_hosts=2), "metrics.rank1.jsonl .*depended on values")
+        (tmp_path / "mixed" / "metrics.replica00001.jsonl").write_text(changed)
+        refused(
+            tmp_path / "mixed", tmp_path / "out", LAN(num_hosts=2), "metrics.replica00001.jsonl .*depended on values"
+        )
 
 
 def test_what_depends_on_values_is_refused(flags, tmp_path):
@@ -263,7 +265,7 @@ def test_what_depends_on_values_is_refused(flags, tmp_path):
 def test_a_run_that_lost_a_rank_is_refused(flags, tmp_path):
     flags = [*flags, "--data.validation_fraction", "0"]  # nobody waits for it
     talk(flags, "nothing", LAN(num_hosts=3, faults=[Crash(rank=2, at_s=3.0)]), tmp_path / "run")
-    refused(tmp_path / "run", tmp_path / "out", LAN(num_hosts=3), "metrics.rank2.jsonl .*lines")
+    refused(tmp_path / "run", tmp_path / "out", LAN(num_hosts=3), "metrics.replica00002.jsonl .*lines")
 
 
 def test_neither_text_nor_tokenizer_is_read(flags, clusters, tmp_path):

@@ -22,7 +22,7 @@ def flags(tmp_path):
 
 
 def losses(out, rank=0):
-    name = "metrics.jsonl" if rank == 0 else f"metrics.rank{rank}.jsonl"
+    name = "metrics.jsonl" if rank == 0 else f"metrics.replica{rank:05d}.jsonl"
     return [(r["t"], r["loss"]) for r in read(out / name) if r["kind"] == "step"]
 
 

@@ -107,7 +107,7 @@ def test_the_others_go_on_without_the_lost_one(run):
     code, out = run(("Crash", {"rank": 1, "at_s": 3.5}), on_loss="go_on")
     last = summary(out)
     assert code == 0 and (last["t"], last["members"]) == (14, 2)
-    other = read(out / "metrics.rank2.jsonl")[-1]
+    other = read(out / "metrics.replica00002.jsonl")[-1]
     assert [last[key] for key in ("val_loss", "tokens")] == [other[key] for key in ("val_loss", "tokens")]
 
 
@@ -128,11 +128,11 @@ def test_what_others_wrote_before_a_crash_of_rank_0_is_not_added_to(tmp_path, ca
     flags += ["--cluster", "LAN", "--cluster.num_hosts", "3", "--out", str(tmp_path / "out")]
     crash = json.dumps([{"class_path": "Crash", "init_args": {"rank": 0, "at_s": 0.5}}])
     assert main(["simulate", *flags, "--cluster.faults", crash]) == 1
-    written = (tmp_path / "out" / "metrics.rank1.jsonl").read_bytes()
+    written = (tmp_path / "out" / "metrics.replica00001.jsonl").read_bytes()
     assert written and not (tmp_path / "out" / "metrics.jsonl").exists()
     assert main(["simulate", *flags]) == 2
     assert "already holds a run; choose another --out" in capsys.readouterr().err
-    assert (tmp_path / "out" / "metrics.rank1.jsonl").read_bytes() == written
+    assert (tmp_path / "out" / "metrics.replica00001.jsonl").read_bytes() == written
 
 
 def test_a_region_goes_down_together(run, capsys):

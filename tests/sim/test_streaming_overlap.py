@@ -15,11 +15,8 @@ from lowcomm.sim.cluster.compute import Constant
 from lowcomm.sim.engine import SimEngine
 from lowcomm.sim.pace import Pace
 from lowcomm.sim.record.trace import Trace
-from lowcomm.sim.wire.clock import Clock
-from lowcomm.sim.wire.comm import World
-from lowcomm.sim.wire.links import BARE, Links
-from lowcomm.sim.wire.network import Network
 from tests.replicas import adamw, flat, make_batch, make_engine, train
+from tests.sim.slow import on_links
 from tests.world import run_world
 
 STEPS = 12
@@ -29,24 +26,18 @@ CAST_BYTES = 21 * 2  # half of it in 16 bits, in each of two messages
 
 def seconds(algorithm, bytes_per_s):
     """Of 12 inner steps of 1 s on two ranks, and rank 0's parameters."""
-    clock = Clock()
-    links = Links([8 * bytes_per_s] * 2, [8 * bytes_per_s] * 2, lambda a, b: 0.0, transport=BARE)
-    world = World(clock, Network(clock, links))
 
-    def program(rank):
-        comm = world.comm(rank, (0, 1))
-        engine = SimEngine(make_engine(adamw), Pace(clock, Constant(1.0), Trace(), rank))
+    def program(comm, clock):
+        engine = SimEngine(make_engine(adamw), Pace(clock, Constant(1.0), Trace(), comm.rank))
         state = algorithm.init(engine, comm)
         for t in range(1, STEPS + 1):
-            step(algorithm, t, engine, state, comm, make_batch(rank, t))
+            step(algorithm, t, engine, state, comm, make_batch(comm.rank, t))
         algorithm.finish(STEPS, engine, state, comm)
         return flat(engine.slots()["param"])
 
-    for rank in (0, 1):
-        clock.spawn(rank, partial(program, rank))
-    params = clock.run()
+    params, end_s = on_links(program, bytes_per_s)
     assert torch.equal(params[0], params[1])
-    return clock.now, params[0]
+    return end_s, params[0]
 
 
 def streaming(delay, blend=0.5, **options):

@@ -2,15 +2,17 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from benchmarks.compute_utilisation import COLUMNS, MATCHING, PUBLISHED, VARIANTS, cell, utilisation
 from lowcomm.algorithms.base import Algorithm
 from lowcomm.algorithms.data_parallel import DataParallel
-from lowcomm.cli import main
+from lowcomm.cli import main, parse_run
 from lowcomm.config import Checkpointing, Optimizer, Run
 from lowcomm.metrics import read
 from lowcomm.optim.schedule import Cosine
+from lowcomm.predict import predict
 from lowcomm.sim.cluster.presets import Uniform
 from lowcomm.sim.record.timing import TimingEngine, shapes_of
 from lowcomm.sim.simulate import simulate
@@ -18,6 +20,7 @@ from tests.algorithms import FLAGS
 from tests.multiprocess.launch import write_tiny
 from tests.roles import players
 
+NORMED = ["--model", "Module", "--model.path", "tests.sim.test_timing.Normed"]
 CROOKED = ["--model", "Module", "--model.path", "tests.sim.test_timing.Crooked"]
 ALGORITHMS = [[name.__name__] for name in players(Algorithm, "algorithms")] + [
     ["DataParallel", "--algorithm.overlap", "true", "--algorithm.reducer.bucket_bytes", "8192"],
@@ -34,6 +37,8 @@ ALGORITHMS = [[name.__name__] for name in players(Algorithm, "algorithms")] + [
         *("--algorithm.reducer.bucket_bytes", "8192"),
     ],
     ["DataParallel", "--algorithm.overlap", "true", "--algorithm.reducer.bucket_bytes", "512", *CROOKED],
+    ["DataParallel", *NORMED],
+    ["NoLoCo", "--algorithm.every", "4", *NORMED],
     [
         *("StreamingDiLoCo", "--algorithm.overlap", "true", "--algorithm.every", "4", "--clip_norm", "null"),
         *("--algorithm.blocks_per_fragment", "1", "--algorithm.delay", "0", *CROOKED),
@@ -43,6 +48,19 @@ ALGORITHMS = [[name.__name__] for name in players(Algorithm, "algorithms")] + [
         *("--algorithm.blocks_per_fragment", "1", "--algorithm.reducer.bucket_bytes", "8192", "--algorithm.delay", "0"),
     ],
 ]
+
+
+class Normed(nn.Module):
+    """Running statistics, and the vectors of a spectral norm, which training does depend on."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.norm = nn.Embedding(256, 8), nn.BatchNorm1d(8)
+        self.wide = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 24))
+        self.head = nn.Linear(24, 256)
+
+    def forward(self, tokens):
+        return self.head(self.wide(self.norm(self.embedding(tokens).transpose(1, 2)).transpose(1, 2)))
 
 
 class Crooked(nn.Module):
@@ -73,9 +91,33 @@ def test_times_and_bytes_are_those_of_the_run_with_its_arithmetic(algorithm, tmp
     assert len([x for x in real if x["kind"] == "step"]) == 10 and len([x for x in real if x["kind"] == "eval"]) == 4
     losses = ("loss", "val_loss", "val_bits_per_byte")
     assert [{key: x[key] for key in x if key not in losses} for x in real] == timing
-    assert set(timing[-1]["traffic"]) == {"start", "sync", "evaluation"}
+    buffers = {"buffers"} if NORMED[-1] in algorithm else set()
+    assert set(timing[-1]["traffic"]) == {"start", "sync", "evaluation"} | buffers
     assert (tmp_path / "false" / "trace.json").read_bytes() == (tmp_path / "true" / "trace.json").read_bytes()
     assert not (tmp_path / "true" / "final.safetensors").exists()
+
+
+def test_buffers_are_sent_as_predicted_and_an_evaluation_leaves_them_alone(tmp_path):
+    flags = ["--config", str(write_tiny(tmp_path)), "--checkpoint.every", "0", "--num_steps", "9", *NORMED]
+    flags += ["--algorithm", "DiLoCo", "--algorithm.every", "4"]
+    cluster = ["--cluster", "Uniform", "--cluster.num_hosts", "3"]
+    for name in ("0", "2"):
+        out = str(tmp_path / name)
+        assert main(["simulate", *flags, *cluster, "--evaluation.every", name, "--out", out]) == 0
+    weights = [load_file(tmp_path / name / "final.safetensors") for name in ("0", "2")]
+    assert all(torch.equal(x, weights[1][name]) for name, x in weights[0].items())
+    assert "norm.running_mean" in weights[0]
+    out = tmp_path / "unevaluated"
+    assert main(["simulate", *flags, *cluster, "--data.validation_fraction", "0", "--out", str(out)]) == 0
+    traffic = read(out / "metrics.jsonl")[-1]["traffic"]
+    run, _ = parse_run(flags)
+    predicted = predict(run, 3, run.data.tokenizer.vocab_size)
+    found = [read(out / f"metrics{rank}.jsonl")[-1]["traffic"] for rank in ("", ".rank1", ".rank2")]
+    assert predicted.step_bytes * 9 == sum(traffic[tag]["bytes_sent"] for tag in ("sync", "buffers"))
+    # twice: running statistics and vectors are averaged, a count is the first member's
+    floats, whole = 4 * (8 + 8 + 8 + 24), 8
+    sums = 2 * 2 * floats // 3
+    assert [x["buffers"]["bytes_sent"] for x in found] == [2 * (sums + 2 * whole), 2 * sums, 2 * sums]
 
 
 def test_no_text_is_read(tmp_path):
@@ -95,10 +137,10 @@ def run_of(**options):
     return Run(algorithm=DataParallel(overlap=True), checkpoint=Checkpointing(every=0), num_steps=4, **options)
 
 
-def test_what_depends_on_values_is_refused(tmp_path):
+def test_an_optimizer_that_asks_for_values_is_timed(tmp_path):
     optimizer = Optimizer("tests.sim.test_timing.AsksForValues", {"lr": 0.1})
-    with pytest.raises(ValueError, match="depends on values"):
-        simulate(run_of(optimizer=optimizer), Uniform(num_hosts=2), tmp_path / "out", timing_only=True)
+    summary = simulate(run_of(optimizer=optimizer), Uniform(num_hosts=2), tmp_path / "out", timing_only=True)
+    assert summary["round"] == 4
 
 
 def test_slots_are_those_of_a_real_engine_and_the_learning_rate_moves():

@@ -65,7 +65,7 @@ def test_a_simulation_records_every_wait(tmp_path: Path) -> None:
     cluster = ["--cluster", "Home", "--cluster.num_hosts", "3", "--cluster.compute", "LogNormal"]
     assert main(["simulate", *flags, *cluster, "--out", str(tmp_path / "out")]) == 0
     trace = Trace(read_chrome_trace(tmp_path / "out" / "trace.json"))
-    for rank, name in enumerate(["metrics.jsonl", "metrics.rank1.jsonl", "metrics.rank2.jsonl"]):
+    for rank, name in enumerate(["metrics.jsonl", "metrics.replica00001.jsonl", "metrics.replica00002.jsonl"]):
         summary = read(tmp_path / "out" / name)[-1]
         waits = [
             x for x in trace.spans if x.rank == rank and x.kind == "wait" and x.name not in ("start", "evaluation")

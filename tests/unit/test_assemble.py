@@ -1,12 +1,16 @@
 """Where a rank runs, what it draws, and that ranks which differ refuse to begin."""
 
+import shutil
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import nn
 
 from lowcomm import Comm, Meter, MeteredComm, TorchEngine
-from lowcomm.assemble import Place, _run_replica, assemble, build_engine, check_agreement, checkpoint_bytes, place
+from lowcomm.assemble import Place, _run_replica, assemble, build_engine, checkpoint_bytes, place
 from lowcomm.checkpoint import Checkpoints, state_bytes
 from lowcomm.cli import parse_run
 from lowcomm.comm.echo import EchoComm
@@ -41,17 +45,6 @@ def test_a_rank_has_a_gpu_of_its_own_where_there_are_enough(
         else:
             monkeypatch.setenv(name, str(value))
     assert place(Run(num_steps=1, **flags)) == Place(torch.device(expected[0]), expected[1])
-
-
-def test_ranks_that_differ_refuse_on_each_of_them():
-    def program(comm: Comm) -> str | None:
-        alike, odd = "00ff", "00fe" if comm.rank == 1 else "00ff"
-        check_agreement(MeteredComm(comm, Meter()), {"config": alike})
-        with pytest.raises(ValueError, match=r"the model of ranks \[1\] differs from rank 0's") as refused:
-            check_agreement(MeteredComm(comm, Meter()), {"config": alike, "model": odd})
-        return str(refused.value)
-
-    assert len(set(run_world(3, program))) == 1
 
 
 @pytest.fixture
@@ -137,6 +130,63 @@ def test_rank_0_alone_lays_down_the_config_and_the_disk_must_hold_the_checkpoint
     assert asked == [3000] * 3 and written == [out]
     assert {path.name for path in out.glob("metrics*")} == {
         "metrics.jsonl",
-        "metrics.rank1.jsonl",
-        "metrics.rank2.jsonl",
+        "metrics.replica00001.jsonl",
+        "metrics.replica00002.jsonl",
     }
+
+
+class Kept(nn.Module):
+    """Of each kind of state one: what it holds must be there after a run, digit by digit."""
+
+    def __init__(self, extra: str = "none") -> None:
+        super().__init__()
+        self.extra = extra
+        self.embedding, self.head = nn.Embedding(256, 4), nn.Linear(4, 256)
+        self.norm = nn.BatchNorm1d(4)
+        self.turn = nn.Parameter(torch.polar(torch.ones(3), torch.arange(3.0)), requires_grad=False)
+        for dtype in (torch.float64, torch.float32, torch.float16, torch.complex64, torch.int64, torch.bool):
+            self.register_buffer(str(dtype).removeprefix("torch."), torch.tensor([1 / 3, 0.0, 3.0]).to(dtype))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        return self.head(self.norm(x.flatten(0, 1)).view(x.shape).to(x.dtype))
+
+    def get_extra_state(self) -> Any:
+        return {"none": torch.ones(2), "dict": {"a": 1}}[self.extra]
+
+    def set_extra_state(self, state: Any) -> None:
+        """There is nothing to set."""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16_mixed", "bf16"])
+def test_only_floating_parameters_take_the_precision(precision, tmp_path):
+    flags = ["--precision", precision, "--model", "Module", "--model.path", f"{__name__}.Kept", "--num_steps", "4"]
+    run, _ = parse_run(["--config", str(write_tiny(tmp_path)), *flags])
+    run_world(2, lambda comm: _run_replica(run, tmp_path / "out", False, Place(torch.device("cpu"), None), comm))
+    saved, fresh = load_file(tmp_path / "out" / "final.safetensors"), run.model.build(256, run.seed).state_dict()
+    trained = {"embedding.weight", "head.weight", "head.bias"}
+    assert {saved[name].dtype for name in trained} == {torch.bfloat16 if precision == "bf16" else torch.float32}
+    for name in fresh.keys() - trained:
+        assert saved[name].dtype == fresh[name].dtype, name
+        assert name.startswith("norm.") or torch.equal(saved[name], fresh[name]), name
+    assert not torch.equal(saved["norm.running_mean"], fresh["norm.running_mean"])
+
+
+def test_state_and_optimizers_that_cannot_be_kept_or_stepped_are_refused_before_training(tmp_path):
+    def refused(*flags: str) -> str:
+        run, _ = parse_run(["--config", str(write_tiny(tmp_path)), *flags])
+        shutil.rmtree(tmp_path / "text")
+        with pytest.raises(ValueError, match="only tensors can be saved|a step of .* fails") as error:
+            assemble(run, data, MeteredComm(EchoComm(2), Meter()), torch.device("cpu"), lambda line: None)
+        return str(error.value)
+
+    data = parse_run(["--config", str(write_tiny(tmp_path))])[0].data.load()
+    shutil.rmtree(tmp_path / "text")
+    model = ["--model", "Module", "--model.path", f"{__name__}.Kept", "--model.args", "{extra: dict}"]
+    assert "'_extra_state', a dict, but only tensors can be saved: let its get_extra_state" in refused(*model)
+    one_group = ["--optimizer.decay_vectors", "true"]
+    for name in ("SparseAdam", "LBFGS"):
+        before = torch.get_rng_state()
+        message = refused("--optimizer.path", f"torch.optim.{name}", "--optimizer.args", "{lr: 0.1}", *one_group)
+        assert f"torch.optim.{name}, which cannot take a step" in message and "choose one whose step()" in message
+        assert torch.equal(torch.get_rng_state(), before)

@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lowcomm.checkpoint import MANIFEST, TREE, Checkpoints, state_bytes
+from lowcomm.comm.echo import EchoComm
+from lowcomm.places import place_of
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8, torch.int64, torch.bool]
 
@@ -29,8 +31,8 @@ def _quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
-def checkpoints(run: Path, rank: int = 0, world_size: int = 2, run_id: str = "run", keep: int = 2) -> Checkpoints:
-    return Checkpoints(run / "checkpoints", rank, world_size, run_id, keep)
+def checkpoints(run: Path, rank: int = 0, num_ranks: int = 2, run_id: str = "run", keep: int = 2) -> Checkpoints:
+    return Checkpoints(run / "checkpoints", place_of(EchoComm(num_ranks, rank), 1), run_id, keep)
 
 
 def small_state(value: float = 0.0) -> dict[str, Any]:
@@ -118,7 +120,7 @@ def test_ranks_stand_beside_each_other(tmp_path: Path) -> None:
     assert checkpoints(tmp_path, 0).newest([[1, 2], (2, 1)]) == 2
     assert checkpoints(tmp_path, 0).newest([[4]]) is None
     assert_equal(checkpoints(tmp_path, 1).load(2), small_state(12))
-    with pytest.raises(ValueError, match=r"rank 1 has those of steps \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"replica00001 has those of steps \[1, 2\]"):
         checkpoints(tmp_path, 1).load(3)
 
 
@@ -145,7 +147,9 @@ class Killed(BaseException):
     """No library may mistake it for an error to recover from."""
 
 
-def kill_at(n: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+def kill_at(
+    n: int, monkeypatch: pytest.MonkeyPatch, error: type[BaseException] | OSError = Killed
+) -> Callable[[], int]:
     """Die at the n-th touch of the file system (from 0), leaving half a file when it is a write; counts touches."""
     touched = 0
 
@@ -156,7 +160,7 @@ def kill_at(n: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
             if touched > n:
                 if function is io.open and "w" in (args[1] if len(args) > 1 else kwargs.get("mode", "r")):
                     Path(os.fspath(args[0])).touch()
-                raise Killed
+                raise error
             return function(*args, **kwargs)
 
         return touch
@@ -168,7 +172,7 @@ def kill_at(n: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
 
 
 def assert_unsuffixed_is_whole(saved: Checkpoints) -> None:
-    assert saved.steps() == sorted(int(folder.parent.name[1:]) for folder in saved.dir.glob("t*/rank00000"))
+    assert saved.steps() == sorted(int(folder.parent.name[1:]) for folder in saved.dir.glob("t*/replica00000"))
 
 
 @pytest.mark.parametrize("t", [2, 3])
@@ -198,6 +202,27 @@ def test_death_at_every_moment_of_saving(tmp_path: Path, monkeypatch: pytest.Mon
         assert_equal(saved.load(t), small_state(9))
         saved.prune(t)
         assert not list(tmp_path.rglob("*.partial"))
+        n += 1
+    assert n > 15
+
+
+def test_a_full_disk_at_every_moment_of_saving_names_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where Python's own error names none, as that of a flush."""
+    saved, n, finished = checkpoints(tmp_path), 0, False
+    saved.save(1, small_state(1))
+    while not finished:
+        with monkeypatch.context() as patch:
+            touched = kill_at(n, patch, OSError(28, "No space left on device"))
+            message = ""
+            try:
+                saved.save(2, small_state(2))
+            except OSError as error:
+                message = str(error)
+        finished = touched() <= n
+        assert not message if finished else "No space left" in message and "is the disk full?" in message
+        assert finished or str(tmp_path / "checkpoints/t00000002/replica00000.partial") in message
+        assert saved.load(1)["t"] == 1
+        shutil.rmtree(tmp_path / "checkpoints/t00000002", ignore_errors=True)
         n += 1
     assert n > 15
 
@@ -258,8 +283,8 @@ def test_a_manifest_of_another_form_makes_it_not_whole(tmp_path: Path, manifest:
     ("other", "message"),
     [
         ({"run_id": "b"}, "run_id 'run', but here run_id is 'b': the config or the data differ.* is .*config.yaml;"),
-        ({"run_id": "b", "world_size": 4}, "world_size 2, but here world_size is 4; resume"),
-        ({"world_size": 4}, "world_size 2, but here world_size is 4"),
+        ({"run_id": "b", "num_ranks": 4}, "num_replicas 2, but here num_replicas is 4; resume"),
+        ({"num_ranks": 4}, "num_replicas 2, but here num_replicas is 4"),
     ],
 )
 def test_other_runs_are_refused(tmp_path: Path, other: dict[str, Any], message: str) -> None:
@@ -270,7 +295,7 @@ def test_other_runs_are_refused(tmp_path: Path, other: dict[str, Any], message: 
 
 
 @pytest.mark.parametrize(
-    ("there", "message"), [("t00000002/rank00001", "t is 2"), ("t00000001/rank00000", "rank is 0")]
+    ("there", "message"), [("t00000002/replica00001", "t is 2"), ("t00000001/replica00000", "name is 'replica00000'")]
 )
 def test_a_folder_of_another_step_or_rank_is_refused(tmp_path: Path, there: str, message: str) -> None:
     folder = checkpoints(tmp_path, rank=1).save(1, small_state())
@@ -289,8 +314,8 @@ def test_prune(tmp_path: Path, keep: int, confirmed_t: int, left: list[int]) -> 
     for t in (1, 2, 3, 4, 5):
         saved.save(t, {})
     other.save(1, {})
-    (tmp_path / "checkpoints/t00000001/rank00000.partial").mkdir()
-    theirs = tmp_path / "checkpoints/t00000001/rank00001.partial"
+    (tmp_path / "checkpoints/t00000001/replica00000.partial").mkdir()
+    theirs = tmp_path / "checkpoints/t00000001/replica00001.partial"
     theirs.mkdir()
     saved.prune(confirmed_t)
     assert saved.steps() == left
@@ -336,7 +361,7 @@ def test_a_disk_that_fills_up_while_writing_is_named(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        with pytest.raises(OSError, match=r"rank00000.partial cannot be written .*; is the disk full\?"):
+        with pytest.raises(OSError, match=r"replica00000.partial cannot be written .*; is the disk full\?"):
             saved.save(2, {"x": torch.zeros(1_000_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -360,7 +385,7 @@ def test_checkpoints_of_all_ranks_count(tmp_path: Path, monkeypatch: pytest.Monk
             checkpoints(tmp_path, rank, 4).save(t, {"x": torch.zeros(250_000)})
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4_000_000))
     checkpoints(tmp_path, 3, 4).require_space(4_000_000)
-    partial = tmp_path / "checkpoints" / "t00000003" / "rank00003.partial"  # which the next one replaces
+    partial = tmp_path / "checkpoints" / "t00000003" / "replica00003.partial"  # which the next one replaces
     partial.mkdir(parents=True)
     (partial / "x").write_bytes(bytes(1_000_000))
     with pytest.raises(ValueError, match="free space"):

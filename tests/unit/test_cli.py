@@ -127,18 +127,40 @@ def test_a_class_of_ones_own_may_have_annotations_that_cannot_be_read_here(tmp_p
     assert isinstance(run.algorithm, DiLoCo) and list(run.algorithm.outer.rates) == [0.5]
 
 
-@pytest.mark.parametrize("where", ["describe_into", "save_model"])
+@pytest.mark.parametrize("where", ["describe_into", "save_file"])
 def test_a_full_disk_is_told_in_a_sentence(capsys, config, tmp_path, monkeypatch, where):
     def full(*_):
         message = "No space left on device"
-        raise SafetensorError(message) if where == "save_model" else OSError(28, message)
+        raise SafetensorError(message) if where == "save_file" else OSError(28, message)
 
     monkeypatch.setattr(f"lowcomm.assemble.{where}", full)
     out = tmp_path / "out"
     assert main(["train", "--config", str(config), "--num_steps", "20", "--out", str(out)]) == 1
     error = capsys.readouterr().err
     assert error.startswith("lowcomm: error:") and "No space left on device" in error
-    assert ("--resume" in error) == (where == "save_model"), "there is a checkpoint to go on from"
+    assert ("--resume" in error) == (where == "save_file"), "there is a checkpoint to go on from"
+
+
+def test_a_disk_that_fills_up_while_training_is_told_with_what_was_saved(capsys, config, tmp_path, monkeypatch):
+    def full(descriptor):
+        if (tmp_path / "out" / "checkpoints" / "t00000020").exists():
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    assert main(["train", "--config", str(config), "--out", str(tmp_path / "out")]) == 1
+    error, folder = capsys.readouterr().err, tmp_path / "out" / "checkpoints"
+    assert f"{folder / 't00000020' / 'replica00000.partial'} cannot be written" in error and "No space left" in error
+    assert f"the last good checkpoint is {folder / 't00000010'}, which --resume goes on from" in error
+    assert error.count("\n") == 1
+
+
+def test_a_run_of_former_names_is_refused(capsys, config, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.rank1.jsonl").touch()
+    for flags in ([], ["--resume"]):
+        error = refused(capsys, "train", "--config", str(config), "--out", str(tmp_path / "out"), *flags)
+        assert "metrics.rank1.jsonl is of an earlier lowcomm" in error
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["metrics.rank1.jsonl"]
 
 
 def test_no_free_disk_is_refused(capsys, config, tmp_path, monkeypatch):
@@ -222,13 +244,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_checkpoint(c
 def test_where_a_loss_is_not_finite_the_newest_whole_checkpoint_is_named(capsys, config, tmp_path, monkeypatch):
     def diverge(run, out, resumes):
         for name in ("t00000007", "t00000020", "t00000010", "t00000030.partial"):
-            (out / "checkpoints" / name).mkdir(parents=True)
+            (out / "checkpoints" / name / "replica00000").mkdir(parents=True)
         raise Diverged(24, float("nan"))
 
     monkeypatch.setattr("lowcomm.cli.run_replica", diverge)
     assert main(["train", "--config", str(config), "--out", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
-    assert "inner step 24" in error and f"checkpoint is {tmp_path / 'out' / 'checkpoints' / 't00000020'}." in error
+    assert "inner step 24" in error and f"checkpoint is {tmp_path / 'out' / 'checkpoints' / 't00000020'}," in error
 
 
 def test_naming_another_class_keeps_no_settings_of_the_default_one():
@@ -277,10 +299,16 @@ def test_dry_run_under_torchrun_is_of_that_world(capsys, config, monkeypatch):
     assert re.findall(r"# (\d+) replicas", capsys.readouterr().out) == ["3"]
 
 
+@pytest.mark.parametrize("world", ["three", "0", "-1"])
+def test_dry_run_of_no_number_of_ranks_is_refused(capsys, config, monkeypatch, world):
+    monkeypatch.setenv("WORLD_SIZE", world)
+    assert f"WORLD_SIZE is '{world}'" in refused(capsys, "train", "--config", str(config), "--dry_run")
+
+
 def test_dry_run_says_what_it_cannot_count(capsys, config):
-    flags = ["--optimizer.path", "tests.sim.test_timing.AsksForValues", "--optimizer.args", "{lr: 0.1}"]
+    flags = ["--optimizer.path", "torch.optim.SparseAdam", "--optimizer.args", "{lr: 0.1}"]
     assert main(["train", "--config", str(config), *flags, "--dry_run"]) == 0
-    assert "# 4 replicas: a dry run knows shapes but no values" in capsys.readouterr().out
+    assert "# 4 replicas: a step of torch.optim.sparse_adam.SparseAdam fails (RuntimeError: " in capsys.readouterr().out
     flags = ["--algorithm", "DESLOC", "--algorithm.periods", "{param: 4, momentum: 8}"]
     assert main(["train", "--config", str(config), *flags, "--dry_run"]) == 0
     assert "# 4 replicas: periods names ['momentum'], but" in capsys.readouterr().out

@@ -45,6 +45,16 @@ def test_a_hook_serves_one_model():
 
 
 @pytest.mark.usefixtures("world_of_one")
+def test_gradients_that_cannot_be_averaged_are_refused_before_training():
+    tables = nn.Sequential(nn.EmbeddingBag(9, 4, sparse=True), nn.Linear(4, 1))
+    turning = nn.Linear(2, 1)
+    turning.phase = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    for model, why in ((tables, "'0.weight' will have sparse"), (turning, "'phase' is of torch.complex64")):
+        with pytest.raises(ValueError, match=why):
+            registered(model, Reducer())
+
+
+@pytest.mark.usefixtures("world_of_one")
 def test_frozen_parameters_have_no_gradients_to_average():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
     model[0].weight.requires_grad_(False)
@@ -84,6 +94,30 @@ def test_shards_in_bfloat16_are_averaged_in_float32():
     expected = (total / 3).bfloat16()
     assert not torch.equal(total.bfloat16() / 3, expected), "which is not to round the sum"
     assert all(torch.equal(x, expected) for x in run_world(3, program))
+
+
+class Sharded(nn.Linear):
+    """As `fully_shard` leaves a module, as far as the hook asks."""
+
+    def set_all_reduce_hook(self, hook):
+        self.hook = hook
+
+
+@pytest.mark.parametrize(
+    ("odd", "what"),
+    [
+        ((Sharded(3, 2), Reducer(Quantized())), ("reducer", "Quantized")),
+        ((Sharded(3, 3), Reducer()), ("gradient list", r"float32\[3, 3\] on rank 1")),
+        ((nn.Sequential(Sharded(3, 2)), Reducer()), ("sharded modules", "0 on rank 1")),
+    ],
+)
+def test_ranks_whose_shards_or_reducers_differ_refuse_on_each_of_them(odd, what):
+    def program(comm):
+        model, reducer = odd if comm.rank == 1 else (Sharded(3, 2), Reducer())
+        with pytest.raises(ValueError, match=r"the {} of ranks \[1\] differs .*{}".format(*what)):
+            lowcomm.fsdp_hook(reducer, comm).register(model)
+
+    run_world(2, program)
 
 
 def test_shards_that_are_not_finite_on_one_rank_become_nan_on_all():

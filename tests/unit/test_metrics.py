@@ -21,9 +21,12 @@ from lowcomm.metrics import (
     Sink,
     TensorBoardSink,
     WandbSink,
+    file_of,
+    of_replicas,
     read,
     truncate_after,
 )
+from lowcomm.places import name_of
 
 
 def step(t: int, **more: Any) -> dict[str, Any]:
@@ -55,6 +58,25 @@ def test_lines_are_there_at_once(tmp_path: Path) -> None:
         assert len(read(path)) == t
     file.close()
     assert read(path) == [step(1), step(2)]
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    (tmp_path / "m").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"/m cannot be written .*No space left.*; is the disk full\?"):
+        write(tmp_path / "m", [step(1)])
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_replicas_count_once_with_the_bytes_of_all_their_ranks(tmp_path: Path, num_shards: int) -> None:
+    names = [name_of(replica, shard, num_shards) for replica in range(12) for shard in range(num_shards)]
+    assert len({file_of(tmp_path, name) for name in names}) == 12 * num_shards
+    for rank, name in enumerate(names):
+        write(file_of(tmp_path, name), [step(1), step(2, rank=rank, tokens=64, bytes_sent=rank, bytes_received=1)])
+    lines = of_replicas(tmp_path)
+    assert [line["rank"] for line in lines] == [replica * num_shards for replica in range(12)]
+    assert {line["tokens"] for line in lines} == {64} and {line["bytes_received"] for line in lines} == {num_shards}
+    ranks = [range(replica * num_shards, (replica + 1) * num_shards) for replica in range(12)]
+    assert [line["bytes_sent"] for line in lines] == [sum(x) for x in ranks]
 
 
 def test_not_finite_is_null(tmp_path: Path) -> None:

@@ -3,12 +3,15 @@
 import json
 import shutil
 import sys
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from lowcomm.cli import main
+from lowcomm.engine.torch_engine import next_token_loss
 from lowcomm.models.hugging_face import HuggingFace
 from lowcomm.models.length import check_length
 from lowcomm.models.llama import Llama
@@ -38,6 +41,52 @@ class Short(Bigram):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         assert tokens.shape[1] <= 7, "no more than 7"
         return super().forward(tokens)
+
+
+@dataclass
+class Output:
+    """What a user's model may return."""
+
+    logits: torch.Tensor
+
+
+class Returns(Bigram):
+    """A user's model that returns its logits in one of many forms."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__(40)
+        self.form = form
+
+    def forward(self, tokens: torch.Tensor) -> Any:
+        logits, loss = super().forward(tokens), torch.zeros(())
+        return {
+            "tensor": logits,
+            "tuple": (logits, None),
+            "loss first": (loss, logits),
+            "list": [logits],
+            "dict": {"loss": loss, "logits": logits},
+            "object": Output(logits),
+            "no logits": {"loss": loss},
+            "nothing": None,
+            "number": loss,
+            "tokens": logits.argmax(-1, keepdim=True),
+            "last": logits[:, -1:],
+            "empty": (),
+        }[self.form]
+
+
+class Two(Bigram):
+    """A user's model that wants more than tokens."""
+
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return super().forward(tokens) * mask
+
+
+class Fixed(Bigram):
+    """A user's model with one length."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return super().forward(tokens) + torch.zeros(16, 40)
 
 
 class Flat(Bigram):
@@ -185,6 +234,15 @@ def test_module_gets_its_arguments_and_is_in_training_mode():
     assert all(module.training for module in model.modules())
 
 
+@pytest.mark.parametrize("form", ["tensor", "tuple", "loss first", "list", "dict", "object"])
+@pytest.mark.parametrize("compiles", [False, True])
+def test_logits_are_found_in_what_forward_returns(form, compiles):
+    model, plain = (Module("users_models.Returns", {"form": x}).build(40, seed=0).eval() for x in (form, "tensor"))
+    loss = torch.compile(next_token_loss, backend="eager", fullgraph=True) if compiles else next_token_loss
+    batch = torch.arange(12).view(2, 6)
+    assert torch.equal(loss(model, batch), next_token_loss(plain, batch))
+
+
 @pytest.mark.parametrize(
     ("path", "args", "message"),
     [
@@ -196,7 +254,14 @@ def test_module_gets_its_arguments_and_is_in_training_mode():
         ("users_models.Bigram", {}, "does not take the args {}: missing a required argument: 'vocab_size'"),
         ("users_models.Bigram", {"vocab_size": 40, "with": 4}, "got an unexpected keyword argument 'with'"),
         ("users_models.Bigram", {"vocab_size": 39}, "does not accept token id 39 .* a vocabulary of 40"),
-        ("users_models.Flat", {"vocab_size": 40}, r"maps tokens \[1, 2\] to \[2, 40\]"),
+        *(
+            ("users_models.Returns", {"form": form}, "forward returns .* there should be floating-point logits")
+            for form in ("no logits", "nothing", "number", "tokens", "empty")
+        ),
+        ("users_models.Returns", {"form": "last"}, r"maps tokens \[1, 2\] to \[1, 1, 40\]"),
+        ("users_models.Two", {"vocab_size": 40}, "cannot pass forward .*'mask'.* take tokens"),
+        ("users_models.Fixed", {"vocab_size": 40}, "cannot pass forward .* of any length up to seq_len"),
+        ("users_models.Flat", {"vocab_size": 40}, r"forward returns torch.float32\[2, 40\] where"),
     ],
 )
 def test_module_mistakes_are_told(path, args, message):

@@ -7,9 +7,9 @@ import torch
 
 from lowcomm.comm.echo import EchoComm
 from lowcomm.reduce import NonFinite, Reducer
-from lowcomm.state import state_tree
 from lowcomm.tensors import digest, rng
 from tests.compressors import EF14, EF21, Absmax, Cast, EControl, Identity, PowerSGD, Quantized, TopK
+from tests.replicas import tensors_in
 from tests.world import run_world
 
 SHAPES = [(4, 6), (9,), (3,)]
@@ -20,14 +20,7 @@ def tensors(rank, round):
 
 
 def stated(state):
-    return [digest([x]) for bucket in state_tree(state)["buckets"] for x in leaves(bucket)]
-
-
-def leaves(tree):
-    if isinstance(tree, torch.Tensor):
-        return [tree]
-    values = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else []
-    return [leaf for value in values for leaf in leaves(value)]
+    return [digest([x]) for x in tensors_in(state)]
 
 
 @pytest.mark.parametrize("compressor", [Quantized(Absmax(8)), TopK(0.3), PowerSGD(2, min_compression=1)], ids=str)

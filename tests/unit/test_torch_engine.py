@@ -350,3 +350,35 @@ def test_mistakes_are_told(make, message):
 def test_an_update_without_gradients_is_our_mistake():
     with pytest.raises(AssertionError, match="update comes after backward"):
         engine_of(language_model()).update()
+
+
+@pytest.mark.parametrize("reports", [False, True])
+def test_sparse_gradients_become_dense(reports):
+    """So a step is that of a model whose gradients were dense: momentum and decay go on in rows without tokens."""
+
+    def trained(sparse: bool) -> list[Tensor]:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Embedding(VOCAB, 4, sparse=sparse), nn.Linear(4, VOCAB))
+        engine = TorchEngine(model, torch.optim.AdamW(model.parameters()), num_micro_batches=2)
+        found: list[Tensor] = []
+        for batch in batches(3):
+            ready: list[Tensor] = []
+            engine.backward(batch, (lambda i, gradient, ready=ready: ready.append(gradient)) if reports else None)
+            found += ready
+            found += engine.slots()["grad"]
+            engine.update()
+        return [*found, *engine.slots()["param"]]
+
+    for x, y in zip(trained(True), trained(False), strict=True):
+        assert x.layout == torch.strided
+        torch.testing.assert_close(x, y)
+
+
+def test_complex_parameters_are_refused_and_frozen_ones_carried():
+    model = nn.Linear(2, 2)
+    model.phase = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"'phase' is of torch.complex64.*view_as_complex"):
+        TorchEngine(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    model.phase.requires_grad_(False)
+    TorchEngine(model, torch.optim.SGD(model.parameters(), lr=0.1))

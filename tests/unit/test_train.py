@@ -19,11 +19,12 @@ from tests.world import run_world
 def calls(start: int, plan: Plan) -> list[str]:
     """What the loop calls on its parts, in order, each with the inner step if it is told."""
     parts = MagicMock()
-    parts.ledger.t = start
+    parts.ledger.t, parts.ledger.step_tokens = start, 1
     parts.engine.slots.return_value = {"param": [torch.zeros(1)]}
-    parts.engine.evaluate.return_value = torch.tensor(2.0)
+    parts.engine.evaluate.return_value, parts.engine.buffers.return_value = torch.tensor(2.0), []
     parts.algorithm.consensus.return_value = [torch.ones(1)]
     parts.comm.members, parts.comm.place = (0,), 0
+    parts.engine.standing.return_value.__enter__.return_value = []
     parts.comm.tagged.return_value.all_sum = lambda x: SimpleNamespace(wait=lambda: x)
     train(
         Replica(
@@ -33,7 +34,7 @@ def calls(start: int, plan: Plan) -> list[str]:
         parts.checkpoints,
     )
     shown = ("algorithm.", "engine.", "ledger.", "checkpoints.")
-    hidden = ("num_rounds", "slots", "state_dict", "consensus", "paused().__exit__", "paused().__enter__")
+    hidden = ("num_rounds", "slots", "state_dict", "consensus", "__exit__", "__enter__")
     found = []
     for name, args, _ in parts.mock_calls:
         if name.startswith(shown) and not name.endswith(hidden):
@@ -45,10 +46,11 @@ def calls(start: int, plan: Plan) -> list[str]:
 def test_the_order_of_a_run():
     def step(t: int, *, last: bool = False) -> list[str]:
         before = ["lr", f"during_backward {t}", "backward", f"before_update {t}", "update"]
-        return [*before, f"after_update {t}", *([f"complete {t}", f"finish {t}"] if last else []), f"step {t}"]
+        after = [f"complete {t}", f"finish {t}", "buffers"] if last else []
+        return [*before, f"after_update {t}", *after, f"step {t}"]
 
-    evaluation = ["flush", "paused", "evaluate", "evaluation"]
-    saving = ["flush", "paused", "settle", *("save {0}", "confirm {0}", "prune {0}")]
+    evaluation = ["flush", "paused", "standing", "buffers", "buffers", "evaluate", "evaluation"]
+    saving = ["flush", "paused", "settle", *("save {0}", "place.meet", "confirm {0}", "prune {0}")]
     saves = {t: [x.format(t) for x in saving] for t in (2, 4)}
     batch = torch.zeros(2, 3, dtype=torch.int64)
     whole = calls(0, Plan(4, 3, 2, [batch], 1.0))

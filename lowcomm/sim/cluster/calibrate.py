@@ -1,4 +1,4 @@
-"""How long an inner step really takes on this machine, for `lowcomm.sim.cluster.compute.Measured`."""
+"""The time of an inner step on this machine, for `lowcomm.sim.cluster.compute.Measured`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _NUM_TIMED = 5
 def measured_step_s(
     build: Callable[[MeteredComm], Assembled], num_replicas: int, timer: Callable[[], float] = time.perf_counter
 ) -> float:
-    """Seconds of one inner step of a replica among so many: the median of five, after one that warms up.
+    """Seconds of one replica's inner step: the median of five, after one to warm up.
 
-    A step is the gradients of a batch and the update, with as many threads as torch takes now; reading the batch and
-    what the algorithm does are not in it. The replica is thrown away, and torch's random numbers are put back, so that
-    a simulation goes as one that was told the time.
+    A step is the gradients of a batch and the update, with torch's present number of threads. Reading the batch and the
+    algorithm's own work do not count. The replica is thrown away and torch's random state restored, so a simulation
+    goes on as if it had been told the time.
 
     Args:
         build: assembles the replica.

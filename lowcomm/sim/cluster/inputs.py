@@ -1,4 +1,4 @@
-"""Numbers and tables that a user gives to the simulator, checked."""
+"""Checks of numbers and tables that a user gives to the simulator."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def of_rank(name: str, values: Sequence[float], rank: int) -> float:
 
 
 def parsed(where: str, text: str, kind: type[N]) -> N:
-    """The number that a text says; ValueError, naming the place, when it says none."""
+    """``text`` as a number; ValueError, naming ``where`` it stands, when it is none."""
     try:
         return kind(text)
     except ValueError as error:

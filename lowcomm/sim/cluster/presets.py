@@ -68,7 +68,6 @@ class _Even(Cluster, ABC):
     latency_s: float = 0.01
 
     def layout(self) -> Layout:
-        """One region."""
         return _one_region(self.num_hosts, self.bits_per_s, self.bits_per_s, self.latency_s)
 
 
@@ -94,7 +93,7 @@ class LAN(_Even):
 
 @dataclass(frozen=True)
 class Home(Cluster):
-    """Machines at home, whose up-links are the slower ones.
+    """Machines at home, with slower up-links than down-links.
 
     Attributes:
         latency_s: one way, from one home to another.
@@ -106,7 +105,6 @@ class Home(Cluster):
     latency_s: float = 0.02
 
     def layout(self) -> Layout:
-        """One region."""
         return _one_region(self.num_hosts, self.up_bits_per_s, self.down_bits_per_s, self.latency_s)
 
 
@@ -200,7 +198,7 @@ def _geographic(
     gbit_per_s: Sequence[Sequence[float]],
     within: tuple[float, float],
 ) -> Layout:
-    """Regions whose distances stand in triangles; ``within`` is what holds inside each, as (ms, Gbit/s)."""
+    """Regions with a triangle of distances and one of rates; ``within`` holds inside each region, in (ms, Gbit/s)."""
     return Layout(
         [Hosts(hosts_per_region, _HOST_BITS_PER_S, _HOST_BITS_PER_S, region) for region in regions],
         regions,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -37,9 +37,11 @@ class Shapes:
         model: as it would be trained.
         params, gradients: in the order of `Engine.slots`.
         names: of the parameters, likewise.
+        buffers: those that training changes.
         ready: their places in the order in which backward finishes them; empty without batch.
         first_states, states: of the optimizer by name before and after its first step, likewise.
         needs_all_gradients: see `Engine.needs_all_gradients`.
+        ways: see `Engine.standing`.
     """
 
     def __init__(self, inner: TorchEngine, batch: Tensor | None) -> None:
@@ -47,7 +49,7 @@ class Shapes:
         self.ready: list[int] = []
         if batch is not None:
             inner.backward(batch, lambda i, gradient: self.ready.append(i))
-        self.params, self.names = inner.slots()["param"], inner.names()
+        self.params, self.names, self.buffers = inner.slots()["param"], inner.names(), inner.buffers()
         self.gradients = [torch.empty(x.shape, dtype=x.dtype, device="meta") for x in self.params]
         self.needs_all_gradients = inner.needs_all_gradients()
         self._inner, self._lrs = inner, [inner.lr()]
@@ -58,6 +60,8 @@ class Shapes:
         inner.update()
         self._lrs.append(inner.lr())
         self.states = _states(inner)
+        with inner.standing(self.params) as self.ways:
+            pass
 
     def lr(self, num_updates: int) -> float:
         """The learning rate after so many updates."""
@@ -99,11 +103,20 @@ class TimingEngine(Engine):
         """NaN, where its sum with others' is taken."""
         return torch.full((), math.nan)
 
+    def standing(self, params: list[Tensor]) -> AbstractContextManager[list[Tensor]]:
+        return nullcontext(self._shapes.ways if self._num_updates else [])
+
+    def has_stepped(self) -> bool:
+        return self._num_updates > 0
+
     def slots(self) -> Mapping[str, list[Tensor]]:
         slots = {"param": self._shapes.params}
         if self._is_between:
             slots["grad"] = self._shapes.gradients
         return slots | (self._shapes.states if self._num_updates else self._shapes.first_states)
+
+    def buffers(self) -> list[Tensor]:
+        return self._shapes.buffers
 
     def names(self) -> list[str]:
         return self._shapes.names

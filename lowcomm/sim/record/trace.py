@@ -1,4 +1,4 @@
-"""What every rank did when: spans, as a Chrome/Perfetto trace, and from one.
+"""Spans of what every rank did, written as a Chrome/Perfetto trace and read back.
 
 Times are virtual seconds. A written trace opens in ui.perfetto.dev or chrome://tracing; a rank is a process there, with
 one line for computing and waiting, and as many for flows as it had at once.
@@ -25,7 +25,7 @@ class Span:
 
     Attributes:
         rank: for a flow, who sends.
-        name: what it says on it: the "step 3" that it computed, the purpose of the exchange it waited for, "to rank 2".
+        name: its label: the "step 3" that was computed, the purpose of the exchange waited for, "to rank 2".
         num_bytes: of a flow; 0 for others.
     """
 
@@ -53,13 +53,12 @@ class Trace:
     spans: list[Span] = field(default_factory=list)
 
     def add(self, rank: int, kind: Kind, start_s: float, end_s: float, name: str, num_bytes: float = 0.0) -> None:
-        """Record a span."""
         self.spans.append(Span(rank, kind, start_s, end_s, name, num_bytes))
 
     def interrupt(self, place: int, at_s: float, until_s: float) -> int:
-        """A span, by its place in the list, that was recorded before its end stops for a while.
+        """Split the span at this place of the list, which was recorded before its end, around a pause.
 
-        Returns the place of its second half.
+        Returns the place of the second half.
         """
         span = self.spans[place]
         self.spans[place] = replace(span, end_s=at_s)
@@ -67,7 +66,7 @@ class Trace:
         return len(self.spans) - 1
 
     def stop(self, at_s: Mapping[int, float]) -> None:
-        """Ranks that did not end of themselves compute no longer than until these moments."""
+        """End the computing of these ranks, which were stopped at these moments."""
         for place, span in enumerate(self.spans):
             if span.kind == "compute" and span.end_s > at_s.get(span.rank, math.inf):
                 self.spans[place] = replace(span, end_s=at_s[span.rank])

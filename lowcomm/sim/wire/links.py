@@ -35,7 +35,6 @@ class Transport:
     half_duplex: bool = False
 
     def __post_init__(self) -> None:
-        """Check every number."""
         if self.streams < 1:
             raise ValueError(f"streams is {self.streams}; a flow needs at least 1 connection")
         for name in ("window_bytes", "initial_window_bytes"):
@@ -83,11 +82,10 @@ class Links:
 
     @property
     def num_ranks(self) -> int:
-        """How many ranks are connected."""
         return len(self.up_bits_per_s)
 
     def latency(self, source: int, to: int) -> float:
-        """Seconds one way, as they count."""
+        """Seconds one way, times the transport's ``latency_factor``."""
         return self.latency_s(source, to) * self.transport.latency_factor
 
     def path(self, source: int, to: int) -> float:
@@ -95,6 +93,6 @@ class Links:
         return inf if self.path_bits_per_s is None else self.path_bits_per_s(source, to)
 
     def window_bytes(self) -> float:
-        """What all connections of a message may have in flight; inf for no limit."""
+        """What all connections of a message together may have in flight; inf for no limit."""
         window_bytes = self.transport.window_bytes
         return inf if window_bytes is None else self.transport.streams * window_bytes

@@ -58,9 +58,9 @@ class Flow:
 
 
 def fair_rates(changed: Iterable[Link]) -> Iterator[tuple[Flow, float]]:
-    """The bytes per second of every flow that shared links connect to a changed one, each flow once.
+    """New rates, in bytes per second, of all flows that shared links connect to a changed link; each once.
 
-    Other flows keep their rates and cost nothing.
+    Other flows keep their rates and cost no time.
     """
     seen: set[Link] = set()
     for first in changed:
@@ -88,8 +88,8 @@ def fair_rates(changed: Iterable[Link]) -> Iterator[tuple[Flow, float]]:
 def _fill(links: Sequence[Link], flows: Iterable[Flow]) -> dict[Flow, float]:
     """Progressive filling: all rates rise together, each until its cap or a full link stops it.
 
-    O(F log F) for F flows. A flow stopped elsewhere only raises what a link has for each of the rest, so that a stale
-    entry of the heap is too low and goes back with its present share.
+    O(F log F) for F flows. When a flow stops elsewhere, a link's share for each of the others only rises. So a stale
+    entry of the heap is too low, and goes back with the present share.
     """
     heap: list[tuple[float, int, Link | Flow]] = []
     for link in links:

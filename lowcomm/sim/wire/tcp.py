@@ -1,4 +1,4 @@
-"""What TCP and waiting for each other's words add to the time that a transfer's bytes take."""
+"""How long transfers wait for TCP's windows and for the receiver's word that it is ready."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from math import inf
 
 from lowcomm.sim.wire.collectives import Turns
 
-MIN_IDLE_S = 0.2  # Linux: what a connection waits at least, beyond a round trip, before it takes a packet for lost
+MIN_IDLE_S = 0.2  # Linux: the least time beyond a round trip after which a packet counts as lost
 
 
 class Connections:
-    """The congestion windows of all connections: how much each may send before it hears back.
+    """The congestion windows of all connections: how much each may send before an acknowledgement.
 
-    A new connection, and one that was idle for long, begins with the initial window, which grows by what arrives until
-    it no longer limits (Linux: tcp_slow_start_after_idle). Words of one direction keep the other from being idle.
-    Losses are not modelled.
+    A connection begins with the initial window. The window grows by what arrives, until it no longer limits. An idle
+    one is halved for each round trip and `MIN_IDLE_S`, down to the initial window (Linux: tcp_slow_start_after_idle).
+    Use of one direction counts for both. Losses are not modelled.
 
     Args:
-        initial_bytes: the initial window; None: nothing limits.
+        initial_bytes: the initial window; None: no limit.
     """
 
     def __init__(self, initial_bytes: float | None) -> None:
@@ -27,7 +27,7 @@ class Connections:
     def wait_s(
         self, path: tuple[int, int], now_s: float, burst_bytes: float, bytes_per_s: float, round_trip_s: float
     ) -> float:
-        """Seconds in which bytes that are to go on one path at once are held back; counts as the path's use."""
+        """Seconds for which the window holds back a burst of bytes on a path. Updates the window."""
         if self._initial_bytes is None or round_trip_s == 0 or bytes_per_s == inf:
             return 0.0
         window, used_s = self._windows.get(path, (self._initial_bytes, now_s))
@@ -41,19 +41,20 @@ class Connections:
         return waited_s
 
     def used(self, path: tuple[int, int], now_s: float) -> None:
-        """A transfer on this path has ended; it was used in both directions."""
+        """Note the end of a transfer, which used the path in both directions."""
         for way in (path, path[::-1]):
             if way in self._windows:
                 self._windows[way] = (self._windows[way][0], now_s)
 
 
 def turns_s(turns: Turns, bytes_per_s: float, latency_s: float, back_s: float) -> float:
-    """Seconds in which a pipeline's link is silent because the next message may not leave yet.
+    """Seconds for which a pipeline's link is silent because the next message may not leave yet.
 
-    A message may leave when the one two before it has arrived and word of that has come back: with messages of s
-    seconds, one way of a and two messages in each turn that is a + back - s, if that is positive. Where both ranks
-    send to each other on one connection the word stands in line behind a message, and costs its way back each time.
-    What its sender sends others before comes on top.
+    A message may leave when the one two before it has arrived and word of that has come back. A message takes s
+    seconds, and the way there and back a round trip. So in each turn, of two messages, the link is silent for a round
+    trip less s, if that is positive. Where both ranks send on one connection, and s is at least half a round trip, the
+    word queues behind a message: then each turn costs a whole round trip. Messages that the sender first sends to
+    others are added.
     """
     message_s, round_trip_s = turns.message_bytes / bytes_per_s, latency_s + back_s
     in_line = turns.both_ways and message_s >= round_trip_s / 2
