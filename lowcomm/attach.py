@@ -124,12 +124,15 @@ class Sync:
                 "step: call finish() before such a change, and attach() again with the new one"
             )
 
-    def _talk(self, call: Callable[[Comm], None]) -> None:
+    def _require_training_mode(self) -> None:
         if any(group.get("train_mode") is False for group in self._engine.optimizer.param_groups):
             raise ValueError(
                 "the optimizer is in evaluation mode, whose parameters are not those that replicas average: call "
                 "optimizer.train() before optimizer.step(), sync.step() and sync.finish()"
             )
+
+    def _talk(self, call: Callable[[Comm], None]) -> None:
+        self._require_training_mode()
         self._members.take(self._algorithm, self._engine, self._state, call)
 
     @property
@@ -143,10 +146,11 @@ class Sync:
         A second call does nothing.
 
         Raises:
-            ValueError: as `step`; also then the optimizer is free.
+            ValueError: as `step`; also then the optimizer is free, unless it only was in evaluation mode.
         """
         if not self._hooks:
             return
+        self._require_training_mode()
         try:
             self._check()
             self._talk(partial(self._algorithm.complete, self.t, self._engine, self._state))

@@ -23,8 +23,8 @@ class View:
         round: from 1; none comes twice.
         members: sorted.
         tokens: that each of them brings.
-        versions: of each, the last round whose result it holds. Those below the largest first get the result from
-            `donor`.
+        versions: of each, the last round whose result it holds, negative if that round is void. Those below the largest
+            first get the result from `donor`.
     """
 
     epoch: int
@@ -57,8 +57,8 @@ class View:
 class Meeting:
     """The replicas between rounds, single-threaded; times are the caller's.
 
-    The caller calls `poll` after other methods and when the last `poll` said so. It looks at everyone who is
-    present, so of many arrivals that are there together it follows the last.
+    The caller calls `poll` after other methods and when the last `poll` said so. It looks at everyone who is present,
+    so of many arrivals that are there together it follows the last.
 
     Attributes:
         rule: when a round goes on.
@@ -78,9 +78,10 @@ class Meeting:
     _begun_s: float | None = field(default=None, init=False)
     _waiting: dict[int, Arrival] = field(default_factory=dict, init=False)  # in the order of coming
     _may_hold: dict[int, int] = field(default_factory=dict, init=False)  # of who is present: the newest round
-    _counted: dict[int, float] = field(default_factory=dict, init=False)  # tokens done, up to a round that stands
-    _brought: dict[int, tuple[int, Arrival]] = field(default_factory=dict, init=False)  # to a round that may stand
-    _void: set[int] = field(default_factory=set, init=False)  # rounds that nobody present came back from
+    _took: dict[int, Arrival] = field(default_factory=dict, init=False)  # those of the last view
+    # of each replica, rounds that it was in and the tokens that it had done by then, from its own version on
+    _counted: dict[int, list[tuple[int, float]]] = field(default_factory=dict, init=False)
+    _void: list[tuple[int, int]] = field(default_factory=list, init=False)  # rounds that are in no result, from and to
     _members: tuple[int, ...] = field(default=(), init=False)
     _fenced: bool = field(default=True, init=False)  # the next view must have a new epoch
     _again: bool = field(default=False, init=False)  # the last round broke and goes on without its lost
@@ -106,12 +107,12 @@ class Meeting:
             fresh: its process has just started; else it is the one that was here before, and goes on counting tokens.
         """
         self._fenced |= fresh or replica not in self._may_hold
-        self._may_hold[replica] = 0 if version in self._void else version
+        self._may_hold[replica] = self._standing(version)
         self.round = max(self.round, version)
         self._begun_s = now_s if self._begun_s is None else self._begun_s
         if fresh:
             self._waiting.pop(replica, None)
-            self._brought.pop(replica, None)
+            self._took.pop(replica, None)
             self._counted.pop(replica, None)
 
     def leave(self, replica: int) -> None:
@@ -127,12 +128,16 @@ class Meeting:
         """
         replica = arrival.replica
         assert replica in self._may_hold, f"replica {replica} arrives without having joined"
-        if arrival.version in self._void:
-            self._counted[replica] = arrival.tokens_done
-            arrival = replace(arrival, version=0)
-        self._fenced |= arrival.version < self._may_hold[replica]  # its connections in the last view are broken
         self.round = max(self.round, arrival.version)
-        self._may_hold[replica] = arrival.version
+        version = self._standing(arrival.version)
+        if version < arrival.version:
+            arrival = replace(arrival, version=version)
+            self._counted[replica] = [(version, arrival.tokens_done)]
+        past = self._counted.get(replica, [])
+        older, newer = ([pair for pair in past if (pair[0] > version) == is_newer] for is_newer in (False, True))
+        self._counted[replica] = [*older[-1:], *newer]
+        self._fenced |= version < self._may_hold[replica]  # its connections in the last view are broken
+        self._may_hold[replica] = version
         self._waiting.pop(replica, None)
         self._waiting[replica] = arrival
         self._state = self.rule.hear(self._state, arrival)
@@ -145,9 +150,8 @@ class Meeting:
         if not any(arrival.version >= newest for arrival in self._waiting.values()):
             return Wait()  # who holds the newest result, or may, has to come or to leave first
         assert self._begun_s is not None, "someone waits, so someone joined"
-        self._settle(newest)
         waiting = list(self._waiting.values())
-        counted = [a for a in waiting if self._brings(a) > 0 and (self.late == "carry" or a.version == newest)]
+        counted = [a for a in waiting if self._brings(a, newest) > 0 and (self.late == "carry" or a.version == newest)]
         if not (self._again or len(waiting) == len(self._may_hold)):
             idle = self._waiting.keys() - {arrival.replica for arrival in counted}
             able = [replica for replica in self.present if replica not in idle]
@@ -158,7 +162,7 @@ class Meeting:
             left_out = {arrival.replica for arrival in counted} - set(decision.replicas)
             waiting = [arrival for arrival in waiting if arrival.replica not in left_out]
             assert any(arrival.version == newest for arrival in waiting), "a rule left out who holds the newest result"
-        return self._view(waiting, len(counted), now_s)
+        return self._view(waiting, newest, len(counted), now_s)
 
     def fail(self, round: int, lost: Sequence[int]) -> None:
         """A view's exchange broke: its other members take it again, as they came, without the lost.
@@ -168,7 +172,7 @@ class Meeting:
         """
         for replica in lost:
             self.leave(replica)
-        back = {r: arrival for r, (at, arrival) in self._brought.items() if at == round and r in self._may_hold}
+        back = {replica: arrival for replica, arrival in self._took.items() if replica in self._may_hold}
         if round != self.round or any(replica in self._waiting for replica in back):
             return  # of a past round, or members say for themselves where they stand
         for replica, arrival in back.items():
@@ -178,14 +182,14 @@ class Meeting:
         self._again = bool(back)
 
     def state_dict(self) -> dict[str, Any]:
-        """What must outlive a restart, as JSON: to be kept before a view is handed out."""
+        """What must outlive a restart, as JSON: to be kept before a view is handed out, and after a fresh join."""
         return {
             "epoch": self.epoch,
             "round": self.round,
             "may_hold": [list(pair) for pair in self._may_hold.items()],
-            "void": sorted(self._void),
-            "counted": [list(pair) for pair in self._counted.items()],
-            "brought": [[at, a.replica, a.version, a.step, a.tokens_done] for at, a in self._brought.values()],
+            "void": [list(pair) for pair in self._void],
+            "counted": [[replica, [list(pair) for pair in pairs]] for replica, pairs in self._counted.items()],
+            "took": [[a.replica, a.version, a.step, a.tokens_done] for a in self._took.values()],
         }
 
     def load_state_dict(self, kept: dict[str, Any], now_s: float) -> None:
@@ -195,36 +199,37 @@ class Meeting:
         """
         self.epoch, self.round = kept["epoch"], kept["round"]
         self._may_hold = dict(kept["may_hold"])
-        self._void = set(kept["void"])
-        self._counted = dict(kept["counted"])
-        brought = [(at, Arrival(r, now_s, version, step, done)) for at, r, version, step, done in kept["brought"]]
-        self._brought = {arrival.replica: (at, arrival) for at, arrival in brought}
+        self._void = [(first, last) for first, last in kept["void"]]
+        self._counted = {replica: [(at, done) for at, done in pairs] for replica, pairs in kept["counted"]}
+        self._took = {r: Arrival(r, now_s, version, step, done) for r, version, step, done in kept["took"]}
         self._begun_s, self._fenced = now_s, True
 
-    def _brings(self, arrival: Arrival) -> float:
-        return max(0.0, arrival.tokens_done - self._counted.get(arrival.replica, 0.0))
+    def _standing(self, version: int) -> int:
+        """A version, negative if its round is void."""
+        return -version if any(first <= version <= last for first, last in self._void) else version
 
-    def _settle(self, newest: int) -> None:
-        """Count what rounds hold that stand, and forget those that are void."""
-        for replica, (at, arrival) in self._brought.items():
-            if at <= newest:
-                self._counted[replica] = arrival.tokens_done
-            else:
-                self._void.add(at)
-        self._brought = {}
+    def _brings(self, arrival: Arrival, newest: int) -> float:
+        """The tokens that the newest result lacks."""
+        held = [done for at, done in self._counted.get(arrival.replica, []) if at <= newest]
+        return max(0.0, arrival.tokens_done - max(held, default=0.0))
 
-    def _view(self, taken: Sequence[Arrival], num_counted: int, now_s: float) -> View:
+    def _view(self, taken: Sequence[Arrival], newest: int, num_counted: int, now_s: float) -> View:
+        """Decide; what nobody present came back from is void from now on."""
         assert self._begun_s is not None
         taken = sorted(taken, key=lambda arrival: arrival.replica)
         members = tuple(arrival.replica for arrival in taken)
+        tokens, versions = zip(*((self._brings(arrival, newest), arrival.version) for arrival in taken), strict=True)
+        if newest < self.round:
+            self._void.append((max(newest, 0) + 1, self.round))
+            self._counted = {r: [pair for pair in pairs if pair[0] <= newest] for r, pairs in self._counted.items()}
         self.round += 1
         self.epoch += self._fenced or members != self._members
         ended = RoundReport(self.round, self._begun_s, now_s, num_counted, len(self._may_hold))
         self._state = self.rule.observe(self._state, ended)
-        tokens, versions = zip(*((self._brings(arrival), arrival.version) for arrival in taken), strict=True)
         for arrival in taken:
             del self._waiting[arrival.replica]
             self._may_hold[arrival.replica] = self.round
-            self._brought[arrival.replica] = (self.round, arrival)
+            self._counted[arrival.replica].append((self.round, arrival.tokens_done))
+        self._took = {arrival.replica: arrival for arrival in taken}
         self._members, self._begun_s, self._fenced, self._again = members, now_s, False, False
         return View(self.epoch, self.round, members, tokens, versions)

@@ -12,12 +12,13 @@ from lowcomm.tensors import rng
 
 
 class Stacked(EchoComm):
-    """Many replicas as the rows of one rank's tensors: a sum runs over rows."""
+    """Many replicas as the rows of one rank's tensors: a sum runs over rows, and all rows share what is left over."""
 
     def issue(self, call):
-        x = call.x
-        rows = x.view(len(self.members), -1)
-        return Done(rows.sum(0).expand_as(rows).reshape(x.shape))
+        num = len(self.members)
+        x, rest = call.x.reshape(-1).tensor_split([call.x.numel() // num * num])
+        rows = x.view(num, -1)
+        return Done(torch.cat([rows.sum(0).expand_as(rows).reshape(-1), rest * num]).view(call.x.shape))
 
 
 class Rosenbrock(nn.Module):

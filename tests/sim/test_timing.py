@@ -112,7 +112,7 @@ def test_buffers_are_sent_as_predicted_and_an_evaluation_leaves_them_alone(tmp_p
     traffic = read(out / "metrics.jsonl")[-1]["traffic"]
     run, _ = parse_run(flags)
     predicted = predict(run, 3, run.data.tokenizer.vocab_size)
-    found = [read(out / f"metrics{rank}.jsonl")[-1]["traffic"] for rank in ("", ".rank1", ".rank2")]
+    found = [read(out / f"metrics{rank}.jsonl")[-1]["traffic"] for rank in ("", ".replica00001", ".replica00002")]
     assert predicted.step_bytes * 9 == sum(traffic[tag]["bytes_sent"] for tag in ("sync", "buffers"))
     # twice: running statistics and vectors are averaged, a count is the first member's
     floats, whole = 4 * (8 + 8 + 8 + 24), 8
