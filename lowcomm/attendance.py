@@ -10,6 +10,7 @@ import torch
 from lowcomm.algorithms.base import Algorithm
 from lowcomm.comm.base import Comm
 from lowcomm.engine.base import Engine
+from lowcomm.participation.base import Rule
 from lowcomm.participation.meeting import View
 from lowcomm.participation.options import Participation
 from lowcomm.rounds.base import Rounds
@@ -116,6 +117,11 @@ def attend(
         raise ValueError(
             f"participation is {options}, but nobody decides who takes part: only `lowcomm simulate` does so far; "
             "leave it out, and all take part"
+        )
+    if type(options.rule).learn is not Rule.learn:
+        raise ValueError(
+            f"participation is {options}, but this rule learns from what members measure of rounds, which runs do not "
+            "tell it yet; take FirstK, Deadline or Quorum"
         )
     shared = algorithm.shared(state) if isinstance(algorithm, Rounds) and not algorithm.overlap else None
     if shared is None or getattr(algorithm, "weights", None) is not None or getattr(algorithm, "dropped", None):

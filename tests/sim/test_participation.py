@@ -20,6 +20,7 @@ from lowcomm.ledger import Ledger
 from lowcomm.membership import Members
 from lowcomm.metrics import read
 from lowcomm.outer.sgd import SGD
+from lowcomm.participation.dbw import DynamicBackup
 from lowcomm.participation.options import Participation
 from lowcomm.participation.rules import All, Deadline, FirstK, Quorum
 from lowcomm.replica import Replica
@@ -160,6 +161,8 @@ def test_rounds_are_those_written_out_and_every_token_of_theirs_counts(rule, lat
 def test_a_method_whose_replicas_cannot_catch_up_is_refused():
     with pytest.raises(ValueError, match="cannot miss a round"):
         trained(NoLoCo(every=EVERY), Participation())
+    with pytest.raises(ValueError, match="learns from what members measure"):
+        trained(DiLoCo(EVERY), Participation(DynamicBackup()))
     with pytest.raises(ValueError, match="nobody decides"):
         attend(Participation(), None, None, DiLoCo(EVERY), None)
 
