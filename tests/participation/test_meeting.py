@@ -193,8 +193,9 @@ class Replicas(RuleBasedStateMachine):
 
 
 # how long it takes to draw depends on who else uses the machine
-SETTINGS = {"max_examples": 200, "stateful_step_count": 50, "deadline": None}
-Replicas.TestCase.settings = settings(**SETTINGS, suppress_health_check=[HealthCheck.too_slow])
+Replicas.TestCase.settings = settings(
+    max_examples=200, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 TestReplicas = Replicas.TestCase
 
 
