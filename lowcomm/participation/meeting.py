@@ -202,7 +202,7 @@ class Meeting:
         self._void = [(first, last) for first, last in kept["void"]]
         self._counted = {replica: [(at, done) for at, done in pairs] for replica, pairs in kept["counted"]}
         self._took = {r: Arrival(r, now_s, version, step, done) for r, version, step, done in kept["took"]}
-        self._begun_s, self._fenced = now_s, True
+        self._begun_s = now_s
 
     def _standing(self, version: int) -> int:
         """A version, negative if its round is void."""

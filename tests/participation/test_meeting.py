@@ -193,8 +193,9 @@ class Replicas(RuleBasedStateMachine):
 
 
 # how long it takes to draw depends on who else uses the machine
-SETTINGS = {"max_examples": 200, "stateful_step_count": 50, "deadline": None}
-Replicas.TestCase.settings = settings(**SETTINGS, suppress_health_check=[HealthCheck.too_slow])
+Replicas.TestCase.settings = settings(
+    max_examples=200, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 TestReplicas = Replicas.TestCase
 
 
@@ -277,3 +278,98 @@ def test_shares_sum_to_one_and_are_zero_for_nothing(tokens, data, discount, late
     assert all(share == 0 for n, share in zip(tokens, shares, strict=True) if n == 0)
     if late == "drop":
         assert all(s == 0 for s, v in zip(shares, versions, strict=True) if v < max(versions))
+
+
+def void_round(num=3):
+    """A meeting after round 1, of all, broke for all but replica 0, who seemed dead; the others then took round 2."""
+    meeting = meeting_of(FirstK(2), num)
+    for replica in range(num):
+        meeting.arrive(Arrival(replica, 1.0, 0, 0, 8))
+    assert meeting.poll(1.0).round == 1
+    meeting.fail(1, [0])
+    assert meeting.poll(2.0) == View(2, 2, tuple(range(1, num)), (8,) * (num - 1), (0,) * (num - 1))
+    return meeting
+
+
+def test_who_returns_with_a_void_result_comes_along_without_its_work():
+    meeting = void_round()
+    meeting.join(0, 3.0, version=1, fresh=False)
+    come(meeting, 0, 4.0, version=1, tokens_done=20)
+    come(meeting, 1, 4.0, version=2, tokens_done=16)
+    view = come(meeting, 2, 4.0, version=2, tokens_done=16)
+    assert view == View(3, 3, (0, 1, 2), (0, 8, 8), (-1, 2, 2))
+    assert view.donor == 1
+
+
+def test_results_of_two_void_rounds_are_not_the_same():
+    meeting = void_round()
+    for replica in (1, 2):
+        meeting.leave(replica)
+    meeting.join(3, 3.0, version=0)
+    come(meeting, 3, 3.0)
+    meeting.leave(3)
+    meeting.join(0, 4.0, version=1, fresh=False)
+    meeting.join(1, 4.0, version=2, fresh=False)
+    come(meeting, 0, 5.0, version=1, tokens_done=8)
+    assert come(meeting, 1, 5.0, version=2, tokens_done=8).versions == (-1, -2)
+
+
+def test_what_a_lost_result_held_is_brought_again():
+    meeting = meeting_of(All(), 2)
+    come(meeting, 0, 1.0)
+    come(meeting, 1, 1.0)
+    come(meeting, 0, 2.0, version=1)  # has the result
+    come(meeting, 1, 2.0, version=0)  # has not
+    meeting.leave(0)  # in round 2, whose base was the result
+    assert come(meeting, 1, 3.0, version=0).tokens == (8,)
+
+
+def test_connections_that_broke_are_never_used_again():
+    meeting = meeting_of(All(), 2)
+    come(meeting, 0, 1.0)
+    assert come(meeting, 1, 1.0).epoch == 1
+    come(meeting, 0, 2.0, version=1)
+    assert come(meeting, 1, 2.0, version=0).epoch == 2  # the same members, of whom one broke away
+    other = Meeting(All(), 2)
+    other.load_state_dict(json.loads(json.dumps(meeting.state_dict())), 3.0)
+    come(other, 0, 3.0, version=2)
+    assert come(other, 1, 3.0, version=2).epoch == 3  # after a restart
+
+
+def test_void_rounds_outlive_a_restart():
+    meeting = void_round()
+    other = Meeting(FirstK(2), 3)
+    other.load_state_dict(json.loads(json.dumps(meeting.state_dict())), 3.0)
+    other.join(0, 3.0, version=1, fresh=False)
+    come(other, 0, 4.0, version=1)
+    come(other, 1, 4.0, version=2)
+    assert come(other, 2, 4.0, version=2).versions == (-1, 2, 2)
+
+
+def test_a_new_process_does_not_take_a_broken_round_again():
+    meeting = meeting_of(All(), 2)
+    come(meeting, 0, 1.0)
+    come(meeting, 1, 1.0)
+    meeting.leave(1)
+    meeting.join(1, 2.0)
+    meeting.fail(1, [])
+    assert meeting.poll(3.0).members == (0,)
+
+
+def test_what_was_brought_to_a_void_round_is_brought_again():
+    meeting = meeting_of(FirstK(2), 3)
+    come(meeting, 0, 1.0)
+    come(meeting, 1, 1.0)
+    meeting.leave(1)
+    come(meeting, 0, 2.0, version=0)
+    assert come(meeting, 2, 2.0).members == (0, 2)
+    meeting.join(1, 3.0, version=1, fresh=False)
+    come(meeting, 1, 3.0, version=0)
+    assert come(meeting, 0, 4.0, version=2, tokens_done=16).tokens == (8, 8)
+
+
+def test_nobody_waits_for_who_may_hold_a_void_result():
+    meeting = void_round()
+    meeting.join(0, 3.0, version=1, fresh=False)
+    meeting.fail(2, [])
+    assert meeting.poll(4.0).members == (1, 2)
