@@ -26,9 +26,10 @@ from lowcomm.membership import Members
 from lowcomm.metrics import Metrics, file_of, of_replicas, read, truncate_after
 from lowcomm.places import place_of
 from lowcomm.reduce import NonFinite, Reducer
+from lowcomm.replica import Replica
 from lowcomm.resume import resume
 from lowcomm.state import state_tree
-from lowcomm.train import Plan, Replica, train
+from lowcomm.train import Plan, train
 from tests.replicas import adamw, flat, make_batch, make_engine, mse
 from tests.sim.test_losses import assert_same, clean
 from tests.world import run_world

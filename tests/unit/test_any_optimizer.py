@@ -25,8 +25,9 @@ from lowcomm.membership import Members
 from lowcomm.models.llama import Llama
 from lowcomm.optim.groups import parameter_groups
 from lowcomm.optim.schedule import Cosine
+from lowcomm.replica import Replica
 from lowcomm.tensors import rng
-from lowcomm.train import Replica, evaluate
+from lowcomm.train import evaluate
 from tests.replicas import flat, make_batch, make_engine, make_model, mse
 from tests.world import run_world
 

@@ -111,6 +111,10 @@ def test_replicas_that_end_apart_keep_statistics_of_their_own(algorithm):
 class Odd(nn.Module):
     """Buffers of many kinds around a spectral norm; only some of them change."""
 
+    seen: Tensor
+    turn: Tensor
+    last: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.utils.parametrizations.spectral_norm(nn.Linear(WIDTH, CLASSES))

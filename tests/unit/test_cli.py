@@ -331,9 +331,21 @@ def test_the_command_line_is_frozen(capsys):
     """A new option goes into a config object that has the right to it; a new flag of a command goes here on purpose."""
     train = flags_of(capsys, "train")
     assert {flag for flag in train if "." not in flag} == {
-        *("config", "out", "resume", "dry_run", "model", "data", "algorithm", "optimizer", "schedule", "batch"),
+        *(
+            "config",
+            "out",
+            "resume",
+            "dry_run",
+            "model",
+            "data",
+            "algorithm",
+            "participation",
+            "optimizer",
+            "schedule",
+            "batch",
+        ),
         *("evaluation", "checkpoint", "log", "num_steps", "num_tokens", "precision", "compile", "clip_norm"),
-        *("seed", "device", "backend", "timeout_s", "on_loss", "grace_s"),
+        *("seed", "device", "backend", "timeout_s", "on_loss", "grace_s", "participation"),
     }
     own = {"cluster", "timing_only", "num_resident", "stacked"}
     assert flags_of(capsys, "simulate") == (train - {"resume", "dry_run"}) | own

@@ -78,7 +78,7 @@ class Returns(Bigram):
 class Two(Bigram):
     """A user's model that wants more than tokens."""
 
-    def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         return super().forward(tokens) * mask
 
 
