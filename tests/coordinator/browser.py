@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -52,7 +54,9 @@ async def tab(folder: Path) -> AsyncIterator[Tab]:
     """A new page in a browser of its own."""
     assert CHROMIUM is not None
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", f"--user-data-dir={folder}"]
-    browser = await asyncio.create_subprocess_exec(CHROMIUM, *flags, "about:blank", stderr=asyncio.subprocess.DEVNULL)
+    browser = await asyncio.create_subprocess_exec(
+        CHROMIUM, *flags, "about:blank", stderr=asyncio.subprocess.DEVNULL, start_new_session=True
+    )
     try:
         port = folder / "DevToolsActivePort"
         async with asyncio.timeout(30):
@@ -67,5 +71,5 @@ async def tab(folder: Path) -> AsyncIterator[Tab]:
                     await opened.ask(f"{domain}.enable")
                 yield opened
     finally:
-        browser.kill()
+        os.killpg(browser.pid, signal.SIGKILL)  # the program may be a script around the browser
         await browser.wait()
