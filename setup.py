@@ -26,6 +26,7 @@ DEV = [
     *HF,
     *REPORT,
     *ELASTIC,
+    "scikit-learn>=1.6",  # a reference of tests
     "tensorboard>=2.18",
 ]
 

@@ -8,18 +8,23 @@ step counts).
 from __future__ import annotations
 
 import math
+from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lowcomm.participation.base import Arrival, Rule, Take, Wait, take
 
 
-@dataclass(frozen=True)
-class All(Rule[None]):
-    """Wait for everyone who is present."""
+class Stateless(Rule[None], ABC):
+    """A rule whose decisions depend on the present round alone."""
 
     def init(self, num_replicas: int) -> None:
         return None
+
+
+@dataclass(frozen=True)
+class All(Stateless):
+    """Wait for everyone who is present."""
 
     def decide(
         self, state: None, arrivals: Sequence[Arrival], present: Sequence[int], begun_s: float, now_s: float
@@ -28,7 +33,7 @@ class All(Rule[None]):
 
 
 @dataclass(frozen=True)
-class FirstK(Rule[None]):
+class FirstK(Stateless):
     """Wait for the first ``k``, or for everyone when fewer are present.
 
     Attributes:
@@ -40,9 +45,6 @@ class FirstK(Rule[None]):
     def __post_init__(self) -> None:
         check_count("FirstK", "k", self.k)
 
-    def init(self, num_replicas: int) -> None:
-        return None
-
     def decide(
         self, state: None, arrivals: Sequence[Arrival], present: Sequence[int], begun_s: float, now_s: float
     ) -> Take | Wait:
@@ -50,7 +52,7 @@ class FirstK(Rule[None]):
 
 
 @dataclass(frozen=True)
-class Deadline(Rule[None]):
+class Deadline(Stateless):
     """Wait until a time after the last decision, or for everyone, whichever comes first.
 
     Attributes:
@@ -65,9 +67,6 @@ class Deadline(Rule[None]):
         check_seconds("Deadline", "deadline_s", self.deadline_s)
         check_count("Deadline", "at_least", self.at_least)
 
-    def init(self, num_replicas: int) -> None:
-        return None
-
     def decide(
         self, state: None, arrivals: Sequence[Arrival], present: Sequence[int], begun_s: float, now_s: float
     ) -> Take | Wait:
@@ -79,7 +78,7 @@ class Deadline(Rule[None]):
 
 
 @dataclass(frozen=True)
-class Quorum(Rule[None]):
+class Quorum(Stateless):
     """Wait for some, and then a little longer for others; for no one once everyone is there.
 
     Attributes:
@@ -97,9 +96,6 @@ class Quorum(Rule[None]):
                 "0.5 waits for half of those present"
             )
         check_seconds("Quorum", "grace_s", self.grace_s)
-
-    def init(self, num_replicas: int) -> None:
-        return None
 
     def decide(
         self, state: None, arrivals: Sequence[Arrival], present: Sequence[int], begun_s: float, now_s: float

@@ -20,14 +20,13 @@ class Hall:
 
     clock: Clock
     meeting: Meeting
-    num_ranks: int
     views: list[View] = field(default_factory=list)
     _parked: set[int] = field(default_factory=set, init=False)
     _is_over: bool = field(default=False, init=False)
     _alarm: Alarm | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        for rank in range(self.num_ranks):
+        for rank in range(self.meeting.num_replicas):
             self.meeting.join(rank, self.clock.now)
 
     def meet(self, rank: int, step: int, version: int, tokens_done: float) -> View | None:
@@ -85,5 +84,5 @@ def seats_of(options: Participation | None, clock: Clock, num_ranks: int) -> lis
     """Each rank's place in a run whose rounds a rule decides; else None for each."""
     if options is None:
         return [None] * num_ranks
-    hall = Hall(clock, Meeting(options.rule, num_ranks, options.late), num_ranks)
+    hall = Hall(clock, Meeting(options.rule, num_ranks, options.late))
     return [SimSeat(hall, rank) for rank in range(num_ranks)]
